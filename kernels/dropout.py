@@ -1,0 +1,72 @@
+"""Counter-based dropout: the mask is a function of (seed, step, sample, position, site, feature), of nothing else.
+
+So it is the same whatever the micro-batch split, the packing, the ranks or the kernel that draws it. All arithmetic is on
+32-bit words with wrap-around, so that Triton computes the same bits from `uint32`; PyTorch has no unsigned multiply, so
+the reference uses int32, whose products wrap to the same bits, and masks the sign away after each right shift.
+
+    mix(x)            MurmurHash3's 32-bit finalizer (public domain, A. Appleby): every input bit reaches every output bit
+    key(token)        mix over seed, step, sample, position, one after the other
+    word(token, f)    mix(key ^ mix(site + f * golden))
+    keep              word (as unsigned) >= p * 2^32
+
+Shape suffixes: B rows, T positions, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B9
+
+
+def _int32(x: int) -> int:
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def mix(x: Tensor) -> Tensor:
+    """Finalize 32-bit words. `x`: int32 of any shape; returns the same shape and dtype."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _int32(0x85EBCA6B)
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * _int32(0xC2B2AE35)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def token_keys(seed: int, step: int, sample_ids_B: Tensor, num_positions: int) -> Tensor:
+    """Return int32 keys [B, T], one per token.
+
+    Args:
+        seed, step: of the run; only the low 32 bits count.
+        sample_ids_B: int64 [B], the samples' numbers in the data set.
+        num_positions: T.
+    """
+    device = sample_ids_B.device
+    key = mix(torch.tensor(_int32(seed * GOLDEN + 1), dtype=torch.int32, device=device))
+    key = mix(key ^ _int32(step * GOLDEN))
+    low = (sample_ids_B & 0xFFFFFFFF).to(torch.int32)
+    high = ((sample_ids_B >> 32) & 0xFFFFFFFF).to(torch.int32)
+    key_B = mix(mix(key ^ low) + high * _int32(GOLDEN))
+    positions_T = torch.arange(num_positions, dtype=torch.int32, device=device)
+    return mix(key_B[:, None] ^ mix(positions_T * _int32(GOLDEN))[None, :])
+
+
+def keep_mask_reference(keys: Tensor, site: int, num_features: int, p: float) -> Tensor:
+    """Return bool [*keys.shape, D], True where an element is kept (with probability 1 - p).
+
+    Args:
+        keys: int32, from `token_keys`.
+        site: number of the place in the model, 32 bits.
+        p: rate of dropping, in [0, 1).
+    """
+    features_D = torch.arange(num_features, dtype=torch.int32, device=keys.device)
+    words = mix(keys[..., None] ^ mix(features_D * _int32(GOLDEN) + _int32(site)))
+    threshold = _int32(min(int(p * 2**32), 2**32 - 1) ^ (1 << 31))  # unsigned order = signed order, top bit flipped
+    return (words ^ _int32(1 << 31)) >= threshold
+
+
+def dropout_reference(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+    """Inverted dropout of `x` [*keys.shape, D]: kept elements are scaled by 1 / (1 - p)."""
+    keep = keep_mask_reference(keys, site, x.shape[-1], p)
+    return x * keep * (1.0 / (1.0 - p))

@@ -1,0 +1,1 @@
+"""What starts processes: the command line, torchrun, later Slurm."""

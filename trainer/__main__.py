@@ -1,0 +1,94 @@
+"""`torchrun -m tritune.trainer [--config-dir DIR] [key=value ...]`: one rank of a run. Nothing stands between it and the loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped with a checkpoint, 1 else."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    leader = int(os.environ.get("RANK", "0")) == 0
+    config_dir = None
+    if argv[:1] == ["--config-dir"]:
+        config_dir, argv = argv[1], argv[2:]
+    from tritune.trainer.compose import load_config
+
+    try:
+        config = load_config(argv, config_dir, int(os.environ.get("WORLD_SIZE", "1")))
+        from tritune.trainer.data.splits import require_sources
+
+        require_sources(config.data)
+    except INPUT_ERRORS as error:
+        if leader:
+            print(f"tritune: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    return run(config, _experiment(argv), leader)
+
+
+def run(config, experiment: str, leader: bool) -> int:
+    """Build, train, finish; write down in `status.json` how it ended."""
+    from tritune.trainer import distributed
+    from tritune.trainer.build import build, run_path
+    from tritune.trainer.finish import finish, score_base
+    from tritune.trainer.loop import fit
+    from tritune.trainer.metrics.progress import Progress
+    from tritune.trainer.rundir import RunDir
+    from tritune.trainer.stop import Stop
+
+    stop, progress = Stop().install(), Progress(leader)
+    directory, owned, step = RunDir(run_path(config, experiment)), False, 0
+    state, code, culprit = "failed", EXIT_FAILED, None
+    try:
+        world = distributed.start(config.backend)
+        with world.together("taking the run directory"):
+            if leader:
+                directory.acquire()
+                owned = True
+                progress.open_log(directory.path / "train.log")
+                directory.write_status("starting", 0)
+        progress.say(f"run       {directory.path}")
+        built = build(config, world, directory, progress, stop)
+        step = built.state.step
+        base = score_base(built)
+        stopped_by = fit(built)
+        step = built.state.step
+        if stopped_by:
+            progress.say(f"stopped   by {stopped_by} after step {step}, saved; the same command goes on from there")
+            state, code, culprit = "stopped", EXIT_STOPPED, stopped_by
+        else:
+            finish(built, base)
+            state, code = "done", EXIT_DONE
+    except INPUT_ERRORS as error:
+        progress.say(f"tritune: {error}")
+        code, culprit = EXIT_INPUT, str(error)
+        if not leader:
+            print(f"tritune: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+    except PeerError as error:
+        code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
+    except KeyboardInterrupt:
+        culprit = "interrupted twice"
+    except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
+        traceback.print_exc()
+        progress.say(f"tritune: {type(error).__name__}: {error}")
+        culprit = f"{type(error).__name__}: {error}"
+    finally:
+        if owned:
+            directory.write_status(state, step, code, culprit)
+        progress.close()
+        directory.close()
+        distributed.end()
+    return code
+
+
+def _experiment(argv: list[str]) -> str:
+    """The experiment's name, for the run directory."""
+    return next((a.partition("=")[2] for a in argv if a.startswith("experiment=")), "run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`single` and `ddp`: a whole model on each rank, gradients averaged between them (PyTorch DistributedDataParallel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from tritune.trainer.distributed import World
+
+
+class Local:
+    """See `Backend`. With one rank there is no wrapper at all."""
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name, self.world = name, world
+        self.dp_rank, self.dp_size, self.device = world.rank, world.size, world.device
+
+    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module:
+        model.to(self.device)
+        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(model)
+        self.model: nn.Module = model
+        if self.name == "ddp":
+            # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
+            self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return self.model
+
+    def sync(self, *, last: bool) -> AbstractContextManager:
+        # DDP reads the flag in forward, so the context must hold both passes.
+        return nullcontext() if last or self.name == "single" else self.model.no_sync()  # type: ignore[operator]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, max_norm: float, lr: float) -> Tensor:
+        parameters = list(self._trainable.values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # Gradients are the same bytes on all ranks, so each decides alike without asking the others.
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.name == "single")
+        return norm
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.world.sum(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        self._make_moments()
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trainable.items():
+            found[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"optim.{name}.{key}"] = value
+        return found
+
+    def _make_moments(self) -> None:
+        """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter."""
+        if self.optimizer.state:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in self._trainable.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()

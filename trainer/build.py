@@ -1,0 +1,174 @@
+"""Config -> Run: the only wiring. Cheap refusals come first, weights are read once everything else is known to fit."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tritune.kernels.dispatch import choose
+from tritune.trainer.backends import Backend, make_backend
+from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.config import Config, Resume
+from tritune.trainer.data.loader import TrainLoader
+from tritune.trainer.data.splits import Splits, read_splits, require_length, require_sources
+from tritune.trainer.distributed import World
+from tritune.trainer.errors import InputError
+from tritune.trainer.loop import Run
+from tritune.trainer.methods import apply_method
+from tritune.trainer.metrics.meter import Meter
+from tritune.trainer.metrics.progress import Progress
+from tritune.trainer.model import CLASS_HEAD, context_length, count_parameters, is_tied, load_architecture, load_model
+from tritune.trainer.objectives import Objective
+from tritune.trainer.objectives.classify import Classify, label_token_ids
+from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.optim import make_optimizer
+from tritune.trainer.rundir import RunDir
+from tritune.trainer.scorer import TokenScorer
+from tritune.trainer.state import Due, TrainState
+from tritune.trainer.stop import Stop
+from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+
+
+def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop) -> Run:
+    """Load data, model and state; return a run that is ready to train, or to go on.
+
+    Raises:
+        InputError: whatever in the config, the files or the run directory makes the run impossible.
+        CheckpointError: there are checkpoints and none is whole.
+    """
+    say = progress.say
+    with world.together("checking the run directory"):
+        require_sources(config.data)
+        if world.rank == 0:
+            check_resume(config, directory)
+    with world.together("reading tokenizer and data"):
+        tokenizer = load_tokenizer(config.model)
+        architecture = load_architecture(config.model, len(tokenizer))
+        require_length(config, context_length(architecture))
+        pad = choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, architecture.eos_token_id))
+        began = time.perf_counter()
+        splits = read_splits(config, tokenizer, context_length(architecture))
+    for name, examples in splits.examples.items():
+        say(f"data      {name}: {examples.report.line()}")
+    say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
+    implementation, why = choose(config.kernels.name)
+    say(f"kernels   {implementation}: {why}")
+
+    with world.together("loading the model"):
+        heads = [CLASS_HEAD] if config.objective.name == "classify" else []
+        model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed)
+        if not heads:
+            _set_generation(model, tokenizer)
+        keys = apply_method(config.method, model, heads, config.seed)
+    trainable, total = count_parameters(model)
+    tied = ", tied head" if is_tied(model) else ""
+    say(f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}")
+
+    backend = make_backend(config.backend, world)
+    scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
+    wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim))
+    say(f"backend   {backend.name}: {world.size} x {world.device.type}")
+    state = TrainState()
+    loader = _make_loader(config, splits, state, tokenizer, backend)
+    run = Run(
+        config=config, world=world, backend=backend, objective=_make_objective(config, splits, tokenizer),
+        model=wrapped, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples, loader=loader,
+        store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say),
+        state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
+    )  # fmt: skip
+    dry_run(run)
+    _resume_or_start(run)
+    if world.rank == 0:
+        directory.write_json("data.json", {n: vars(e.report) for n, e in splits.examples.items()} | {"labels": splits.labels})
+    return run
+
+
+def check_resume(config: Config, directory: RunDir) -> None:
+    """Refuse what the directory and `run.resume` do not allow, before anything is loaded."""
+    checkpoints = sorted((directory.path / "checkpoints").glob("step-*"))
+    if config.run.resume is Resume.require and not checkpoints:
+        raise InputError("run.resume=require", f"{directory.path} holds no checkpoint", "Check run.dir, or use auto")
+    if config.run.resume is Resume.never and (directory.path / "config.yaml").exists():
+        raise InputError("run.resume=never", f"{directory.path} holds a run already", "Give another run.dir, or use auto")
+    changes = directory.identity_changes(config) if checkpoints else []
+    if changes:
+        rule = "it holds a run that was started with other values: " + "; ".join(changes)
+        raise InputError(f"run.dir={directory.path}", rule, "Restore them to go on, or give another run.dir")
+
+
+def dry_run(run: Run) -> None:
+    """Run the most expensive micro-batch forward and backward, and forget its gradients.
+
+    Memory runs out here and not at step 200; and DDP settles its buckets, so that a resumed run reduces in the same
+    order as one that was never stopped.
+    """
+    run.model.train()
+    try:
+        for batch in run.loader.longest():
+            with run.backend.sync(last=True):
+                run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
+        for parameter in run.model.parameters():
+            parameter.grad = None
+    except torch.OutOfMemoryError as error:
+        rule = f"the longest micro-batch does not fit in memory ({str(error).splitlines()[0]})"
+        remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
+        raise InputError(f"train.micro_batch_size={run.loader.micro_batch_size}", rule, remedy) from None
+
+
+def _resume_or_start(run: Run) -> None:
+    found = run.store.newest()
+    if found is not None:
+        run.state.load_json(run.store.load(found, run.backend.tensors()))
+        run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
+    if run.world.rank == 0:
+        run.directory.cut_logs(run.state.step)
+        if found is None:
+            (run.directory.path / "base.json").unlink(missing_ok=True)
+        run.directory.write_config(run.config)
+        run.directory.write_environment(_device_name(run.world.device), run.world.size)
+
+
+def _make_loader(
+    config: Config, splits: Splits, state: TrainState, tokenizer: PreTrainedTokenizerBase, backend: Backend
+) -> TrainLoader:
+    train = splits.examples["train"]
+    steps_per_epoch = -(-len(train) // config.train.batch_size)
+    ends = [config.train.max_steps, config.train.epochs and config.train.epochs * steps_per_epoch]
+    return TrainLoader(
+        train, state, seed=config.seed, batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size, total_steps=min(e for e in ends if e),
+        pad_id=tokenizer.pad_token_id, dp_rank=backend.dp_rank, dp_size=backend.dp_size, device=backend.device,
+    )  # fmt: skip
+
+
+def _make_due(config: Config, loader: TrainLoader) -> Due:
+    eval_every = config.evaluation.every or loader.steps_per_epoch
+    return Due(config.train.log_every, eval_every, config.checkpoint.every or eval_every, loader.total_steps)
+
+
+def _make_objective(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Objective:
+    if config.objective.name == "classify":
+        return Classify(len(splits.labels))
+    if config.objective.name == "classify_token":
+        return Classify(len(splits.labels), label_token_ids(splits.labels, tokenizer))
+    return LanguageModel()
+
+
+def _set_generation(model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the exported model stop where it was trained to, and pad with the token chosen here."""
+    generation: GenerationConfig = model.generation_config
+    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def run_path(config: Config, experiment: str) -> Path:
+    """`run.dir`, or a new directory named after the experiment and the time."""
+    return Path(config.run.dir or f"runs/{experiment}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,0 +1,137 @@
+"""The checkpoints of a run: commit, find the newest whole one, keep the last few and the best."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
+from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
+from tritune.trainer.distributed import World
+from tritune.trainer.errors import CheckpointError
+
+STATE = "state.json"
+PARTIAL = ".partial-"  # being written, or being deleted; swept at the next start
+
+
+class CheckpointStore:
+    """Checkpoints under `root`, one directory a step: `step-00000100/`.
+
+    A save writes a new directory under another name, fsyncs every file, writes the manifest, renames and fsyncs the
+    parent. So at any moment each `step-*` is whole, and nothing older goes before a newer one is there.
+
+    Args:
+        say: prints a line where the user looks; called on rank 0.
+    """
+
+    def __init__(self, root: Path, keep_last: int, world: World, say: Callable[[str], None]) -> None:
+        self.root, self.keep_last, self.world, self.say = root, keep_last, world, say
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best_step: int | None) -> None:
+        """Write and commit a checkpoint, then prune.
+
+        Raises:
+            CheckpointError: it could not be written (a full disk, say). The partial one is removed, older ones stay.
+        """
+        final = self.root / step_name(step)
+        if final.exists():  # this very step is saved already: the state at a step is one and the same
+            return
+        partial = self.root / (PARTIAL + final.name)
+        try:
+            with self.world.together("preparing a checkpoint"):
+                if self.world.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+            with self.world.together("writing a checkpoint"):
+                described = {n: describe(partial / n) for n in save_tensors(partial, tensors, self.world)}
+            files = {name: entry for part in self.world.gather(described) for name, entry in part.items()}
+            with self.world.together("committing a checkpoint"):
+                if self.world.rank == 0:
+                    write_json(partial / STATE, state)
+                    files[STATE] = describe(partial / STATE)
+                    write_manifest(partial, step, files, describe_tensors(tensors))
+                    sync_directory(partial)
+                    partial.rename(final)
+                    sync_directory(self.root)
+        except Exception as error:
+            if self.world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"step {step} could not be saved to {self.root}: {_reason(error)}") from error
+        if self.world.rank == 0:
+            self._prune(best_step)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest whole checkpoint with its manifest, None where there is none at all.
+
+        Broken ones are said aloud and moved aside as `step-*.broken`. Verified on rank 0; all ranks get its answer.
+
+        Raises:
+            CheckpointError: there are checkpoints, and not one is whole.
+        """
+        answer: tuple[Path, dict[str, Any]] | None = None
+        with self.world.together("verifying checkpoints"):
+            if self.world.rank == 0:
+                answer = self._newest()
+        return self.world.gather(answer)[0]
+
+    def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Read tensors in place and return the JSON state."""
+        path, manifest = found
+        with self.world.together(f"reading {path.name}"):
+            load_tensors(path, tensors, manifest["tensors"], self.world)
+        return json.loads((path / STATE).read_text())
+
+    def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint of a step, verified; None if there is none."""
+        path = self.root / step_name(step)
+        return (path, verify(path)) if path.is_dir() else None
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        for leftover in self.root.glob(PARTIAL + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        steps = self._steps()
+        for path in reversed(steps):
+            try:
+                return path, verify(path)
+            except CheckpointError as error:
+                aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.broken{i or ''}")).exists())
+                path.rename(aside)
+                self.say(f"checkpoint {path.name} is broken and not used: {error}. Moved to {aside.name}")
+        if steps:
+            raise CheckpointError(
+                f"{self.root}: none of {len(steps)} checkpoint(s) is whole. They were kept as *.broken; "
+                "start again with another run.dir, or in this one now that they are aside"
+            )
+        return None
+
+    def _steps(self) -> list[Path]:
+        found = self.root.glob("step-*") if self.root.is_dir() else []
+        return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+
+    def _prune(self, best_step: int | None) -> None:
+        keep = {step_name(best_step)} if best_step is not None else set()
+        for path in self._steps()[: -self.keep_last]:
+            if path.name not in keep:
+                doomed = path.with_name(PARTIAL + path.name + "-old")
+                path.rename(doomed)  # a kill half way through must not leave half a checkpoint under its name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    """The cause that says most: DCP wraps what each rank raised."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, wrapped = next(iter(failures.items()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+        return f"rank {rank}: {error}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""From files to micro-batches: records, templates and masks, examples, one global order."""

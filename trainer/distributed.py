@@ -1,0 +1,115 @@
+"""Ranks: how they start, sum, agree on failures, and end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tritune.trainer.config import BackendConfig, Device
+from tritune.trainer.errors import InputError, PeerError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. `size` 1 has no process group, and every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum `x` over the ranks; the same tensor on each."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: int) -> int:
+        """The largest `flag` of all ranks, over CPU tensors: no device waits for it."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([flag], dtype=torch.int64)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Run a block on all ranks; if it fails on one, fail on all, before the next collective can hang.
+
+        The lowest failing rank raises its own exception and the others a `PeerError` that names it.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  reported to every rank, then raised again
+            error = caught
+        failures = [(r, e) for r, e in enumerate(self.gather(None if error is None else _portable(error))) if e]
+        if not failures:
+            return
+        first, message = failures[0]
+        if error is not None and first == self.rank:
+            raise error
+        raise PeerError(f"rank {first} failed while {doing}: {message}") from error
+
+
+def _portable(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def start(config: BackendConfig) -> World:
+    """Join the processes that torchrun started (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`), or be alone without them.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise InputError("backend.device=cuda", "this machine has no usable GPU", "Use backend.device=cpu or auto")
+    use_cuda = config.device is not Device.cpu and torch.cuda.is_available()
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        rule = f"process {local_rank} has no GPU of its own; the machine has {torch.cuda.device_count()}"
+        raise InputError(f"launch.num_procs={size}", rule, "Start at most one process per GPU")
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+            timeout=timedelta(seconds=config.timeout_seconds),
+            device_id=device if use_cuda else None,
+        )
+    return World(rank, size, device)
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end() -> None:
+    """Leave the process group; safe to call where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_forward(seed: int, step: int, micro_batch: int) -> None:
+    """Seed PyTorch's generators for one forward: dropout inside the model is then the same on any rank and after a resume."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB + 1) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    torch.manual_seed((x ^ (x >> 31)) >> 1)

@@ -1,0 +1,45 @@
+"""The errors a user can meet. Each carries the value, the rule it broke and what to do about it.
+
+Exit status: `InputError` is 2 (wrong input, one message, no traceback); everything else is 1.
+"""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: a config value, a file, a row. Exit status 2, no traceback."""
+
+    def __init__(self, value: str, rule: str, remedy: str) -> None:
+        self.value, self.rule, self.remedy = value, rule, remedy
+        super().__init__(f"{value}: {rule}. {remedy}")
+
+    def __reduce__(self):
+        return (type(self), (self.value, self.rule, self.remedy))
+
+
+class ConfigFaults(Exception):
+    """Every fault found in a config, reported together. Exit status 2, no traceback."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {f}" for f in faults))
+
+    def __reduce__(self):
+        return (type(self), (self.faults,))
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written or read. Exit status 1; what was saved before is untouched."""
+
+
+class NonFiniteError(Exception):
+    """Too many steps in a row had a NaN or infinite gradient. Exit status 1; none of them was applied."""
+
+
+class PeerError(Exception):
+    """Another rank failed; this one stops with it. The message is the other rank's."""
+
+
+INPUT_ERRORS = (InputError, ConfigFaults)
+EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED = 0, 1, 2, 75

@@ -1,0 +1,1 @@
+"""Scores of a split, and base against tuned."""

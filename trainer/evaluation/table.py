@@ -1,0 +1,31 @@
+"""Base against tuned, as a table for the terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def base_against_tuned(results: dict[str, dict[str, dict[str, float] | None]], num_rows: dict[str, int]) -> str:
+    """Render split -> {base, tuned} -> figure -> value."""
+    table = Table(box=box.SIMPLE_HEAD, title="base against tuned", title_justify="left", pad_edge=False)
+    for name, justify in (("split", "left"), ("figure", "left"), ("base", "right"), ("tuned", "right"), ("change", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for split, pair in results.items():
+        base, tuned = pair.get("base") or {}, pair.get("tuned") or {}
+        for index, figure in enumerate(tuned):
+            before, after = base.get(figure), tuned[figure]
+            change = "" if before is None else f"{after - before:+.4f}"
+            label = f"{split} ({num_rows[split]:,} rows)" if index == 0 else ""
+            table.add_row(label, figure, _number(before), _number(after), change)
+    stream = io.StringIO()
+    Console(file=stream, width=100, force_terminal=False).print(table)
+    return stream.getvalue().rstrip()
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:,.4f}" if abs(value) < 1e5 else f"{value:.3e}"

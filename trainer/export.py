@@ -1,0 +1,31 @@
+"""Write the result where other tools read it: PEFT's layout for an adapter, Hugging Face's for a whole model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.methods.adapter_io import save_adapter
+
+
+def export(
+    directory: Path, config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: list[str]
+) -> int:
+    """Write model or adapter and tokenizer to `directory`, whole or not at all; return the weights' size in bytes."""
+    partial = directory.with_name(f".partial-{directory.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(config.method, LoraConfig):
+        size = save_adapter(partial, config.method, model, heads, config.model.path)
+    else:
+        model.config.use_cache = True  # training turned it off
+        model.save_pretrained(partial)
+        model.config.use_cache = False
+        size = sum(p.stat().st_size for p in partial.glob("*.safetensors"))
+    tokenizer.save_pretrained(partial)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+    return size

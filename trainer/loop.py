@@ -1,0 +1,157 @@
+"""`fit`: the training loop, to be read as a page. What its parts do is one hop away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tritune.trainer.backends import Backend
+from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.config import Config
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.loader import TrainLoader
+from tritune.trainer.distributed import World, seed_forward
+from tritune.trainer.errors import NonFiniteError
+from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
+from tritune.trainer.metrics.meter import Meter
+from tritune.trainer.metrics.progress import Progress
+from tritune.trainer.objectives import Objective, window_weight
+from tritune.trainer.optim import learning_rate
+from tritune.trainer.rundir import RunDir
+from tritune.trainer.state import Due, TrainState
+from tritune.trainer.stop import Stop
+
+
+@dataclass
+class Run:
+    """Everything that `fit` needs, built by `build.py`.
+
+    Attributes:
+        model: what is called: the scorer, as the backend wrapped it.
+        core: the Hugging Face model inside, for export.
+        heads: modules of it that are new.
+        splits: tokenized rows by name: train, validation, test, retention.
+    """
+
+    config: Config
+    world: World
+    backend: Backend
+    objective: Objective
+    model: nn.Module
+    core: PreTrainedModel
+    heads: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Examples]
+    loader: TrainLoader
+    store: CheckpointStore
+    state: TrainState
+    due: Due
+    meter: Meter
+    progress: Progress
+    directory: RunDir
+    stop: Stop
+
+
+def fit(run: Run) -> str | None:
+    """Train from where `run.state` stands; return the signal that stopped the run, or None when it came to its end.
+
+    Raises:
+        NonFiniteError: too many steps in a row had no finite gradient.
+        CheckpointError: a checkpoint could not be written.
+    """
+    config, state, backend, objective = run.config, run.state, run.backend, run.objective
+    if out_of_patience(config, state):  # this run had stopped early before it was started again
+        return None
+    run.model.train()
+    began = time.perf_counter() - state.train_seconds
+    for micro_batches in run.loader:  # one optimizer step
+        # -- count first, then scale: the loss is a sum over the whole window divided by the whole window's weight
+        micro_batches = objective.prepare(run.model, micro_batches)
+        weight = backend.sum(window_weight(objective, micro_batches))
+        for i, batch in enumerate(micro_batches):
+            seed_forward(config.seed, batch.step, batch.index)
+            with backend.sync(last=i == len(micro_batches) - 1):
+                loss = objective(run.model, batch)
+                backend.backward((loss.sums * (backend.dp_size / weight).to(loss.sums.dtype)).sum())
+            run.meter.add(loss.sums, batch)
+
+        # -- update
+        lr = learning_rate(config.optim, state.step, run.loader.total_steps)
+        grad_norm = float(backend.step(config.optim.max_norm, lr))
+        mean_loss, tokens, label_tokens = run.meter.step(weight)
+        state.advance(run.loader.steps_per_epoch)
+        state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
+        refuse_nonfinite(run, float(mean_loss), grad_norm, micro_batches)
+        stopping = run.stop.agreed(run.world)
+
+        # -- log, evaluate, save when due
+        if run.due.log(state.step) or stopping:
+            log_step(run, mean_loss, grad_norm, lr)
+        improved = False
+        if "validation" in run.splits and run.due.evaluate(state.step) and not stopping:
+            paused = time.perf_counter()
+            improved = validate(run)
+            run.meter.pause(time.perf_counter() - paused)
+            run.progress.pause(time.perf_counter() - paused)
+            began += time.perf_counter() - paused
+        state.train_seconds = time.perf_counter() - began
+        ending = bool(stopping) or out_of_patience(config, state)
+        if run.due.save(state.step) or improved or ending:
+            save(run)
+        if ending:
+            return stopping
+    return None
+
+
+def refuse_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list) -> None:
+    """Count steps whose update the backend refused; stop the run when there are too many in a row."""
+    state, limit = run.state, run.config.train.max_nonfinite
+    if grad_norm - grad_norm == 0.0:  # neither NaN nor infinite
+        state.nonfinite = 0
+        return
+    state.nonfinite += 1
+    state.skipped += 1
+    samples = sorted({s for ids in run.world.gather([b.sample_ids.tolist() for b in micro_batches]) for b in ids for s in b})
+    places = [run.splits["train"].places[s] for s in samples if s >= 0]
+    message = f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
+    run.progress.say(f"{message} ({state.nonfinite} of {limit} in a row). Rows: {', '.join(places[:8])}")
+    if state.nonfinite >= limit:
+        raise NonFiniteError(
+            f"{message}, nor were the {limit - 1} before it. Lower optim.lr, or look at the rows: {', '.join(places[:8])}"
+        )
+
+
+def log_step(run: Run, loss: Tensor, grad_norm: float, lr: float) -> None:
+    state = run.state
+    row = {"step": state.step, "loss": float(loss), "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
+    row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
+    if run.world.rank == 0:
+        run.directory.append("metrics.jsonl", row)
+        run.directory.touch_status(state.step)
+    run.progress.step(row, run.loader.total_steps)
+
+
+def validate(run: Run) -> bool:
+    """Score the validation split; return whether it is the best so far."""
+    config, state = run.config, run.state
+    figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
+                       config.evaluation.batch_size, run.loader.pad_id)  # fmt: skip
+    metric = config.evaluation.metric
+    improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)
+    if run.world.rank == 0:
+        run.directory.append("evaluations.jsonl", {"step": state.step, "split": "validation", **figures})
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+    run.progress.say(f"step {state.step}  validation  {shown}{'  (best)' if improved else ''}")
+    return improved
+
+
+def out_of_patience(config: Config, state: TrainState) -> bool:
+    return config.train.patience is not None and state.stale >= config.train.patience
+
+
+def save(run: Run) -> None:
+    run.directory.sync_logs()
+    run.store.save(run.state.step, run.backend.tensors(), run.state.to_json(), run.state.best_step)

@@ -1,0 +1,63 @@
+"""Write a LoRA adapter in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tritune.trainer.config import LoraConfig
+from tritune.trainer.methods.lora import lora_layers, saved_modules
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, heads: list[str], base: str | None) -> int:
+    """Write the adapter; return the size of its weights in bytes.
+
+    Args:
+        heads: modules that are new and belong to the adapter (a classification head).
+        base: hub id or folder of the base model, so that PEFT finds it.
+    """
+    layers = lora_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    whole = saved_modules(config, model, heads)
+    for name in whole:
+        for key, value in model.get_submodule(name).state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = value
+    for name, parameter in model.named_parameters():
+        if config.bias.value != "none" and name.endswith("bias") and parameter.requires_grad:
+            tensors[PREFIX + name] = parameter
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "adapter_model.safetensors"
+    save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "bias": config.bias.value,
+        "target_modules": _short_targets(model, list(layers)),
+        "modules_to_save": whole or None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return path.stat().st_size
+
+
+def _short_targets(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The layers' last names where they pick exactly these layers, else the full names; PEFT matches ends of names."""
+    last = sorted({n.rpartition(".")[2] for n in names})
+    picked = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
+    return last if picked == set(names) else sorted(names)

@@ -1,0 +1,40 @@
+"""Which tokens a layer is looking at: what counter-based dropout needs and a layer's input does not say."""
+
+from __future__ import annotations
+
+import zlib
+
+from torch import Tensor
+
+from tritune.kernels.dropout import dropout_reference
+
+
+class TokenKeys:
+    """Holds the keys of the tokens in the running forward; the scorer sets them, layers with dropout read them."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+
+    def set(self, keys: Tensor) -> None:
+        """`keys`: int32, one per token, of the shape of the layers' inputs without the last dimension."""
+        self._keys = keys
+
+    def dropout(self, x: Tensor, site: int, p: float) -> Tensor:
+        """Drop elements of `x` [..., D] by the tokens' keys.
+
+        Raises:
+            RuntimeError: the layer sees another arrangement of tokens than the forward began with.
+        """
+        keys = self._keys
+        if keys is None or keys.numel() * x.shape[-1] != x.numel():
+            seen = None if keys is None else tuple(keys.shape)
+            raise RuntimeError(
+                f"dropout at site {site:#x}: input {tuple(x.shape)} does not hold the forward's tokens {seen}. "
+                "Exclude this layer (method.exclude) or set method.dropout=0"
+            )
+        return dropout_reference(x, keys.reshape(x.shape[:-1]), site, p)
+
+
+def site_of(name: str) -> int:
+    """A layer's number for the hash, from its name: adding or removing another layer does not move it."""
+    return zlib.crc32(name.encode())

@@ -1,0 +1,64 @@
+"""What a step measured, summed over its micro-batches and ranks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritune.trainer.batch import Batch
+from tritune.trainer.distributed import World
+
+
+class Meter:
+    """Collects one optimizer step at a time; `step()` turns it into the figures of a row.
+
+    The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._since, self._tokens = time.perf_counter(), 0
+        self._clear()
+
+    def add(self, sums: Tensor, batch: Batch) -> None:
+        self._sums = sums.detach().double() + self._sums
+        self._num_tokens += batch.num_tokens
+        self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
+
+    def step(self, weight: Tensor) -> tuple[Tensor, int, int]:
+        """Return the step's loss (float64, one number), its tokens and its label tokens over all ranks."""
+        counts = torch.tensor([self._num_tokens, self._num_labels], dtype=torch.float64, device=weight.device)
+        total = self.world.sum(torch.cat([self._sums, counts]))
+        loss = (total[:-2] / weight).sum()
+        tokens, labels = int(total[-2]), int(total[-1])
+        self._tokens += tokens
+        self._clear()
+        return loss, tokens, labels
+
+    def rate(self) -> dict[str, Any]:
+        """Tokens per second since the last call, over all ranks, and the device's peak memory."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        figures = {"tokens_per_second": round(self._tokens / seconds, 1), "memory_gib": round(peak_memory() / 2**30, 3)}
+        self._since, self._tokens = now, 0
+        return figures
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training."""
+        self._since += seconds
+
+    def _clear(self) -> None:
+        self._sums: Tensor | float = 0.0
+        self._num_tokens, self._num_labels = 0, 0
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was allocated on the GPU, or the process's largest resident size without one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

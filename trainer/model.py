@@ -1,0 +1,120 @@
+"""Load the Hugging Face model: architecture first, so that faults are seen before weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from tritune.trainer.config import ModelConfig
+from tritune.trainer.errors import InputError
+
+CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
+
+
+def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
+    """Return the model's own config; no weight is read.
+
+    Raises:
+        InputError: nothing there, or an architecture that transformers does not know.
+    """
+    if config.config:
+        settings = {"vocab_size": vocab_size, **config.config}
+        model_type = settings.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(model_type, **settings)
+        except (ValueError, TypeError, KeyError) as error:
+            remedy = "Use a model_type that transformers knows, with its own keys"
+            raise InputError(f"model.config.model_type={model_type}", _first_line(error), remedy) from None
+    try:
+        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
+        raise InputError(f"model.path={config.path}", f"no model loads from it ({_first_line(error)})", remedy) from None
+
+
+def context_length(architecture: PreTrainedConfig) -> int | None:
+    """Positions that the model has, or None where it sets no limit."""
+    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(
+    config: ModelConfig,
+    architecture: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None,
+    seed: int,
+) -> PreTrainedModel:
+    """Return the model on CPU in float32 (float64 where `model.dtype` says so), embeddings resized to the tokenizer.
+
+    Args:
+        labels: class names for a sequence classifier; None for a language model.
+        seed: of every weight that the checkpoint does not hold (a new head, a whole model from a config).
+
+    Raises:
+        InputError: weights are missing from the checkpoint, or the family has no such head.
+    """
+    dtype = torch.float64 if config.dtype.value == "float64" else torch.float32
+    architecture.pad_token_id = tokenizer.pad_token_id
+    architecture.use_cache = False
+    auto: Any = AutoModelForCausalLM
+    if labels is not None:
+        auto = AutoModelForSequenceClassification
+        architecture.num_labels = len(labels)
+        architecture.id2label = dict(enumerate(labels))
+        architecture.label2id = {label: i for i, label in enumerate(labels)}
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"attn_implementation": config.attention.value, "dtype": dtype}
+    hf_logging.set_verbosity_error()  # its report of new and unused weights: we check these ourselves
+    hf_logging.disable_progress_bar()
+    try:
+        if config.config:
+            model = auto.from_config(architecture, **options)
+            missing: set[str] = set()
+        else:
+            model, info = auto.from_pretrained(
+                config.path, revision=config.revision, config=architecture, output_loading_info=True,
+                use_safetensors=True, trust_remote_code=False, **options,
+            )  # fmt: skip
+            missing = set(info["missing_keys"])
+    except (OSError, ValueError) as error:
+        remedy = "Check that the folder holds whole safetensors weights of this architecture"
+        raise InputError(f"model.path={config.path}", _first_line(error), remedy) from None
+    missing -= {f"{CLASS_HEAD}.weight"} if labels is not None else set()
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        rule = f"{len(missing)} weight(s) are missing from it and would start random: {names}"
+        raise InputError(f"model.path={config.path}", rule, "Give a whole checkpoint")
+    if labels is not None and not isinstance(getattr(model, CLASS_HEAD, None), nn.Linear):
+        rule = f"a {architecture.model_type} classifier has no linear head named {CLASS_HEAD}"
+        raise InputError("objective=classify", rule, "Use objective=classify_token, which needs none")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not config.config)
+    return model
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether input embeddings and output head are one tensor."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters; shared ones count once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

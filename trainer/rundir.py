@@ -1,0 +1,172 @@
+"""The run directory: who owns it, what it says of the run.
+
+    config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  summary.json
+    checkpoints/  export/  train.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from tritune.trainer.compose import to_dict
+from tritune.trainer.config import IDENTITY, Config
+from tritune.trainer.errors import InputError
+
+LOCK = "lock.json"
+STATUS_SECONDS = 2.0
+PACKAGES = ("torch", "transformers", "deepspeed", "triton", "safetensors", "tokenizers", "hydra-core", "numpy")
+
+
+class RunDir:
+    """Rank 0's view of the run directory; other ranks write nothing here but their shards."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        self._logs: dict[str, IO[str]] = {}
+        self._touched = 0.0
+
+    def acquire(self) -> None:
+        """Take the directory for this process; the operating system lets go of it when the process dies, however.
+
+        Raises:
+            InputError: a live run has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            rule = f"a live run has this directory: {owner}"
+            raise InputError(f"run.dir={self.path}", rule, "Wait for it, stop it, or give another run.dir") from None
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
+        lock.flush()
+        self._lock = lock
+
+    def identity_changes(self, config: Config) -> list[str]:
+        """Which keys that define the run differ from those it was started with, as `key: old -> new`."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            return []
+        old, new = yaml.safe_load(path.read_text()), to_dict(config)
+        changes = []
+        for key in IDENTITY:
+            for name, before, after in _differences(_select(old, key), _select(new, key), key):
+                changes.append(f"{name}: {before} -> {after}")
+        return changes
+
+    def write_config(self, config: Config) -> None:
+        self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def write_environment(self, device: str, world_size: int) -> None:
+        found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "host": socket.gethostname(),
+            "device": device,
+            "world_size": world_size,
+            "cpus": os.cpu_count(),
+            "packages": {name: found.get(name) for name in PACKAGES},
+        }
+        self.write_json("environment.json", environment)
+
+    def write_status(self, state: str, step: int, exit_code: int | None = None, culprit: str | None = None) -> None:
+        """`state`: starting, training, evaluating, done, stopped or failed."""
+        self.write_json(
+            "status.json",
+            {"state": state, "step": step, "exit_code": exit_code, "culprit": culprit, "time": _now(), "pid": os.getpid()},
+        )
+
+    def touch_status(self, step: int) -> None:
+        """Say that training goes on, every few seconds: an fsync at each step would cost more than a small step."""
+        if time.monotonic() - self._touched >= STATUS_SECONDS:
+            self._touched = time.monotonic()
+            self.write_status("training", step)
+
+    def write_json(self, name: str, content: Any) -> None:
+        self._write(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any | None:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row to a JSONL log; it is with the operating system when this returns."""
+        if name not in self._logs:
+            self._logs[name] = (self.path / name).open("a")
+        self._logs[name].write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
+        self._logs[name].flush()
+
+    def sync_logs(self) -> None:
+        """Rows up to a checkpoint must be on the disk before it is."""
+        for log in self._logs.values():
+            os.fsync(log.fileno())
+
+    def cut_logs(self, step: int) -> None:
+        """Keep the rows up to `step`: what a killed run logged after its checkpoint will be logged again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                self._write(name, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step))
+
+    def close(self) -> None:
+        for log in self._logs.values():
+            log.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file at once: a reader, or a crash, sees the old or the new one."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.new")
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The row's step; a line that a kill cut short is beyond every step."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except ValueError:
+        return float("inf")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as null."""
+    return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+def _select(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in sorted({*old, *new}) for d in _differences(old.get(k), new.get(k), f"{name}.{k}")]
+    return [] if old == new else [(name, old, new)]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,108 @@
+"""`TokenScorer`: the one module that the loop runs; the loss is computed inside its forward.
+
+FSDP2 and ZeRO-3 gather parameters in module hooks, so whatever reads the output head must run between them. The scorer
+holds the Hugging Face model and returns token losses or class scores; objectives are arithmetic on these.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from tritune.kernels.dropout import token_keys
+from tritune.kernels.linear_cross_entropy import token_nll_reference
+from tritune.trainer.batch import Batch
+from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.model import CLASS_HEAD
+
+Want = Literal["token_nll", "last_logits", "class_logits"]
+
+
+class TokenScorer(nn.Module):
+    """Scores a micro-batch with a causal model.
+
+    Args:
+        model: a causal language model or a sequence classifier.
+        keys: shared with the layers that draw dropout masks; None where none do.
+        seed: of the run, for those masks.
+        chunk_tokens: how many tokens' logits exist at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: TokenKeys | None, seed: int, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.keys, self.seed, self.chunk_tokens = keys, seed, chunk_tokens
+        self._widest = torch.float64 if next(model.parameters()).dtype == torch.float64 else None
+
+    def forward(self, batch: Batch, want: Want) -> Tensor:
+        """Return what is wanted of `batch`.
+
+        `token_nll`: [M], -log p of each target token. `last_logits`: [B, V] after each row's last token.
+        `class_logits`: [B, C] from the classification head. All in float32 or wider.
+        """
+        if self._widest is not None:
+            with KeepFloat64():
+                return self._score(batch, want)
+        return self._score(batch, want)
+
+    def _score(self, batch: Batch, want: Want) -> Tensor:
+        num_rows, num_positions = batch.input_ids.shape
+        keys = None
+        if self.keys is not None and self.training:
+            keys = token_keys(self.seed, batch.step, batch.sample_ids, num_positions)
+            self.keys.set(keys)
+        decoder = getattr(self.model, self.model.base_model_prefix)
+        # No attention mask: rows are padded on the right and attention is causal, so the mask would change no real
+        # token, and without it SDPA takes its fast causal path.
+        hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        flat = hidden.reshape(num_rows * num_positions, -1)
+        last = torch.arange(num_rows, device=flat.device) * num_positions + batch.lengths - 1
+        if want == "token_nll":
+            return token_nll_reference(flat[batch.predict], self._head(keys, batch.predict), batch.targets, self.chunk_tokens)
+        if want == "last_logits":
+            logits = self._head(keys, last)(flat[last], 0, num_rows)
+        else:
+            logits = getattr(self.model, CLASS_HEAD)(flat[last])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _head(self, keys: Tensor | None, positions: Tensor):
+        """Return the output head as a function of hidden[start:stop], start, stop, as the model's family computes it."""
+        config = self.model.config.get_text_config()
+        output = self.model.get_output_embeddings()
+
+        def head(hidden: Tensor, start: int, stop: int) -> Tensor:
+            if keys is not None and self.keys is not None:
+                self.keys.set(keys.reshape(-1)[positions[start:stop]])
+            return scaled_logits(output(hidden), config)
+
+        return head
+
+
+def scaled_logits(logits: Tensor, config) -> Tensor:
+    """Apply what some families do after the head: Cohere multiplies, Granite divides, Gemma 2 caps (tanh)."""
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Ignore casts from float64 to float32 inside a model whose code casts norms and softmax to float32.
+
+    `model.dtype=float64` exists for proofs: with these casts, equality between splits would stop at 1e-8.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or torch.float32 in args[1:] or kwargs.get("dtype") is torch.float32:
+                return args[0]
+        if kwargs.get("dtype") is torch.float32 and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

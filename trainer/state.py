@@ -1,0 +1,77 @@
+"""Where a run stands, and what is due at this step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs besides tensors to go on exactly where it was.
+
+    There is no generator state: every random number is a function of (seed, step, sample or micro-batch).
+
+    Attributes:
+        step: optimizer steps done.
+        epoch, window: the cursor: which window of which epoch comes next.
+        tokens, label_tokens: seen since the start, padding not counted.
+        nonfinite: steps in a row whose update was refused.
+        best, best_step: the best validation figure so far and where; None before the first evaluation.
+        stale: evaluations since then.
+        train_seconds: wall time of training, saving included, evaluation not.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    window: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    nonfinite: int = 0
+    skipped: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    train_seconds: float = 0.0
+
+    def advance(self, steps_per_epoch: int) -> None:
+        """One optimizer step is done."""
+        self.step += 1
+        self.window += 1
+        if self.window == steps_per_epoch:
+            self.epoch, self.window = self.epoch + 1, 0
+
+    def observe(self, value: float, higher_is_better: bool) -> bool:
+        """Take in an evaluation; return whether it is the best so far. NaN never is."""
+        better = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        if value == value and better:
+            self.best, self.best_step, self.stale = value, self.step, 0
+            return True
+        self.stale += 1
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_json(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class Due:
+    """When logging, evaluation and saving happen, in steps."""
+
+    log_every: int
+    eval_every: int
+    save_every: int
+    total_steps: int
+
+    def log(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def evaluate(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.total_steps
+
+    def save(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.total_steps

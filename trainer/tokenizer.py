@@ -1,0 +1,128 @@
+"""Load the tokenizer and settle what it leaves open: the padding token, the stop tokens, the chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tritune.trainer.config import ModelConfig
+from tritune.trainer.errors import InputError
+
+# ChatML, with generation marks so that the response mask is exact.
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}"
+    "{%- else -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `model.tokenizer`, else of `model.path`, with added tokens and the chosen chat template.
+
+    Raises:
+        InputError: it does not load, has no fast implementation, or the template file is missing.
+    """
+    source = config.tokenizer or config.path
+    assert source is not None, "config.check() requires one of the two"
+    if source == "bytes":
+        tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=config.revision if source == config.path else None, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            key = "model.tokenizer" if config.tokenizer else "model.path"
+            remedy = "Give a folder with tokenizer.json, or a hub id that this machine can reach"
+            raise InputError(f"{key}={source}", f"no tokenizer loads from it ({_first_line(error)})", remedy) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"model.tokenizer={source}", "it has no fast form, whose offsets the masks need", "Convert it")
+    _set_template(tokenizer, config)
+    if config.add_tokens:
+        tokenizer.add_tokens(config.add_tokens)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte and five special ones: reads any text, needs no file."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a plain text with its BOS token."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None = None) -> list[int]:
+    """Every id that ends an answer: the model's (`generation_config.eos_token_id`), the tokenizer's, ChatML's turn end."""
+    stops = set(model_stops if isinstance(model_stops, list) else [model_stops])
+    stops.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
+        stops.add(tokenizer.get_vocab().get("<|im_end|>"))
+    return sorted(i for i in stops if i is not None)
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None, stops: list[int]) -> str:
+    """Set a padding token that is no stop token and cannot stand in a text, where there is one; return what was chosen.
+
+    Our own masks go by length and never by id, so no choice can hide a real stop token from training. What the choice
+    protects is whoever loads the export with tools that mask by id (and Hugging Face's sequence classifiers, which
+    pool the last token that is not padding).
+    """
+    vocab = tokenizer.get_vocab()
+    if wanted is not None:
+        if wanted not in vocab:
+            raise InputError(f"model.pad_token={wanted}", "the tokenizer has no such token", "Choose one that it has")
+        if vocab[wanted] in stops:
+            raise InputError(f"model.pad_token={wanted}", "it is a stop token", "Choose one that ends no answer")
+        tokenizer.pad_token = wanted
+        return wanted
+    named = sorted(t for t in tokenizer.all_special_tokens if "pad" in t.lower())
+    candidates = [tokenizer.pad_token, *named, tokenizer.bos_token, tokenizer.unk_token, tokenizer.eos_token]
+    if tokenizer.pad_token == tokenizer.unk_token:
+        candidates = candidates[1:]  # unknown words do stand in texts
+    usable = [t for t in candidates if t is not None and vocab[t] not in stops] or [tokenizer.eos_token]
+    if usable[0] is None:
+        raise InputError("model.pad_token=None", "the tokenizer has no special token to pad with", "Name a token")
+    tokenizer.pad_token = usable[0]
+    return usable[0]
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    if config.chat_template is None:
+        return
+    if config.chat_template == "chatml":
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        tokenizer.chat_template = CHATML
+        return
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise InputError(f"model.chat_template={path}", "the file does not exist", 'Give a Jinja file, or "chatml"')
+    tokenizer.chat_template = path.read_text()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
