@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
+
+if TYPE_CHECKING:
+    from tritune.trainer.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped with a checkpoint, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     leader = int(os.environ.get("RANK", "0")) == 0
-    config_dir = None
-    if argv[:1] == ["--config-dir"]:
-        config_dir, argv = argv[1], argv[2:]
-    from tritune.trainer.compose import load_config
+    from tritune.trainer.compose import load_config, split_argv
 
+    config_dir, argv = split_argv(argv)
     try:
         config = load_config(argv, config_dir, int(os.environ.get("WORLD_SIZE", "1")))
         from tritune.trainer.data.splits import require_sources
@@ -27,13 +31,13 @@ def main(argv: list[str] | None = None) -> int:
         if leader:
             print(f"tritune: {error}", file=sys.stderr)
         return EXIT_INPUT
-    return run(config, _experiment(argv), leader)
+    return run(config, run_path(config, argv), leader)
 
 
-def run(config, experiment: str, leader: bool) -> int:
+def run(config: Config, path: Path, leader: bool) -> int:
     """Build, train, finish; write down in `status.json` how it ended."""
     from tritune.trainer import distributed
-    from tritune.trainer.build import build, run_path
+    from tritune.trainer.build import build
     from tritune.trainer.finish import finish, score_base
     from tritune.trainer.loop import fit
     from tritune.trainer.metrics.progress import Progress
@@ -41,7 +45,7 @@ def run(config, experiment: str, leader: bool) -> int:
     from tritune.trainer.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
-    directory, owned, step = RunDir(run_path(config, experiment)), False, 0
+    directory, owned, step = RunDir(path), False, 0
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
         world = distributed.start(config.backend)
@@ -85,9 +89,11 @@ def run(config, experiment: str, leader: bool) -> int:
     return code
 
 
-def _experiment(argv: list[str]) -> str:
-    """The experiment's name, for the run directory."""
-    return next((a.partition("=")[2] for a in argv if a.startswith("experiment=")), "run")
+def run_path(config: Config, overrides: list[str]) -> Path:
+    """`run.dir`, or a new directory named after the experiment and the time."""
+    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
+    started = time.strftime("%Y%m%d-%H%M%S")
+    return Path(config.run.dir or f"runs/{experiment}-{started}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -167,8 +166,3 @@ def _set_generation(model, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def run_path(config: Config, experiment: str) -> Path:
-    """`run.dir`, or a new directory named after the experiment and the time."""
-    return Path(config.run.dir or f"runs/{experiment}-{time.strftime('%Y%m%d-%H%M%S')}")

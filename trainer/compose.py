@@ -44,6 +44,15 @@ def load_config(overrides: list[str], config_dir: str | None = None, world_size:
     return config
 
 
+def split_argv(argv: list[str]) -> tuple[str | None, list[str]]:
+    """`[--config-dir DIR] key=value ...` -> DIR or None, and the overrides."""
+    if argv[:1] == ["--config-dir"]:
+        return (argv[1] if len(argv) > 1 else ""), argv[2:]
+    if argv and argv[0].startswith("--config-dir="):
+        return argv[0].partition("=")[2], argv[1:]
+    return None, argv
+
+
 def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple[Config | None, list[str]]:
     """Return the config as far as it could be composed (None if not at all) and the faults met on the way."""
     if config_dir is not None and not Path(config_dir).is_dir():

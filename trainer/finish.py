@@ -12,7 +12,7 @@ from tritune.trainer.model import count_parameters
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.language_model import LanguageModel
 
-SCORED = ("test", "retention")
+SCORED = ("validation", "test", "retention")
 
 
 def score_base(run: Run) -> dict[str, dict[str, float]]:

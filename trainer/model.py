@@ -87,6 +87,15 @@ def load_model(
                 use_safetensors=True, trust_remote_code=False, **options,
             )  # fmt: skip
             missing = set(info["missing_keys"])
+            if labels is not None and missing - {f"{CLASS_HEAD}.weight"}:
+                # A tied checkpoint may hold the shared matrix under the output head's name, which a classifier does not
+                # have: loaded directly, its embeddings would start random. The language model knows both names.
+                causal, info = AutoModelForCausalLM.from_pretrained(
+                    config.path, revision=config.revision, config=architecture, output_loading_info=True,
+                    use_safetensors=True, trust_remote_code=False, **options,
+                )  # fmt: skip
+                setattr(model, model.base_model_prefix, causal.base_model)
+                missing = set(info["missing_keys"])
     except (OSError, ValueError) as error:
         remedy = "Check that the folder holds whole safetensors weights of this architecture"
         raise InputError(f"model.path={config.path}", _first_line(error), remedy) from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ def save_tensors(directory: Path, tensors: dict[str, Tensor], world: World) -> l
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; only tensors are written here")
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    with _quiet():
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
     prefix = f"shard-{world.rank + 1:05d}-"
     return sorted(p.name for p in directory.iterdir() if p.name.startswith(prefix))
 
@@ -50,8 +54,16 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], expected: dict[str
             raise CheckpointError(
                 f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
             )
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=world.size == 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that it saves from a single process, which is what one process is for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def describe_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:

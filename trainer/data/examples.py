@@ -31,7 +31,9 @@ class DataReport:
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
-        parts = [f"{self.rows:,} rows", f"{self.tokens:,} tokens", f"{share:.0%} supervised"]
+        parts = [f"{self.rows:,} rows", f"{self.tokens:,} tokens"]
+        if self.supervised_tokens:
+            parts.append(f"{share:.0%} supervised")
         if self.truncated_rows:
             parts.append(f"{self.truncated_rows:,} rows cut by {self.truncated_tokens:,} tokens")
         if self.dropped:
@@ -176,7 +178,7 @@ def documents(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max
 
 def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and, for each, how many UTF-8 bytes of the text it is the first to reach the end of."""
-    out = tokenizer(text, return_offsets_mapping=True)
+    out = tokenizer(text, return_offsets_mapping=True, verbose=False)  # it warns of lengths that we cut below
     byte_end = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])]).astype(np.int64)
     ends = byte_end[np.array([j for _, j in out["offset_mapping"]], dtype=np.int64)]
     reached = np.maximum.accumulate(ends)

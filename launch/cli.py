@@ -1,0 +1,85 @@
+"""`tritune VERB [overrides]`: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from tritune.trainer import __version__
+
+USAGE = """\
+usage: tritune VERB [--config-dir DIR] [key=value ...]
+
+Distributed fine-tuning of language models.
+
+verbs:
+  train     train as the configuration says, from raw rows to a scored and exported model
+  config    print the resolved configuration and its faults; nothing is loaded
+
+Every verb takes the same Hydra overrides:
+  experiment=NAME        a whole named run: {experiments}
+  run.dir=DIR            where it goes; the same command goes on with a run that was stopped
+  model.path=PATH        hub id or folder          data.train=FILE    .jsonl .csv .parquet .txt or hf://name:split
+  method=full|lora       what trains               objective=pretrain|sft|classify|classify_token
+  backend=auto|ddp       where the state lives     launch.num_procs=N processes on this machine
+  train.batch_size=N     sequences per step over all ranks; train.micro_batch_size=N only splits it
+  --config-dir DIR       a folder of your own groups, e.g. DIR/experiment/mine.yaml
+
+`tritune config` shows every key with its value; trainer/config.py says what each means.
+Under torchrun: torchrun --nproc-per-node 8 -m tritune.trainer [overrides]
+
+exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request with a checkpoint (the same command goes on)
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help") or argv[1:2] in (["-h"], ["--help"]):
+        print(USAGE.format(experiments=", ".join(_experiments())), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"tritune {__version__}")
+        return 0
+    verbs = {"train": _train, "config": _config}
+    if argv[0] not in verbs:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], verbs, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(verbs)}"
+        print(f"tritune: {argv[0]}: there is no such verb. {hint} (tritune --help)", file=sys.stderr)
+        return 2
+    return verbs[argv[0]](argv[1:])
+
+
+def _train(argv: list[str]) -> int:
+    from tritune.launch.torchrun import train
+
+    return train(argv)
+
+
+def _config(argv: list[str]) -> int:
+    import yaml
+
+    from tritune.trainer.compose import compose_partly, split_argv, to_dict
+    from tritune.trainer.config import check
+
+    config_dir, overrides = split_argv(argv)
+    config, faults = compose_partly(overrides, config_dir)
+    if config is not None:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        faults = faults + check(config)
+    for fault in faults:
+        print(f"tritune: {fault}", file=sys.stderr)
+    return 2 if faults else 0
+
+
+def _experiments() -> list[str]:
+    from pathlib import Path
+
+    import tritune.conf
+
+    return sorted(p.stem for p in (Path(tritune.conf.__file__).parent / "experiment").glob("*.yaml"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""`tritune train`: one process trains here; for several, torchrun is started around `tritune.trainer`.
+
+torchrun's own exit status is 1 whatever its workers' were, so the run's `status.json` is read instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+GRACE_SECONDS = 3600  # workers may save for this long after a signal; torchrun's own 30 s kill large saves
+
+
+def train(argv: list[str]) -> int:
+    """Train on this machine; return the run's exit status."""
+    from tritune.trainer.__main__ import main, run_path
+    from tritune.trainer.compose import load_config, split_argv
+    from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS
+
+    if "RANK" in os.environ:  # torchrun or Slurm started this process as a worker already
+        return main(argv)
+    config_dir, overrides = split_argv(argv)
+    try:
+        config = load_config(overrides, config_dir)
+        processes = config.launch.num_procs or _gpus(config.backend.device.value) or 1
+        load_config(overrides, config_dir, processes)
+    except INPUT_ERRORS as error:
+        print(f"tritune: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    if processes == 1:
+        return main(argv)
+    directory = run_path(config, overrides)
+    return _start([*argv, f"run.dir={json.dumps(str(directory))}"], processes, directory)
+
+
+def command(argv: list[str], processes: int) -> list[str]:
+    """The torchrun command for one node.
+
+    No restarts inside torchrun: with --max-restarts it failed to re-join after a kill; the same command, given again,
+    goes on from the last checkpoint.
+    """
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        "--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        f"--shutdown-timeout={GRACE_SECONDS}", "-m", "tritune.trainer", *argv,
+    ]  # fmt: skip
+
+
+def _start(argv: list[str], processes: int, directory: Path) -> int:
+    status = directory / "status.json"
+    before = status.read_text() if status.is_file() else None
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ, "PYTHONSAFEPATH": "1"}
+    child = subprocess.Popen(command(argv, processes), env=environment)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda caught, _: child.send_signal(caught))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to torchrun as well, which passes it on
+    code = child.wait()
+    now = status.read_text() if status.is_file() else None
+    if now is not None and now != before:
+        written = json.loads(now)["exit_code"]
+        if written is not None:
+            return int(written)
+    return code or 1
+
+
+def _gpus(device: str) -> int:
+    if device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,91 @@
+"""Fixtures: the shared data (absent on most machines), small generated rows, runs in this process."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `import harness`, in the forked processes too
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data sets and tiny pretrained models beside the checkout; never copied into it."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"the shared data is absent: {path}")
+    return path
+
+
+@dataclass
+class Result:
+    code: int
+    err: str
+
+    def lines(self) -> list[str]:
+        return self.err.strip().splitlines()
+
+
+@pytest.fixture
+def tritune(capfd):
+    """Call the trainer in this process: `tritune("experiment=...", ...)` -> exit status and what it printed."""
+    import signal
+
+    from tritune.trainer.__main__ import main
+
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def call(*overrides: str) -> Result:
+        capfd.readouterr()
+        code = main(list(overrides))
+        out = capfd.readouterr()
+        return Result(code, out.err)
+
+    yield call
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def sft_file(tmp_path_factory) -> Path:
+    """120 prompts and responses of very different lengths: masks are ragged."""
+    rng = random.Random(7)
+    words = "the cat sat on a red mat while two dogs ran far away over green hills".split()
+    path = tmp_path_factory.mktemp("rows") / "sft.jsonl"
+    lines = []
+    for i in range(120):
+        prompt = f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, 9)))
+        response = " ".join(rng.choices(words, k=rng.randint(1, 12)))
+        lines.append(json.dumps({"prompt": prompt, "response": response}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def label_file(tmp_path_factory) -> Path:
+    """90 short texts in three classes that one word gives away."""
+    rng = random.Random(11)
+    path = tmp_path_factory.mktemp("rows") / "labels.jsonl"
+    lines = []
+    for i in range(90):
+        label = ["red", "green", "blue"][i % 3]
+        filler = " ".join(rng.choices(["box", "hat", "car", "sky", "old", "new"], k=rng.randint(1, 8)))
+        lines.append(json.dumps({"text": f"{filler} {label} {i}", "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny(sft_file) -> list[str]:
+    """Overrides of a run that takes a second: a two-layer model with random weights on the generated rows."""
+    return [
+        "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48",
+        f"data.train={sft_file}", "data.max_length=160", "train.batch_size=8", "train.max_steps=4",
+        "backend.device=cpu", "checkpoint.export=false",
+    ]  # fmt: skip

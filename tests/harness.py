@@ -1,0 +1,116 @@
+"""Start runs as real processes, cheaply: a fork server imports torch and transformers once, each run is a fork of it.
+
+A run can be killed, stopped and waited for like one that torchrun started; rank and world size come by the same
+environment variables.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+PRELOAD = [
+    "tritune.trainer.__main__",
+    "tritune.trainer.build",
+    "tritune.trainer.finish",
+    "transformers.models.llama.modeling_llama",
+]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOAD)
+
+
+@dataclass
+class Job:
+    """The processes of one run; rank r writes to `logs[r]`."""
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+
+    def wait(self, timeout: float = 240.0) -> list[int]:
+        """Return the exit status of every rank; a rank killed by signal n has status -n."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        if any(p.is_alive() for p in self.processes):
+            self.signal(signal.SIGKILL)
+            raise TimeoutError(f"not done after {timeout} s:\n{self.output()}")
+        return [p.exitcode for p in self.processes]  # type: ignore[misc]
+
+    def signal(self, number: int, ranks: list[int] | None = None) -> None:
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)  # type: ignore[arg-type]
+
+    def output(self) -> str:
+        return "\n".join(f"[rank {r}]\n{log.read_text()}" for r, log in enumerate(self.logs))
+
+
+def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:
+    """Start `python -m tritune.trainer OVERRIDES` on `world_size` processes; their output goes to files in `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, paths = [], []
+    for rank in range(world_size):
+        variables = dict(env or {})
+        if world_size > 1:
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        paths.append(logs / f"{time.monotonic_ns()}-rank{rank}.txt")
+        process = CONTEXT.Process(target=_rank, args=(overrides, variables, str(paths[-1]), world_size))
+        process.start()
+        processes.append(process)
+    return Job(processes, paths)
+
+
+def run(overrides: list[str], logs: Path, world_size: int = 1, timeout: float = 240.0) -> Job:
+    """Start a run, wait for it, and require that every rank ended with 0."""
+    job = start(overrides, logs, world_size)
+    codes = job.wait(timeout)
+    assert codes == [0] * world_size, f"exit {codes}\n{job.output()}"
+    return job
+
+
+def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a log; a line still being written is left out."""
+    path = directory / name
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) -> None:
+    """Return as soon as the run has logged `step`, or has ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        logged = rows(directory)
+        if (logged and logged[-1]["step"] >= step) or not any(p.is_alive() for p in job.processes):
+            return
+        time.sleep(0.002)
+    raise TimeoutError(f"step {step} was not reached in {timeout} s:\n{job.output()}")
+
+
+def _rank(overrides: list[str], variables: dict[str, str], log: str, world_size: int) -> None:
+    os.environ.update(variables)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    import torch
+
+    torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
+    from tritune.trainer.__main__ import main
+
+    code = main(overrides)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
