@@ -55,18 +55,23 @@ class Job:
 
 def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:
     """Start `python -m tritune.trainer OVERRIDES` on `world_size` processes; their output goes to files in `logs`."""
+    return start_many([overrides], logs, world_size, env)
+
+
+def start_many(
+    cells: list[list[str]], logs: Path, world_size: int = 1, env: dict[str, str] | None = None
+) -> Job:
+    """Start processes once and train each of `cells` in them, one after the other; the first that fails ends them."""
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    ports = [_free_port() for _ in cells]
     processes, paths = [], []
     for rank in range(world_size):
         variables = dict(env or {})
         if world_size > 1:
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            variables |= {"MASTER_ADDR": "127.0.0.1"}
         paths.append(logs / f"{time.monotonic_ns()}-rank{rank}.txt")
-        process = CONTEXT.Process(target=_rank, args=(overrides, variables, str(paths[-1]), world_size))
+        process = CONTEXT.Process(target=_rank, args=(cells, ports, variables, str(paths[-1])))
         process.start()
         processes.append(process)
     return Job(processes, paths)
@@ -74,7 +79,12 @@ def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, 
 
 def run(overrides: list[str], logs: Path, world_size: int = 1, timeout: float = 240.0) -> Job:
     """Start a run, wait for it, and require that every rank ended with 0."""
-    job = start(overrides, logs, world_size)
+    return run_many([overrides], logs, world_size, timeout)
+
+
+def run_many(cells: list[list[str]], logs: Path, world_size: int = 1, timeout: float = 240.0) -> Job:
+    """`run` for several, in the same processes."""
+    job = start_many(cells, logs, world_size)
     codes = job.wait(timeout)
     assert codes == [0] * world_size, f"exit {codes}\n{job.output()}"
     return job
@@ -99,7 +109,13 @@ def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) 
     raise TimeoutError(f"step {step} was not reached in {timeout} s:\n{job.output()}")
 
 
-def _rank(overrides: list[str], variables: dict[str, str], log: str, world_size: int) -> None:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(cells: list[list[str]], ports: list[int], variables: dict[str, str], log: str) -> None:
     os.environ.update(variables)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -107,10 +123,15 @@ def _rank(overrides: list[str], variables: dict[str, str], log: str, world_size:
     sys.stdin = open(os.devnull)  # noqa: SIM115
     import torch
 
-    torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
+    torch.set_num_threads(1)  # small models: more threads only wait for each other
     from tritune.trainer.__main__ import main
 
-    code = main(overrides)
+    code = 0
+    for overrides, port in zip(cells, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        code = main(overrides)
+        if code != 0:
+            break
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,0 +1,36 @@
+# Every target makes .venv and installs Tritune into it when needed. PYTHON=python3.12 make test chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test test-slow check clean
+help:
+	@echo "make demo       train a tiny model from scratch on generated rows, base against tuned (a minute)"
+	@echo "make test       the tests (at most 10 minutes on two cores)"
+	@echo "make test-slow  everything else that needs no GPU (at most 60 minutes)"
+	@echo "make check      ruff and mypy"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python tests/demo.py
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . >/dev/null || $(BIN)/ruff format --check .
+	$(BIN)/mypy -p tritune.trainer -p tritune.launch
+
+clean:
+	rm -rf $(VENV) build *.egg-info
