@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore
-from tritune.trainer.config import Config, Resume
+from tritune.trainer.config import Config, Dtype, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.splits import Splits, read_splits, require_length, require_sources
 from tritune.trainer.distributed import World
@@ -59,15 +59,19 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     with world.together("loading the model"):
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
-        model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed)
+        dtype = storage_dtype(config)
+        model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed, dtype)
         if not heads:
             _set_generation(model, tokenizer)
         keys = apply_method(config.method, model, heads, config.seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad and dtype is torch.bfloat16:
+                parameter.data = parameter.data.float()  # masters are never below float32
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
     say(f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}")
 
-    backend = make_backend(config.backend, world)
+    backend = make_backend(config.backend, world, config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
     wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim))
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
@@ -84,6 +88,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     if world.rank == 0:
         directory.write_json("data.json", {n: vars(e.report) for n, e in splits.examples.items()} | {"labels": splits.labels})
     return run
+
+
+def storage_dtype(config: Config) -> torch.dtype:
+    """What parameters are held in: float32 masters where everything trains; a base that stays frozen, as it computes."""
+    if config.model.dtype is Dtype.float64:
+        return torch.float64
+    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.name != "full" else torch.float32
 
 
 def check_resume(config: Config, directory: RunDir) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tritune.trainer.config import Config, LoraConfig
-from tritune.trainer.methods.adapter_io import save_adapter
+from tritune.trainer.methods.adapter_io import save_adapter, whole
 
 
 def export(
@@ -20,8 +21,9 @@ def export(
     if isinstance(config.method, LoraConfig):
         size = save_adapter(partial, config.method, model, heads, config.model.path)
     else:
-        model.config.use_cache = True  # training turned it off
-        model.save_pretrained(partial)
+        dtype = getattr(torch, config.model.dtype.value)
+        model.config.use_cache, model.config.dtype = True, dtype  # training turned the cache off
+        model.save_pretrained(partial, state_dict={n: whole(t).to(dtype) for n, t in model.state_dict().items()})
         model.config.use_cache = False
         size = sum(p.stat().st_size for p in partial.glob("*.safetensors"))
     tokenizer.save_pretrained(partial)

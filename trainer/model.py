@@ -54,8 +54,9 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     labels: list[str] | None,
     seed: int,
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Return the model on CPU in float32 (float64 where `model.dtype` says so), embeddings resized to the tokenizer.
+    """Return the model on CPU, parameters in `dtype`, embeddings resized to the tokenizer.
 
     Args:
         labels: class names for a sequence classifier; None for a language model.
@@ -64,7 +65,6 @@ def load_model(
     Raises:
         InputError: weights are missing from the checkpoint, or the family has no such head.
     """
-    dtype = torch.float64 if config.dtype.value == "float64" else torch.float32
     architecture.pad_token_id = tokenizer.pad_token_id
     architecture.use_cache = False
     auto: Any = AutoModelForCausalLM

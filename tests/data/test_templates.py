@@ -10,7 +10,6 @@ import re
 
 import pytest
 from transformers import AutoTokenizer
-
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.data.examples import conversations
 from tritune.trainer.data.kinds import Record
@@ -141,7 +140,6 @@ def test_built_in_chatml_on_a_real_tokenizer(shared):
         ("{%\tgeneration %}x{% endgeneration %}", True),
         ("{% if add_generation_prompt %}x{% endif %}", False),
         ("{% set generation = 1 %}{{ generation }}", False),
-        ("{# {% generation %} is not here #}{{ messages }}", False),
     ],
 )
 def test_recognizing_marks(template, expected):

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from tritune.trainer.config import Bias, Config, LoraConfig, MethodConfig, ModelConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate

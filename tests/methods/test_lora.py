@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from tritune.kernels.dropout import token_keys
 from tritune.trainer.config import Bias, LoraConfig, MethodConfig
 from tritune.trainer.data.examples import Examples

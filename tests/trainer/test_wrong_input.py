@@ -16,8 +16,7 @@ import harness
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED
+from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED, InputError
 from tritune.trainer.rundir import RunDir
 from tritune.trainer.stop import SIGNALS
 
@@ -85,6 +84,11 @@ def pretrained(shared, tmp_path):
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def kept(directory: Path) -> dict[str, bytes]:
+    """What a refused start must leave as it is."""
+    return {name: content for name, content in contents(directory).items() if name not in REWRITTEN}
 
 
 # -- keys
@@ -164,6 +168,13 @@ def test_half_a_surrogate_pair(refused, write, share):
 
 
 @pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("objective", ["classify", "pretrain"])
+def test_half_a_surrogate_pair_in_a_text(refused, write, objective):
+    path = write([{"text": f"a {i}", "label": f"l{i % 2}"} for i in range(3)] + [{"text": "a \ud83d", "label": "l0"}])
+    refused(f"objective={objective}", "data.max_length=64", f"data.train={path}", words=[f"{path}:4"])
+
+
+@pytest.mark.usefixtures("unloaded")
 def test_csv_with_a_short_row(refused, write):
     path = write('prompt,response\na,"b\nb"\nc\nd,e\n', "rows.csv")
     refused(f"data.train={path}", words=[f"{path}:4", "1 cells", "the header 2", "Quote cells"])
@@ -198,7 +209,7 @@ def test_mapped_column_that_is_missing(refused, write):
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
 def test_file_that_is_not_utf8(refused, write, name):
-    path = write("prompt,response\nna,me\n".encode() + "caf\xe9,b\n".encode("latin1"), name)
+    path = write(b"prompt,response\nna,me\n" + "caf\xe9,b\n".encode("latin1"), name)
     objective = ["objective=pretrain"] if name.endswith("txt") else []
     refused(*objective, f"data.train={path}", words=[f"{path}:3", "0xe9", "not UTF-8", "iconv"])
 
@@ -229,7 +240,7 @@ def test_empty_split(refused, write):
 def test_file_broken_after_a_first_run(tritune, finished, tmp_path):
     """The run that is there keeps every file; mended, the same command goes on with it."""
     overrides, rows, directory = finished
-    whole, before = rows.read_text(), contents(directory)
+    whole, before = rows.read_text(), kept(directory)
     try:
         rows.write_text(whole + "{\n")
         result = tritune(*overrides, f"run.dir={directory}")
@@ -237,8 +248,7 @@ def test_file_broken_after_a_first_run(tritune, finished, tmp_path):
         rows.write_text(whole)
     assert result.code == EXIT_INPUT
     assert f"{rows}:{whole.count(chr(10)) + 1}" in result.err
-    after = contents(directory)
-    assert {n: c for n, c in after.items() if n not in REWRITTEN} == {n: c for n, c in before.items() if n not in REWRITTEN}
+    assert kept(directory) == before
 
 
 def test_mended_file_goes_on(tritune, finished):
@@ -347,7 +357,7 @@ def test_messages_that_are_no_list(refused, write, value):
     ],
     ids=["raises", "syntax", "unclosed", "undefined", "zero", "filter", "recursion"],
 )
-def test_chat_template_that_fails(refused, write, sft_file, text, word):
+def test_chat_template_that_fails(refused, write, text, word):
     path = write(text, "template.jinja")
     refused(f"model.chat_template={path}", words=["the chat template fails", word, "model.chat_template"])
 
@@ -448,6 +458,19 @@ def test_unknown_architecture(refused):
     refused("model.config.model_type=lama", words=["model.config.model_type=lama", "transformers knows"])
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.config.hiden_size=64", ["hiden_size", "hidden_size"]),
+        ("model.config.hidden_size=wide", ["hidden_size", "wide"]),
+        ("model.config.num_attention_heads=7", ["hidden size (32)", "attention heads (7)"]),
+    ],
+    ids=["unknown", "mistyped", "unfit"],
+)
+def test_key_of_the_architecture_that_is_wrong(refused, override, words):
+    refused(override, words=["model.config", *words])
+
+
 @pytest.mark.usefixtures("unloaded")
 def test_unknown_padding_token(refused):
     refused("model.pad_token='<none>'", words=["model.pad_token=<none>", "no such token", "Choose"])
@@ -512,24 +535,24 @@ def test_resume_required_and_nothing_there(refused, tmp_path):
 @pytest.mark.usefixtures("unloaded")
 def test_resume_forbidden_and_a_run_there(tritune, finished):
     overrides, _, directory = finished
-    before = contents(directory)
+    before = kept(directory)
     result = tritune(*overrides, f"run.dir={directory}", "run.resume=never")
     assert result.code == EXIT_INPUT
     for word in ("run.resume=never", "holds a run already", "another run.dir"):
         assert word in result.err
-    assert {n: c for n, c in contents(directory).items() if n not in REWRITTEN} == {
-        n: c for n, c in before.items() if n not in REWRITTEN
-    }
+    assert kept(directory) == before
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_run_dir_that_is_a_file(refused, write):
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_run_dir_that_is_a_file(refused, write, below):
     path = write("x", "occupied")
-    refused(f"run.dir={path}", words=[f"run.dir={path}", "another run.dir"])
+    refused(f"run.dir={path}{below}", words=[f"run.dir={path}{below}"])
+    assert path.read_text() == "x"
 
 
 def test_run_dir_in_use(tritune, tiny, tmp_path, monkeypatch):
-    """The second run is refused by name and touches nothing; the first one goes on; a dead one's lock does not hold."""
+    """The second run is refused by name and touches nothing; the first one goes on."""
     directory = tmp_path / "run"
     long_run = [*tiny, "train.max_steps=1000000", "evaluation.every=1000000", f"run.dir={directory}"]
     job = harness.start(long_run, tmp_path / "logs")
@@ -544,17 +567,28 @@ def test_run_dir_in_use(tritune, tiny, tmp_path, monkeypatch):
             assert result.code == EXIT_INPUT
             assert "Traceback" not in result.err
             assert len(result.lines()) == 1
-            for word in (f"run.dir={directory}", "a live run has this directory", str(job.processes[0].pid), "another run.dir"):
+            pid = str(job.processes[0].pid)
+            for word in (f"run.dir={directory}", "a live run has this directory", pid, "another run.dir"):
                 assert word in result.err
         assert contents(directory) == before
         job.signal(signal.SIGCONT)
         harness.wait_for_step(job, directory, harness.rows(directory)[-1]["step"] + 1)
         job.signal(signal.SIGTERM)
         assert job.wait() == [EXIT_STOPPED], job.output()
-        job = harness.start(long_run, tmp_path / "logs")
-        harness.wait_for_step(job, directory, harness.rows(directory)[-1]["step"] + 1)
     finally:
         job.signal(signal.SIGCONT)
+        job.signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_run_does_not_hold(tiny, tmp_path):
+    directory = tmp_path / "run"
+    job = harness.start([*tiny, "train.max_steps=1000000", f"run.dir={directory}"], tmp_path / "logs")
+    try:
+        harness.wait_for_step(job, directory, 2)
+        with pytest.raises(InputError, match="a live run"):
+            RunDir(directory).acquire()
+    finally:
         job.signal(signal.SIGKILL)
     assert job.wait() == [-signal.SIGKILL], job.output()
     owner = RunDir(directory)
@@ -572,11 +606,12 @@ def finished_once(sft_file, tmp_path_factory):
     shutil.copy(sft_file, rows)
     overrides = [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={rows}",
-        "data.max_length=160", "train.batch_size=8", "train.max_steps=2", "backend.device=cpu", "checkpoint.export=false",
+        "data.max_length=160", "train.batch_size=8", "train.max_steps=2", "backend.device=cpu",
+        "checkpoint.export=false",
     ]  # fmt: skip
-    kept = {n: signal.getsignal(n) for n in SIGNALS}
+    handlers = {n: signal.getsignal(n) for n in SIGNALS}
     assert main([*overrides, f"run.dir={folder / 'run'}"]) == 0
-    for number, handler in kept.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     return overrides, rows, folder / "run"
 

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tritune.trainer.backends.local import Local
-from tritune.trainer.config import BackendConfig
+from tritune.trainer.backends.mixed import Mixed
+from tritune.trainer.config import BackendConfig, Dtype
 from tritune.trainer.distributed import World
-
-NAMES = ("auto", "single", "ddp")
-
 
 class Backend(Protocol):
     """Gradients are averaged over `dp_size` ranks, so the loop scales each loss by `dp_size`."""
@@ -46,7 +44,7 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(config: BackendConfig, world: World) -> Backend:
+def make_backend(config: BackendConfig, world: World, dtype: Dtype) -> Backend:
     """`auto` is `single` for one process and `ddp` for several."""
     name = config.name if config.name != "auto" else ("ddp" if world.size > 1 else "single")
-    return Local(name, world)
+    return Mixed(name, world) if dtype is Dtype.bfloat16 else Local(name, world)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -42,6 +43,7 @@ class Local:
         gradients = [p.grad for p in parameters if p.grad is not None]
         # Gradients are the same bytes on all ranks, so each decides alike without asking the others.
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             for group in self.optimizer.param_groups:

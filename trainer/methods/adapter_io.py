@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tritune.trainer.config import LoraConfig
@@ -27,8 +28,8 @@ def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, he
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    whole = saved_modules(config, model, heads)
-    for name in whole:
+    saved = saved_modules(config, model, heads)
+    for name in saved:
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     for name, parameter in model.named_parameters():
@@ -36,7 +37,7 @@ def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, he
             tensors[PREFIX + name] = parameter
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "adapter_model.safetensors"
-    save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({n: whole(t).cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
@@ -46,7 +47,7 @@ def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, he
         "lora_dropout": config.dropout,
         "bias": config.bias.value,
         "target_modules": _short_targets(model, list(layers)),
-        "modules_to_save": whole or None,
+        "modules_to_save": saved or None,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -54,6 +55,11 @@ def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, he
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return path.stat().st_size
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter as a plain tensor, gathered where it is a DTensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _short_targets(model: PreTrainedModel, names: list[str]) -> list[str]:
