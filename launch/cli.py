@@ -60,14 +60,13 @@ def _train(argv: list[str]) -> int:
 def _config(argv: list[str]) -> int:
     import yaml
 
-    from tritune.trainer.compose import compose_partly, split_argv, to_dict
-    from tritune.trainer.config import check
+    from tritune.trainer.compose import compose_partly, split_argv, to_dict, unheld_rules
 
     config_dir, overrides = split_argv(argv)
     config, faults = compose_partly(overrides, config_dir)
     if config is not None:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
-        faults = faults + check(config)
+        faults = faults + unheld_rules(config, faults)
     for fault in faults:
         print(f"tritune: {fault}", file=sys.stderr)
     return 2 if faults else 0

@@ -61,7 +61,8 @@ def _start(argv: list[str], processes: int, directory: Path) -> int:
     code = child.wait()
     now = status.read_text() if status.is_file() else None
     if now is not None and now != before:
-        written = json.loads(now)["exit_code"]
+        status = json.loads(now)
+        written = status["refused"]["exit_code"] if "refused" in status else status["exit_code"]
         if written is not None:
             return int(written)
     return code or 1

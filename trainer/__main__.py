@@ -13,6 +13,7 @@ from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOP
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
+    from tritune.trainer.rundir import RunDir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def run(config: Config, path: Path, leader: bool) -> int:
     from tritune.trainer.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
-    directory, owned, step = RunDir(path), False, 0
+    directory, owned, built = RunDir(path), False, None
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
         world = distributed.start(config.backend)
@@ -54,15 +55,14 @@ def run(config: Config, path: Path, leader: bool) -> int:
                 directory.acquire()
                 owned = True
                 progress.open_log(directory.path / "train.log")
-                directory.write_status("starting", 0)
         progress.say(f"run       {directory.path}")
         built = build(config, world, directory, progress, stop)
-        step = built.state.step
+        if leader:
+            directory.write_status("training", built.state.step)
         base = score_base(built)
         stopped_by = fit(built)
-        step = built.state.step
         if stopped_by:
-            progress.say(f"stopped   by {stopped_by} after step {step}, saved; the same command goes on from there")
+            progress.say(f"stopped   by {stopped_by} after step {built.state.step}, saved; the same command goes on from there")
             state, code, culprit = "stopped", EXIT_STOPPED, stopped_by
         else:
             finish(built, base)
@@ -82,11 +82,22 @@ def run(config: Config, path: Path, leader: bool) -> int:
         culprit = f"{type(error).__name__}: {error}"
     finally:
         if owned:
-            directory.write_status(state, step, code, culprit)
+            _write_end(directory, state, built.state.step if built else 0, code, culprit)
         progress.close()
         directory.close()
         distributed.end()
     return code
+
+
+def _write_end(directory: RunDir, state: str, step: int, code: int, culprit: str | None) -> None:
+    """The last status. A start that was refused leaves what the directory says of an earlier run."""
+    try:
+        if code == EXIT_INPUT:
+            directory.write_refusal(culprit or "", code)
+        else:
+            directory.write_status(state, step, code, culprit)
+    except OSError as error:
+        print(f"tritune: status.json could not be written: {error.strerror}", file=sys.stderr)
 
 
 def run_path(config: Config, overrides: list[str]) -> Path:

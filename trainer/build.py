@@ -6,11 +6,11 @@ import time
 from functools import partial
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
-from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.config import Config, Dtype, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.splits import Splits, read_splits, require_length, require_sources
@@ -20,13 +20,21 @@ from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
-from tritune.trainer.model import CLASS_HEAD, context_length, count_parameters, is_tied, load_architecture, load_model
+from tritune.trainer.model import (
+    CLASS_HEAD,
+    context_length,
+    count_parameters,
+    is_tied,
+    load_architecture,
+    load_model,
+    model_stop_ids,
+)
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
 from tritune.trainer.rundir import RunDir
-from tritune.trainer.scorer import TokenScorer
+from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.state import Due, TrainState
 from tritune.trainer.stop import Stop
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
@@ -48,9 +56,10 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))
         require_length(config, context_length(architecture))
-        pad = choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, architecture.eos_token_id))
+        stops = model_stop_ids(config.model, architecture)
+        pad = choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, stops))
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture))
+        splits = read_splits(config, tokenizer, context_length(architecture), stops)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
@@ -59,11 +68,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     with world.together("loading the model"):
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
-        dtype = storage_dtype(config)
+        dtype, vocab_size = storage_dtype(config), architecture.get_text_config().vocab_size
         model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed, dtype)
         if not heads:
             _set_generation(model, tokenizer)
         keys = apply_method(config.method, model, heads, config.seed)
+        if not config.model.config and len(tokenizer) > vocab_size:
+            require_trained_embeddings(model, len(tokenizer) - vocab_size)
         for parameter in model.parameters():
             if parameter.requires_grad and dtype is torch.bfloat16:
                 parameter.data = parameter.data.float()  # masters are never below float32
@@ -73,6 +84,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     backend = make_backend(config.backend, world, config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
+    if not heads and architecture.model_type not in TESTED_FAMILIES:
+        with world.together("comparing the scorer with the model"):
+            require_same_logits(scorer)
     wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim))
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
@@ -97,9 +111,17 @@ def storage_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.name != "full" else torch.float32
 
 
+def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
+    """Refuse new tokens whose embeddings would stay as random as they were drawn, and would not be in the adapter."""
+    if not model.get_input_embeddings().weight.requires_grad:
+        rule = f"{added} token(s) are new to the model, and method=lora keeps their embeddings frozen and random"
+        remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
+        raise InputError("model.add_tokens", rule, remedy)
+
+
 def check_resume(config: Config, directory: RunDir) -> None:
     """Refuse what the directory and `run.resume` do not allow, before anything is loaded."""
-    checkpoints = sorted((directory.path / "checkpoints").glob("step-*"))
+    checkpoints = saved_steps(directory.path / "checkpoints")
     if config.run.resume is Resume.require and not checkpoints:
         raise InputError("run.resume=require", f"{directory.path} holds no checkpoint", "Check run.dir, or use auto")
     if config.run.resume is Resume.never and (directory.path / "config.yaml").exists():
@@ -132,7 +154,12 @@ def dry_run(run: Run) -> None:
 def _resume_or_start(run: Run) -> None:
     found = run.store.newest()
     if found is not None:
-        run.state.load_json(run.store.load(found, run.backend.tensors()))
+        saved = run.store.load(found, run.backend.tensors())
+        with run.world.together("checking what was saved"):
+            if saved["data"] != run.splits["train"].digest():
+                rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
+                raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
+            run.state.load_json(saved["train"])
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
     if run.world.rank == 0:
         run.directory.cut_logs(run.state.step)
@@ -171,7 +198,9 @@ def _make_objective(config: Config, splits: Splits, tokenizer: PreTrainedTokeniz
 def _set_generation(model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the exported model stop where it was trained to, and pad with the token chosen here."""
     generation: GenerationConfig = model.generation_config
-    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
+    eos = generation.eos_token_id
+    stops = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    generation.eos_token_id = stop_token_ids(tokenizer, stops) or None
     generation.pad_token_id = tokenizer.pad_token_id
 
 

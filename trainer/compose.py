@@ -7,10 +7,9 @@ value is applied by itself and checked against the composed schema. Nothing in a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,11 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tritune.trainer.config import SCHEMAS, Config, check, register
+from tritune.trainer.config import GROUPS, SCHEMAS, Config, register
+from tritune.trainer.config_check import check
+from tritune.trainer.config_yaml import conversion, nearest, one_line, options, yaml_faults
 from tritune.trainer.errors import ConfigFaults
-
-GROUPS = (*SCHEMAS, "experiment")
-
 
 def load_config(overrides: list[str], config_dir: str | None = None, world_size: int | None = None) -> Config:
     """Compose the configuration, or raise `ConfigFaults` with everything that is wrong with it.
@@ -38,16 +36,22 @@ def load_config(overrides: list[str], config_dir: str | None = None, world_size:
     """
     config, faults = compose_partly(overrides, config_dir)
     if config is not None:
-        faults = faults + check(config, world_size)
+        faults = faults + unheld_rules(config, faults, world_size)
     if faults or config is None:
         raise ConfigFaults(faults)
     return config
 
 
+def unheld_rules(config: Config, faults: list[str], world_size: int | None = None) -> list[str]:
+    """`check`'s faults, without those of keys whose given value could not be set: they have a fault already."""
+    named = {fault.partition("=")[0] for fault in faults}
+    return [fault for fault in check(config, world_size) if fault.partition("=")[0] not in named]
+
+
 def split_argv(argv: list[str]) -> tuple[str | None, list[str]]:
     """`[--config-dir DIR] key=value ...` -> DIR or None, and the overrides."""
     if argv[:1] == ["--config-dir"]:
-        return (argv[1] if len(argv) > 1 else ""), argv[2:]
+        return (argv[1] if len(argv) > 1 else "(nothing)"), argv[2:]
     if argv and argv[0].startswith("--config-dir="):
         return argv[0].partition("=")[2], argv[1:]
     return None, argv
@@ -64,16 +68,22 @@ def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple
         choices, values, faults, failed = _sort_overrides(overrides, config_dir)
         try:
             composed = hydra_compose("config", overrides=[*search, *choices])
-        except (HydraException, OmegaConfBaseException) as error:
-            located = _yaml_faults(choices, config_dir)
-            return None, faults + (located or [_one_line(error)])
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
+            faults += yaml_faults(choices, config_dir) or [one_line(error)]
+            failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
+            composed = hydra_compose("config")
     for override in values:
-        fault = _apply(composed, override)
-        if fault:
-            faults.append(fault)
+        if override.key_or_group.partition(".")[0] not in failed:
+            fault = _apply(composed, override)
+            if fault:
+                faults.append(fault)
+    faults += _unresolved(OmegaConf.to_container(composed, resolve=False))
     if failed:  # the rules would complain of what the missing group was to give
         return None, faults
-    return OmegaConf.to_object(composed), faults  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_object(composed), faults  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        return None, faults or [one_line(error)]
 
 
 def to_dict(config: Any) -> Any:
@@ -104,25 +114,19 @@ def _sort_overrides(
             faults.append(f"{text}: keys are neither added nor deleted here. Write {key}=value (null empties a key)")
         elif override.is_sweep_override():
             faults.append(f'{text}: a list of alternatives is a sweep. Write one value, or quote it: {key}=\'"a,b"\'')
+        elif override.package is not None:
+            faults.append(f"{text}: groups keep their place here. Write {key}={override.get_value_string()}")
         elif key in GROUPS:
             value = override.value()
-            names = sorted(p.stem for root in _roots(config_dir) for p in (root / key).glob("*.yaml"))
+            names = options(key, config_dir)
             if value in names or (value is None and key == "experiment"):
                 choices.append(text)
             else:
-                faults.append(f"{text}: there is no such {key}. {_nearest(str(value), names)}")
+                faults.append(f"{text}: there is no such {key}. {nearest(str(value), names)}")
                 failed.add(key)
         else:
             values.append(override)
-    values = [v for v in values if v.key_or_group.partition(".")[0] not in failed]  # their schema is not known
     return choices, values, faults, failed
-
-
-def _roots(config_dir: str | None) -> list[Path]:
-    """The folders that hold groups, the user's own first."""
-    import tritune.conf
-
-    return [*([Path(config_dir)] if config_dir else []), Path(tritune.conf.__file__).parent]
 
 
 def _apply(composed: Any, override: Override) -> str | None:
@@ -137,8 +141,19 @@ def _apply(composed: Any, override: Override) -> str | None:
     try:
         OmegaConf.update(composed, key, override.value(), force_add=True, merge=False)
     except OmegaConfBaseException as error:
-        return f"{text}: {_conversion(error, composed, key)}"
+        return f"{text}: {conversion(error, composed, key)}"
     return None
+
+
+def _unresolved(node: Any, prefix: str = "") -> list[str]:
+    """Interpolations and `???`: they could read the environment into a config that is written down, or fail late."""
+    if isinstance(node, dict):
+        return [f for k, v in node.items() for f in _unresolved(v, f"{prefix}{k}.")]
+    if isinstance(node, list):
+        return [f for v in node for f in _unresolved(v, prefix)]
+    if isinstance(node, str) and ("${" in node or node == "???"):
+        return [f"{prefix.rstrip('.')}={node}: interpolations are not read here. Write the value itself"]
+    return []
 
 
 def _unknown(key: str, schema: type | None, node: Any) -> str | None:
@@ -147,7 +162,7 @@ def _unknown(key: str, schema: type | None, node: Any) -> str | None:
     free = {k for k, is_mapping in valid.items() if is_mapping}
     if key in valid or any(key.startswith(f + ".") for f in free):
         return None
-    return f"there is no such key. {_nearest(key, [*valid, *GROUPS] if '.' not in key else list(valid))}"
+    return f"there is no such key. {nearest(key, [*valid, *GROUPS] if '.' not in key else list(valid))}"
 
 
 def _keys(schema: type | None, node: Any, prefix: str = "") -> dict[str, bool]:
@@ -161,74 +176,3 @@ def _keys(schema: type | None, node: Any, prefix: str = "") -> dict[str, bool]:
         else:
             keys[prefix + name] = getattr(hint, "__origin__", None) is dict
     return keys
-
-
-def _nearest(wrong: str, valid: list[str]) -> str:
-    last = wrong.rsplit(".", 1)[-1]
-    near = [v for v in valid if v.rsplit(".", 1)[-1] == last][:1]
-    near = near or difflib.get_close_matches(wrong, valid, n=1, cutoff=0.6)
-    by_last = {v.rsplit(".", 1)[-1]: v for v in valid}
-    near = near or [by_last[m] for m in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
-    if near:
-        return f"Did you mean {near[0]}?"
-    return "There is: " + ", ".join(sorted(valid)[:12]) + (" ..." if len(valid) > 12 else "")
-
-
-def _expected(composed: Any, key: str) -> str:
-    parent_key, _, name = key.rpartition(".")
-    parent = OmegaConf.select(composed, parent_key) if parent_key else composed
-    hint = get_type_hints(OmegaConf.get_type(parent)).get(name)
-    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
-
-
-def _conversion(error: Exception, node: Any, key: str) -> str:
-    message = _one_line(error)
-    return message if "expected one of" in message else f"{message}. It expects {_expected(node, key)}"
-
-
-def _one_line(error: Exception) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
-
-
-def _yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
-    """Walk the chosen YAML files against the schema: Hydra names only the first unknown key of a file."""
-    roots = _roots(config_dir)
-    picked = {text.partition("=")[0]: text.partition("=")[2] for text in choices}
-    faults: list[str] = []
-    for group, name in picked.items():
-        path = next((r / group / f"{name}.yaml" for r in roots if (r / group / f"{name}.yaml").is_file()), None)
-        if path is None:
-            continue
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            faults.append(f"{path}: it is not valid YAML ({_one_line(error)}). Mend the file")
-            continue
-        defaults = {k.replace("override ", "").strip("/ "): v for d in content.pop("defaults", []) if isinstance(d, dict)
-                    for k, v in d.items()}
-        if group == "experiment":
-            schema_of = {g: SCHEMAS.get(g, {}).get(picked.get(g, defaults.get(g, ""))) for g in SCHEMAS}
-            faults += _walk(content, Config, schema_of, "", str(path))
-        else:
-            faults += _walk({group: content}, Config, {group: SCHEMAS[group].get(name)}, "", str(path))
-    return faults
-
-
-def _walk(content: Any, schema: type, schema_of: dict[str, type | None], prefix: str, path: str) -> list[str]:
-    if not isinstance(content, dict):
-        return [f"{path}: {prefix.rstrip('.') or 'the file'} is not a mapping. Write keys and values"]
-    hints, faults = get_type_hints(schema), []
-    for name, value in content.items():
-        hint = schema_of.get(prefix + name) or hints.get(name)
-        if hint is None:
-            faults.append(f"{path}: {prefix}{name}: there is no such key. "
-                          f"{_nearest(prefix + name, [prefix + h for h in hints])}")
-        elif dataclasses.is_dataclass(hint):
-            faults += _walk(value, hint, {}, f"{prefix}{name}.", path)  # type: ignore[arg-type]
-        else:
-            probe = OmegaConf.structured(schema)
-            try:
-                OmegaConf.update(probe, name, value)
-            except OmegaConfBaseException as error:
-                faults.append(f"{path}: {prefix}{name}={value}: {_conversion(error, probe, name)}")
-    return faults

@@ -1,7 +1,7 @@
 """The configuration tree: one dataclass a group, every key with its meaning, unit and default.
 
-`trainer/compose.py` turns Hydra overrides into a `Config`; past that edge there is no DictConfig and no `.get`.
-`check()` holds the rules that cross keys and returns every fault it finds.
+`compose.py` turns Hydra overrides into a `Config`; past that edge there is no DictConfig and no `.get`. `config_check.py`
+holds the rules that values must keep.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str | None = None  # .jsonl .csv .parquet .txt, a datasets folder, or hf://name[/config]:split
+    train: str | None = None  # .jsonl .csv .parquet .txt, a datasets folder, or hf://name[@config]:split
     validation: str | None = None
     test: str | None = None
     retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
@@ -246,6 +246,23 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "backend": {"auto": BackendConfig},
     "kernels": {"auto": KernelsConfig},
 }
+GROUPS = (*SCHEMAS, "experiment")
+
+# What `<group>.name` may be. It follows from the option chosen; a YAML that sets it by hand is refused unless it fits.
+NAMES: dict[str, tuple[str, ...]] = {
+    "method": ("full", "lora"),
+    "objective": ("pretrain", "sft", "classify", "classify_token"),
+    "backend": ("auto", "single", "ddp"),
+    "kernels": ("auto", "reference"),
+}
+
+# The figures each objective reports, of which `evaluation.metric` is one.
+METRICS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("loss", "perplexity", "bits_per_byte"),
+    "sft": ("loss", "perplexity"),
+    "classify": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
+    "classify_token": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
+}
 
 
 def register() -> None:
@@ -255,107 +272,3 @@ def register() -> None:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
-
-
-def check(config: Config, world_size: int | None = None) -> list[str]:
-    """Return every fault of `config` that needs no file and no model to be seen, as `key=value: rule. Remedy` lines.
-
-    `world_size` is the number of ranks, where it is known already.
-    """
-    c, faults = config, []
-
-    def rule(holds: bool, key: str, text: str) -> None:
-        if not holds:
-            value: Any = c
-            for part in key.split("."):
-                value = getattr(value, part)
-            faults.append(f"{key}={value.value if isinstance(value, Enum) else value}: {text}")
-
-    rule(
-        bool(c.model.path) != bool(c.model.config),
-        "model.path",
-        "a model is either pretrained or made from a config. Give model.path=<hub id or folder>, or model=tiny",
-    )
-    rule(
-        not c.model.config or c.model.tokenizer is not None,
-        "model.tokenizer",
-        "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
-    )
-    rule(c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
-    rule(c.data.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
-    for key in ("validation", "test"):
-        share = getattr(c.data, f"{key}_share")
-        rule(0.0 <= share < 1.0, f"data.{key}_share", "a share lies in [0, 1). Use e.g. 0.1")
-        rule(
-            not (share and getattr(c.data, key)),
-            f"data.{key}_share",
-            f"data.{key} is given as well. Set one of the two",
-        )
-    rule(
-        c.data.validation_share + c.data.test_share < 1.0,
-        "data.validation_share",
-        "with data.test_share nothing is left to train on. Their sum must stay below 1",
-    )
-    if isinstance(c.method, LoraConfig):
-        rule(c.method.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
-        rule(0.0 <= c.method.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")
-        rule(bool(c.method.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
-    if isinstance(c.objective, ClassifyTokenConfig):
-        rule("{text}" in c.objective.prompt, "objective.prompt", "the row's text has no place. Write {text} where it goes")
-    rule(c.optim.lr > 0, "optim.lr", "a learning rate is positive. Use e.g. 1e-4")
-    rule(
-        len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
-        "optim.betas",
-        "AdamW has two betas in [0, 1). Use e.g. [0.9,0.999]",
-    )
-    rule(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative. Use 0 to turn it off")
-    rule(c.optim.max_norm > 0, "optim.max_norm", "clipping needs a positive norm. Use a large value, 1e9, for none")
-    for key in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
-        rule(0.0 <= getattr(c.optim, key) <= 1.0, f"optim.{key}", "a share lies in [0, 1]. Use e.g. 0.1")
-    rule(c.train.batch_size >= 1, "train.batch_size", "a step needs at least one sequence. Use 1 or more")
-    rule(
-        c.train.micro_batch_size is None or 1 <= c.train.micro_batch_size <= c.train.batch_size,
-        "train.micro_batch_size",
-        f"it splits train.batch_size={c.train.batch_size}. Use a value from 1 to that",
-    )
-    rule(
-        (c.train.epochs or 0) >= 1 or (c.train.max_steps or 0) >= 1,
-        "train.max_steps",
-        "the run has no end. Give train.max_steps or train.epochs, at least 1",
-    )
-    rule(c.train.log_every >= 1, "train.log_every", "rows are logged every n steps. Use 1 or more")
-    rule(c.train.max_nonfinite >= 1, "train.max_nonfinite", "at least one bad step must be seen. Use 1 or more")
-    rule(c.train.patience is None or c.train.patience >= 1, "train.patience", "count of evaluations. Use 1 or more")
-    for key in ("evaluation.every", "checkpoint.every"):
-        every = getattr(getattr(c, key.split(".")[0]), "every")  # noqa: B009
-        rule(every is None or every >= 1, key, "an interval is at least one step. Use 1 or more, or null for each epoch")
-    rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
-    rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
-    has_validation = bool(c.data.validation or c.data.validation_share)
-    for key in ("patience", "use_best"):
-        rule(
-            not getattr(c.train, key) or has_validation,
-            f"train.{key}",
-            "the best step is chosen on a validation split, and there is none. Give data.validation or "
-            "data.validation_share",
-        )
-    if world_size is not None:
-        rule(
-            not (c.backend.name == "single" and world_size > 1),
-            "backend.name",
-            f"{world_size} processes were started. Use backend=ddp, or start one process",
-        )
-        accumulation = derived_accumulation(c.train, world_size)
-        rule(
-            c.train.accumulation in (None, accumulation),
-            "train.accumulation",
-            f"train.batch_size={c.train.batch_size} over {world_size} rank(s) in micro-batches of "
-            f"{c.train.micro_batch_size} makes {accumulation}. Leave it out: it is derived",
-        )
-    return faults
-
-
-def derived_accumulation(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step."""
-    per_rank = -(-train.batch_size // world_size)
-    return -(-per_rank // min(train.micro_batch_size or per_rank, per_rank))

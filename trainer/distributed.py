@@ -90,6 +90,7 @@ def start(config: BackendConfig) -> World:
     if use_cuda:
         torch.cuda.set_device(device)
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, wherever it is imported, warns of a missing GPU
         # Once a loss is small, moments and gradients fall below the normal range, where CPU arithmetic is many times slower.
         torch.set_flush_denormal(True)
     if size > 1:
@@ -105,9 +106,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_ended: list[Any] = []
+
+
 def end() -> None:
-    """Leave the process group; safe to call where none was joined."""
+    """Leave the process group; safe to call where none was joined.
+
+    A reference to the group is kept: were DDP's reducer its last owner, the group would be torn down under the
+    interpreter's lock, which its own threads may be waiting for (seen here with gloo: 1 of 10 runs hung at the end).
+    """
     if dist.is_initialized():
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ def export(
     else:
         dtype = getattr(torch, config.model.dtype.value)
         model.config.use_cache, model.config.dtype = True, dtype  # training turned the cache off
-        model.save_pretrained(partial, state_dict={n: whole(t).to(dtype) for n, t in model.state_dict().items()})
+        model.save_pretrained(partial, state_dict=_cast(model, dtype))
         model.config.use_cache = False
         size = sum(p.stat().st_size for p in partial.glob("*.safetensors"))
     tokenizer.save_pretrained(partial)
@@ -31,3 +31,9 @@ def export(
         shutil.rmtree(directory)
     partial.rename(directory)
     return size
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict in `dtype`. Tensors that were one stay one, or a tied matrix would be written twice."""
+    done: dict[int, torch.Tensor] = {}
+    return {n: done.setdefault(id(t), whole(t).to(dtype)) for n, t in model.state_dict(keep_vars=True).items()}

@@ -154,4 +154,5 @@ def out_of_patience(config: Config, state: TrainState) -> bool:
 
 def save(run: Run) -> None:
     run.directory.sync_logs()
-    run.store.save(run.state.step, run.backend.tensors(), run.state.to_json(), run.state.best_step)
+    saved = {"train": run.state.to_json(), "data": run.splits["train"].digest()}
+    run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,14 +33,23 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     if config.config:
         settings = {"vocab_size": vocab_size, **config.config}
         model_type = settings.pop("model_type", None)
+        remedy = "Use a model_type that transformers knows, with its own keys and values"
         try:
+            default = AutoConfig.for_model(model_type)
+            known = sorted({*default.to_dict(), *default.attribute_map})
+            for key in settings:
+                if key not in known:
+                    near = difflib.get_close_matches(key, known, n=1)
+                    hint = f"Did you mean model.config.{near[0]}?" if near else f"It has {', '.join(known[:12])} ..."
+                    raise InputError(f"model.config.{key}", f"a {model_type} config has no such key", hint)
             return AutoConfig.for_model(model_type, **settings)
-        except (ValueError, TypeError, KeyError) as error:
-            remedy = "Use a model_type that transformers knows, with its own keys"
-            raise InputError(f"model.config.model_type={model_type}", _first_line(error), remedy) from None
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  each family checks its values in its own way
+            raise InputError(f"model.config={config.config}", _first_line(error), remedy) from None
     try:
         return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
         raise InputError(f"model.path={config.path}", f"no model loads from it ({_first_line(error)})", remedy) from None
 
@@ -46,6 +57,17 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions that the model has, or None where it sets no limit."""
     return getattr(architecture.get_text_config(), "max_position_embeddings", None)
+
+
+def model_stop_ids(config: ModelConfig, architecture: PreTrainedConfig) -> list[int]:
+    """The ids at which the model's own generation config, or its architecture, ends an answer; no weight is read."""
+    found = [getattr(architecture.get_text_config(), "eos_token_id", None)]
+    if config.path is not None:
+        try:
+            found.append(GenerationConfig.from_pretrained(config.path, revision=config.revision).eos_token_id)
+        except OSError:
+            pass  # many models have none
+    return sorted({i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
 
 
 def load_model(
@@ -96,8 +118,10 @@ def load_model(
                 )  # fmt: skip
                 setattr(model, model.base_model_prefix, causal.base_model)
                 missing = set(info["missing_keys"])
-    except (OSError, ValueError) as error:
-        remedy = "Check that the folder holds whole safetensors weights of this architecture"
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
+        remedy = "It must hold whole safetensors weights of this architecture; model.attention=eager suits every family"
         raise InputError(f"model.path={config.path}", _first_line(error), remedy) from None
     missing -= {f"{CLASS_HEAD}.weight"} if labels is not None else set()
     if missing:
@@ -116,6 +140,7 @@ def load_model(
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether input embeddings and output head are one tensor."""
     head = model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)  # an adapter may be around it
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
@@ -126,4 +151,5 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}".rstrip(".")

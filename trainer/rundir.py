@@ -43,8 +43,12 @@ class RunDir:
         Raises:
             InputError: a live run has it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / LOCK).open("a+")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a+")
+        except OSError as error:
+            rule = f"the directory cannot be written ({error.strerror})"
+            raise InputError(f"run.dir={self.path}", rule, "Give another run.dir") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -92,6 +96,12 @@ class RunDir:
             "status.json",
             {"state": state, "step": step, "exit_code": exit_code, "culprit": culprit, "time": _now(), "pid": os.getpid()},
         )
+
+    def write_refusal(self, culprit: str, exit_code: int) -> None:
+        """Note a start that was refused, beside what the status says of the run that is here."""
+        status = self.read_json("status.json") or {}
+        refusal = {"exit_code": exit_code, "culprit": culprit, "time": _now()}
+        self.write_json("status.json", {**status, "refused": refusal})
 
     def touch_status(self, step: int) -> None:
         """Say that training goes on, every few seconds: an fsync at each step would cost more than a small step."""

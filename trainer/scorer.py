@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tritune.kernels.dropout import token_keys
 from tritune.kernels.linear_cross_entropy import token_nll_reference
 from tritune.trainer.batch import Batch
+from tritune.trainer.errors import InputError
 from tritune.trainer.methods.sites import TokenKeys
 from tritune.trainer.model import CLASS_HEAD
 
@@ -90,6 +91,40 @@ def scaled_logits(logits: Tensor, config) -> Tensor:
         logits = logits / config.logits_scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+# Families whose losses a test compares with transformers' own logits; any other is compared when it is loaded.
+TESTED_FAMILIES = (
+    "cohere", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def require_same_logits(scorer: TokenScorer) -> None:
+    """Refuse a model that computes its logits in a way the scorer does not know: its loss would be silently wrong.
+
+    Raises:
+        InputError: on a short row the two losses differ by more than rounding.
+    """
+    model, num_tokens = scorer.model, 8
+    ids = torch.arange(num_tokens) * 7 % model.config.get_text_config().vocab_size
+    batch = Batch(
+        input_ids=ids[None], lengths=torch.tensor([num_tokens]), sample_ids=torch.tensor([0]),
+        predict=torch.arange(num_tokens - 1), targets=ids[1:], labels=torch.tensor([-1]),
+        num_tokens=num_tokens, num_bytes=0, step=0, index=0,
+    )  # fmt: skip
+    training = scorer.training
+    scorer.eval()
+    nll = scorer(batch, "token_nll")
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].to(nll.dtype)
+    scorer.train(training)
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    tolerance = 2**-6 if logits.dtype is torch.bfloat16 or next(model.parameters()).dtype is torch.bfloat16 else 1e-4
+    error = float(((nll - expected).abs() / expected.abs().clamp(min=1)).max())
+    if not error <= tolerance:
+        family = model.config.model_type
+        rule = f"its losses differ from transformers' own logits by {error:.1e}: this family does something after its decoder"
+        raise InputError(f"model_type {family}", rule, f"Families known to agree: {', '.join(TESTED_FAMILIES)}")
 
 
 class KeepFloat64(TorchFunctionMode):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from tritune.trainer.errors import CheckpointError
 
 
 @dataclass
@@ -54,7 +56,18 @@ class TrainState:
         return asdict(self)
 
     def load_json(self, values: dict[str, Any]) -> None:
+        """Take over what `to_json` gave.
+
+        Raises:
+            CheckpointError: other fields, or values of other types: another version wrote it, or nobody did.
+        """
+        kinds = {"best": (float, int, type(None)), "best_step": (int, type(None)), "train_seconds": (float, int)}
+        known = [f.name for f in fields(self)]
+        if not isinstance(values, dict) or sorted(values) != sorted(known):
+            raise CheckpointError(f"the saved state has other fields than {', '.join(known)}")
         for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, kinds.get(name, int)):
+                raise CheckpointError(f"the saved state has {name}={value!r}")
             setattr(self, name, value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,13 +37,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=config.revision if source == config.path else None, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
             key = "model.tokenizer" if config.tokenizer else "model.path"
             remedy = "Give a folder with tokenizer.json, or a hub id that this machine can reach"
             raise InputError(f"{key}={source}", f"no tokenizer loads from it ({_first_line(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise InputError(f"model.tokenizer={source}", "it has no fast form, whose offsets the masks need", "Convert it")
     _set_template(tokenizer, config)
+    if isinstance(tokenizer.chat_template, dict):
+        if "default" not in tokenizer.chat_template:
+            rule = f"the tokenizer has several templates ({', '.join(tokenizer.chat_template)}) and none named default"
+            raise InputError("model.chat_template=None", rule, "Give model.chat_template=<file>")
+        tokenizer.chat_template = tokenizer.chat_template["default"]
     if config.add_tokens:
         tokenizer.add_tokens(config.add_tokens)
     tokenizer.padding_side = "right"
@@ -76,10 +82,9 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None = None) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Sequence[int] = ()) -> list[int]:
     """Every id that ends an answer: the model's (`generation_config.eos_token_id`), the tokenizer's, ChatML's turn end."""
-    stops = set(model_stops if isinstance(model_stops, list) else [model_stops])
-    stops.add(tokenizer.eos_token_id)
+    stops = {*model_stops, tokenizer.eos_token_id}
     if tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
         stops.add(tokenizer.get_vocab().get("<|im_end|>"))
     return sorted(i for i in stops if i is not None)
@@ -121,8 +126,11 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> No
     path = Path(config.chat_template)
     if not path.is_file():
         raise InputError(f"model.chat_template={path}", "the file does not exist", 'Give a Jinja file, or "chatml"')
-    tokenizer.chat_template = path.read_text()
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"model.chat_template={path}", "the file is not UTF-8", "Convert it") from None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

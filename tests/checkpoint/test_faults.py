@@ -39,7 +39,8 @@ def unbroken(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
     overrides = [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
         "data.max_length=160", "train.batch_size=8", "train.max_steps=6", "backend.device=cpu",
-        "checkpoint.export=false", "checkpoint.every=2", "checkpoint.keep_last=3", "data.validation_share=0.1", "evaluation.every=2",
+        "checkpoint.export=false", "checkpoint.every=2", "checkpoint.keep_last=3", "data.validation_share=0.1",
+        "evaluation.every=2",
     ]  # fmt: skip
     directory = tmp_path_factory.mktemp("unbroken") / "run"
     kept = {n: signal.getsignal(n) for n in SIGNALS}
@@ -246,7 +247,7 @@ def test_all_broken_fails_once_and_says_what_to_do(again, unbroken):
     assert result.code == EXIT_FAILED
     assert result.err.count("is broken and not used") == 3
     message = result.lines()[-1]
-    for word in ("tritune: CheckpointError", str(directory / "checkpoints"), "none of 3 checkpoint(s) is whole", "run.dir"):
+    for word in ("CheckpointError", str(directory / "checkpoints"), "none of 3 checkpoint(s) is whole", "run.dir"):
         assert word in message
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAILED)
@@ -315,7 +316,9 @@ def test_every_flip_of_the_manifest_is_found_or_harmless(newest):
 # -- a manifest that was written to harm
 
 
-@pytest.mark.parametrize("name", ["../../secret.txt", "/etc/hostname", "..", ".", "sub/../state.json", "", "a\0b", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["../../secret.txt", "/etc/hostname", "..", ".", "sub/../state.json", "", "a\0b", "x" * 5000]
+)
 def test_hostile_names_are_not_followed(newest, name):
     """The file that is named exists, and its size and hash are right."""
     secret = newest.parent.parent / "secret.txt"
@@ -343,12 +346,13 @@ def test_a_hostile_name_is_passed_over_by_a_run(again, unbroken):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "[]", "3", "{}", '{"format": 1}', "[" * 100_000, "\xff", '{"format": 1, "step": 6, "files": {}, "tensors": {}}',
+    ["", "null", "[]", "3", "{}", '{"format": 1}', "[" * 100_000, "\xff",
+     '{"format": 1, "step": 6, "files": {}, "tensors": {}}',
      '{"format": 1, "step": 6, "files": [1], "tensors": {}}', '{"format": 2, "step": 6, "files": {}, "tensors": {}}',
      '{"format": 1, "step": 6, "files": {"state.json": {"size": ' + "7" * 5000 + ', "sha256": "x"}}, "tensors": {}}',
      '{"format": 1, "step": 6, "files": {"state.json": {"size": Infinity, "sha256": "x"}}, "tensors": {}}'],
-    ids=["empty", "null", "list", "number", "object", "format-only", "deep", "not-utf8", "nothing", "files-list", "format-2",
-         "digits", "infinite"],
+    ids=["empty", "null", "list", "number", "object", "format-only", "deep", "not-utf8", "nothing", "files-list",
+         "format-2", "digits", "infinite"],
 )  # fmt: skip
 def test_hostile_manifests_are_refused(newest, text):
     (newest / MANIFEST).write_bytes(text.encode("latin1"))
@@ -459,7 +463,8 @@ def small_disk(unbroken, tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(1.4 * size) + 100_000}", "tmpfs", place], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.4 * size) + 100_000}", "tmpfs", place],
+        capture_output=True, text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs could be mounted: {mounted.stderr.strip()}")

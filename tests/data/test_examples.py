@@ -45,11 +45,20 @@ def row(examples, i):
 
 def random_text(rng: random.Random, size: int) -> str:
     """Any script: ASCII, accents (composed and not), CJK, astral, spaces of all sorts, joiners."""
-    pools = ["abc XYZ,.", "àéîõü", "e\u0301o\u0308", "日本語漢字かな", "😀👩‍👩‍👧🏳️‍🌈", "\n\t \u00a0\u2028", "שלוםعربي", "\ufb01\u2126\u212b"]
+    pools = [
+        "abc XYZ,.",
+        "àéîõü",
+        "e\u0301o\u0308",
+        "日本語漢字かな",
+        "😀👩‍👩‍👧🏳️‍🌈",
+        "\n\t \u00a0\u2028",
+        "שלוםعربي",
+        "\ufb01\u2126\u212b",
+    ]
     return "".join(rng.choice(rng.choice(pools)) for _ in range(size))
 
 
-# -- conversations --------------------------------------------------------------------------------------------------------
+# -- conversations ---------------------------------------------------------------------------------------
 
 
 def test_prompt_and_response_without_a_template():
@@ -57,9 +66,9 @@ def test_prompt_and_response_without_a_template():
     examples = conversations([pair("Say hi", "hi!")], tokenizer, config())
     ids, supervised = row(examples, 0)
     assert tokenizer.decode(ids) == "<bos>Say hi\nhi!<eos>"
-    assert [i for i, s in zip(ids, supervised, strict=True) if s] == tokenizer("hi!", add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
+    assert [i for i, s in zip(ids, supervised, strict=True) if s] == tokenizer("hi!", add_special_tokens=False)[
+        "input_ids"
+    ] + [tokenizer.eos_token_id]
     assert supervised == [False] * 8 + [True] * 4
     assert ids.count(tokenizer.bos_token_id) == 1
 
@@ -94,7 +103,9 @@ def test_pairs_go_through_a_template_where_there_is_one():
     tokenizer = byte_tokenizer()
     examples = conversations([pair("q", "r"), chat("q", "r")], tokenizer, config())
     assert row(examples, 0) == row(examples, 1)
-    assert tokenizer.decode(row(examples, 0)[0]) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nr<|im_end|>\n"
+    assert (
+        tokenizer.decode(row(examples, 0)[0]) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nr<|im_end|>\n"
+    )
 
 
 def test_messages_without_a_template_are_refused():
@@ -149,7 +160,7 @@ def test_a_template_that_never_ends_an_answer_is_refused():
 def test_rows_without_an_answer():
     tokenizer = byte_tokenizer()
     good, mute = chat("q", "r", place="f:1"), chat("q", place="f:2")
-    with pytest.raises(InputError, match="f:2.*1 of 2 rows"):
+    with pytest.raises(InputError, match=r"f:2.*1 of 2 rows"):
         conversations([good, mute], tokenizer, config())
     examples = conversations([good, mute], tokenizer, config(unsupervised=Unsupervised.drop))
     assert examples.places == ["f:1"]
@@ -177,7 +188,7 @@ def test_an_answer_at_position_zero_alone_is_no_supervision():
         conversations(rows, tokenizer, config())
 
 
-# -- text -----------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------------
 
 
 def tokenizers(shared):
@@ -220,7 +231,8 @@ def test_blocks_separate_documents_with_eos_where_no_bos_is_added():
 def test_bytes_of_blocks_sum_to_the_predicted_text():
     tokenizer = byte_tokenizer()
     examples = blocks([Record("f:1", text="x" * 50)], tokenizer, config(max_length=10))
-    # 51 tokens with BOS: blocks of 10 whose first tokens (BOS, and four letters) are not predicted, and one letter left over
+    # 51 tokens with BOS: blocks of 10 whose first tokens (BOS, and four letters) are not predicted, and one letter
+    # left over
     assert examples.num_bytes.tolist() == [9, 9, 9, 9, 9]
 
 
@@ -250,7 +262,7 @@ def test_documents_are_cut_and_counted():
     assert 6 <= examples.num_bytes[0] <= 8
 
 
-# -- classification -------------------------------------------------------------------------------------------------------
+# -- classification --------------------------------------------------------------------------------------
 
 
 def labels_config(max_length=512, objective=None) -> Config:
@@ -269,7 +281,7 @@ def test_labels():
     assert collate(examples, [2, 0], 0).labels.tolist() == [2, 1]
     with pytest.raises(InputError, match=r"f:9.*'d'"):
         labelled([Record("f:9", text="x", label="d")], tokenizer, labels_config(), ["a", "b"])
-    with pytest.raises(InputError, match="f:9.*empty"):
+    with pytest.raises(InputError, match=r"f:9.*empty"):
         labelled([Record("f:9", text=" \n", label="a")], tokenizer, labels_config(), ["a", "b"])
 
 
@@ -285,7 +297,7 @@ def test_long_texts_are_cut_and_the_prompt_around_them_is_not():
         labelled([long], tokenizer, labels_config(3, ClassifyTokenConfig(prompt="{text}\nL:")), ["a", "b"])
 
 
-# -- the padding token ----------------------------------------------------------------------------------------------------
+# -- the padding token -----------------------------------------------------------------------------------
 
 
 def fast(**special):
@@ -307,7 +319,11 @@ def fast(**special):
         ({"eos_token": "</s>", "bos_token": "<s>"}, ["</s>"], "<s>"),
         ({"pad_token": "<unk>", "unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}, ["</s>"], "<s>"),
         ({"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}, ["</s>", "<pad>"], "<s>"),
-        ({"pad_token": "</s>", "eos_token": "</s>", "extra_special_tokens": ["<|vision_pad|>"]}, ["</s>"], "<|vision_pad|>"),
+        (
+            {"pad_token": "</s>", "eos_token": "</s>", "extra_special_tokens": ["<|vision_pad|>"]},
+            ["</s>"],
+            "<|vision_pad|>",
+        ),
     ],
 )
 def test_padding_is_no_stop_token(special, stops, expected):
@@ -370,7 +386,8 @@ def test_the_models_own_stop_tokens_count_as_stop_tokens():
     tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\\n' + m['content'] | trim }}"
-        "{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
+        "{{ '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
     )
     examples = conversations([chat("q", "r")], tokenizer, config())
     assert "r<end_of_turn>" in tokenizer.decode(examples.ids[examples.supervised].tolist())
@@ -378,14 +395,21 @@ def test_the_models_own_stop_tokens_count_as_stop_tokens():
 
 def test_load_tokenizer(tmp_path, shared):
     tokenizer = load_tokenizer(ModelConfig(tokenizer="bytes", add_tokens=["<x>"]))
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a<x>b", add_special_tokens=False)["input_ids"]) == ["a", "<x>", "b"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a<x>b", add_special_tokens=False)["input_ids"]) == [
+        "a",
+        "<x>",
+        "b",
+    ]
     assert tokenizer.padding_side == "right"
     with pytest.raises(InputError, match=r"model\.tokenizer="):
         load_tokenizer(ModelConfig(tokenizer=str(tmp_path)))
     with pytest.raises(InputError, match=r"model\.chat_template="):
         load_tokenizer(ModelConfig(tokenizer="bytes", chat_template=str(tmp_path / "none.jinja")))
     (tmp_path / "t.jinja").write_text("{{ messages }}")
-    assert load_tokenizer(ModelConfig(tokenizer="bytes", chat_template=str(tmp_path / "t.jinja"))).chat_template == "{{ messages }}"
+    assert (
+        load_tokenizer(ModelConfig(tokenizer="bytes", chat_template=str(tmp_path / "t.jinja"))).chat_template
+        == "{{ messages }}"
+    )
 
 
 def test_byte_tokenizer_reads_any_text():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
-from tritune.trainer.config import TrainConfig, derived_accumulation
+from tritune.trainer.config import TrainConfig
+from tritune.trainer.config_check import derived_accumulation
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import TrainLoader, collate, deal, epoch_order, evaluation_batches
 from tritune.trainer.state import TrainState
@@ -44,7 +45,7 @@ def ids(window) -> list[int]:
     return [s for b in window for s in b.sample_ids.tolist() if s >= 0]
 
 
-# -- order ----------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 17, 1000])
@@ -86,7 +87,7 @@ def test_the_order_is_uniform():
     assert ((counts - 400) ** 2 / 400).sum() < chi2.isf(1e-9, 9)
 
 
-# -- deal -----------------------------------------------------------------------------------------------------------------
+# -- deal ------------------------------------------------------------------------------------------------
 
 
 def test_ranks_share_a_window_exactly():
@@ -115,7 +116,7 @@ def test_micro_batches_hold_rows_of_like_length():
     assert [set(g.tolist()) for _, g in part] == [{1, 3, 5}, {0, 2, 4}]
 
 
-# -- collate --------------------------------------------------------------------------------------------------------------
+# -- collate ---------------------------------------------------------------------------------------------
 
 
 def test_collate_equals_the_obvious():
@@ -154,7 +155,7 @@ def test_the_filler():
     assert batch.lengths.tolist() == [1]
 
 
-# -- the loader -----------------------------------------------------------------------------------------------------------
+# -- the loader ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, None), (1, 2), (2, None), (2, 3), (3, 1), (4, 2), (8, None)])

@@ -55,7 +55,9 @@ def test_jsonl_line_numbers_count_blank_lines_and_only_line_ends(tmp_path):
     assert rows[1].fields["a"] == "x\u2028y\u0085z\x0b"
 
 
-@pytest.mark.parametrize(("bad", "message"), [("{", "not JSON"), ("[1]", "list"), ("3", "int"), ('{"a": 1} {"b": 2}', "not JSON")])
+@pytest.mark.parametrize(
+    ("bad", "message"), [("{", "not JSON"), ("[1]", "list"), ("3", "int"), ('{"a": 1} {"b": 2}', "not JSON")]
+)
 def test_jsonl_faults_name_the_line(tmp_path, bad, message):
     path = write(tmp_path / "f.jsonl", '{"a": 1}\n\n' + bad + "\n")
     with pytest.raises(InputError, match=rf"f\.jsonl:3: .*{message}"):
@@ -167,7 +169,9 @@ def test_a_datasets_folder(tmp_path):
     rows = read(tmp_path / "one")
     assert [r.fields for r in rows] == ROWS
     assert rows[2].place == f"{tmp_path / 'one'}:row 3"
-    DatasetDict({"train": Dataset.from_list(ROWS[:3]), "test": Dataset.from_list(ROWS[3:])}).save_to_disk(tmp_path / "two")
+    DatasetDict({"train": Dataset.from_list(ROWS[:3]), "test": Dataset.from_list(ROWS[3:])}).save_to_disk(
+        tmp_path / "two"
+    )
     assert [r.fields for r in read_rows(str(tmp_path / "two"), "data.train", TextUnit.line)] == ROWS[:3]
     assert [r.fields for r in read_rows(str(tmp_path / "two"), "data.test", TextUnit.line)] == ROWS[3:]
     with pytest.raises(InputError, match="no split validation"):
@@ -194,7 +198,7 @@ def test_hub_syntax_on_a_local_folder(tmp_path, no_hub):
     assert [r.fields for r in rows] == ROWS
     assert rows[1].place == "hf://./folder:train:row 2"
     assert [r.fields for r in read_rows("hf://./folder:test", "data.test", TextUnit.line)] == ROWS[:2]
-    with pytest.raises(InputError, match="hf://./folder:dev"):
+    with pytest.raises(InputError, match=r"hf://./folder:dev"):
         list(read_rows("hf://./folder:dev", "data.train", TextUnit.line))
     with pytest.raises(InputError, match="needs a split"):
         list(read_rows("hf://./folder", "data.train", TextUnit.line))
@@ -205,7 +209,7 @@ def test_hub_syntax_on_a_local_folder(tmp_path, no_hub):
 def test_hub_rows_that_do_not_read_are_the_users_error(tmp_path, no_hub):
     (tmp_path / "broken").mkdir()
     write(tmp_path / "broken" / "train.jsonl", '{"a": 1}\n{nonsense\n')
-    with pytest.raises(InputError, match="hf://./broken:train"):
+    with pytest.raises(InputError, match=r"hf://./broken:train"):
         list(read_rows("hf://./broken:train", "data.train", TextUnit.line))
 
 
@@ -219,7 +223,7 @@ def test_sources_that_are_not_there(tmp_path):
         require_source(str(write(tmp_path / "f.xlsx", "")), "data.train")
 
 
-# -- kinds ----------------------------------------------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------------
 
 
 def records(path, objective, **config) -> list[Record]:
@@ -268,7 +272,7 @@ def test_a_later_row_without_the_column_is_named(tmp_path):
         records(path, "sft")
 
 
-# -- the split ------------------------------------------------------------------------------------------------------------
+# -- the split -------------------------------------------------------------------------------------------
 
 
 def some(count: int, seed=0) -> list[Record]:
@@ -318,7 +322,9 @@ def test_a_larger_share_only_adds():
     assert all(large[p] == "validation" for p, name in small.items() if name == "validation")
 
 
-@pytest.mark.parametrize("shares", [{"validation": 0.1}, {"test": 0.5}, {"validation": 0.2, "test": 0.05}, {"validation": 0.001}])
+@pytest.mark.parametrize(
+    "shares", [{"validation": 0.1}, {"test": 0.5}, {"validation": 0.2, "test": 0.05}, {"validation": 0.001}]
+)
 def test_shares_are_binomial(shares):
     rows = some(20_000, seed=4)
     found = list(where(rows, shares).values())

@@ -1,6 +1,6 @@
 """Which tokens of a conversation are trained, judged by transformers' own mask and by counting characters.
 
-With the built-in byte tokenizer a token is a byte (or one of five special tokens), so masks can be written down by hand.
+With the built-in byte tokenizer a token is a byte (or one of five special ones), so masks can be written down by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ INST = (
 )
 # As Phi 3: EOS only after the whole conversation.
 PHI3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}{{ message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 # As Qwen 3: something between the generation prompt and the answer that only full conversations have.
@@ -97,7 +98,7 @@ def spans(tokenizer, ids, mask) -> list[str]:
     return [tokenizer.decode(x) for x in result]
 
 
-# -- marks ---------------------------------------------------------------------------------------------------------------
+# -- marks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS | PADDED)
@@ -152,7 +153,7 @@ def test_marks_written_tightly_still_give_the_exact_mask():
     assert (ids, mask) == ChatTemplate(bytes_with(CHATML)).encode(CONVERSATIONS["multi"], "here")
 
 
-# -- no marks ------------------------------------------------------------------------------------------------------------
+# -- no marks --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS | PADDED)
@@ -254,7 +255,9 @@ def test_phi3_tokenizer(name, shared):
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    user, assistant, system, end = (tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("user", "assistant", "system", "end"))
+    user, assistant, system, end = (
+        tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("user", "assistant", "system", "end")
+    )
     assert None not in (user, assistant, system, end)
     speaker = None
     for position, (i, trained) in enumerate(zip(ids, mask, strict=True)):
@@ -278,18 +281,21 @@ def test_a_template_that_rewrites_history_is_refused():
     """Earlier answers are shortened once another turn follows: spans cannot be found, and that is said."""
     rewriting = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% if message['role'] == 'assistant' and not loop.last %}{{ '...' }}{% else %}{{ message['content'] }}{% endif %}"
+        "{% if message['role'] == 'assistant' and not loop.last %}{{ '...' }}"
+        "{% else %}{{ message['content'] }}{% endif %}"
         "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     template = ChatTemplate(bytes_with(rewriting))
     template.encode(turns("a", "bcd"), "here")
-    with pytest.raises(InputError, match="rows.jsonl:7") as error:
+    with pytest.raises(InputError, match=r"rows.jsonl:7") as error:
         template.encode(turns("a", "bcd", "e", "fgh"), "rows.jsonl:7")
     assert "generation" in error.value.remedy
 
 
 def test_a_template_that_fails_names_the_row():
-    alternating = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + QWEN
+    alternating = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + QWEN
+    )
     template = ChatTemplate(bytes_with(alternating))
     with pytest.raises(InputError, match=r"rows\.jsonl:3.*System role not supported"):
         template.encode(turns("a", "b", system="s"), "rows.jsonl:3")

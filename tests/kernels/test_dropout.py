@@ -1,6 +1,6 @@
 """Counter-based dropout against an independent implementation in plain Python integers, and against statistics.
 
-Every test is deterministic (a hash of fixed numbers), so a bound holds for ever or fails for ever; it is derived as what a
+Every test is deterministic (a hash of fixed numbers), so a bound holds or fails for ever; it is derived as what a
 truly random mask would break with a probability of about 1e-9 (six standard deviations of a binomial).
 """
 
@@ -22,7 +22,7 @@ MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 
 
-# -- the specification again, in Python's unbounded integers ------------------------------------------------------------
+# -- the specification again, in Python's unbounded integers ---------------------------------------------
 
 
 def fmix32(h: int) -> int:
@@ -126,7 +126,8 @@ def test_nearly_everything_is_dropped_below_one():
 
 
 def phi(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Correlation of two masks times sqrt(n): standard normal for independent ones; its square is the 2 x 2 chi-square."""
+    """Correlation of two masks times sqrt(n): standard normal for independent ones; its square is the 2 x 2
+    chi-square."""
     a, b = a.reshape(-1).double(), b.reshape(-1).double()
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / torch.sqrt((a * a).sum() * (b * b).sum())) * math.sqrt(a.numel())
@@ -134,7 +135,9 @@ def phi(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_independent_across_every_coordinate(p):
-    """Masks of neighbouring (and not so neighbouring) seeds, steps, samples, positions, sites, features do not correlate."""
+    """Masks of neighbouring (and not so neighbouring) seeds, steps, samples, positions, sites, features do not
+    correlate."""
+
     def draw(seed=3, step=9, sample=100, position=0, site=1000, feature=0):
         keys = token_keys(seed, step, torch.arange(sample, sample + 32), position + 64)[:, position:]
         return keep_mask_reference(keys, site, feature + 64, p)[..., feature:]
@@ -152,8 +155,8 @@ def test_independent_across_every_coordinate(p):
         off = mask.transpose(a, b)
         different = torch.ones(64, 64, 64, dtype=torch.bool)
         index = torch.arange(64)
-        shape_a = [1, 1, 1]; shape_a[a] = 64  # noqa: E702
-        shape_b = [1, 1, 1]; shape_b[b] = 64  # noqa: E702
+        shape_a = [64 if d == a else 1 for d in range(3)]
+        shape_b = [64 if d == b else 1 for d in range(3)]
         different &= index.reshape(shape_a) < index.reshape(shape_b)  # each unordered pair once
         assert abs(phi(mask[different], off[different])) < SIGMAS
     assert abs(phi(draw(seed=4, step=7), draw(seed=7, step=4))) < SIGMAS
@@ -161,7 +164,8 @@ def test_independent_across_every_coordinate(p):
 
 @pytest.mark.parametrize("along", ["feature", "position", "sample", "site", "step", "seed"])
 def test_runs_of_four_are_uniform(along):
-    """Chi-square on the 16 patterns of four neighbours at p = 1/2: pairs, triples and quadruples at once (15 degrees)."""
+    """Chi-square on the 16 patterns of four neighbours at p = 1/2: pairs, triples and quadruples at once (15
+    degrees)."""
     if along == "feature":
         quads = keep_mask_reference(token_keys(1, 2, torch.arange(64), 64), 7, 64 * 4, 0.5).reshape(-1, 4)
     elif along == "position":
@@ -185,14 +189,18 @@ def test_runs_of_four_are_uniform(along):
 
 def test_tokens_share_a_key_no_more_often_than_chance():
     """131,072 tokens in 32-bit words: n^2 / 2^33 = 2 expected pairs, Poisson."""
-    keys = torch.cat([token_keys(seed, step, torch.arange(64), 128).reshape(-1) for seed in range(4) for step in range(4)])
+    keys = torch.cat(
+        [token_keys(seed, step, torch.arange(64), 128).reshape(-1) for seed in range(4) for step in range(4)]
+    )
     n = keys.numel()
     assert n == 1 << 17
     assert n - len(torch.unique(keys)) <= poisson.isf(1e-9, n * n / 2**33)
 
 
 def test_the_real_sites_of_a_model_are_distinct_and_independent():
-    names = [f"model.layers.{i}.{n}" for i in range(32) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+    names = [
+        f"model.layers.{i}.{n}" for i in range(32) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    ]
     sites = [site_of(n) for n in names]
     assert len(set(sites)) == len(sites)
     keys = token_keys(0, 1, torch.arange(16), 32)

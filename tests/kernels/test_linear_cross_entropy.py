@@ -40,7 +40,8 @@ def straightforward(hidden, head, targets):
     return torch.logsumexp(logits, dim=-1) - logits[torch.arange(len(targets)), targets]
 
 
-# One NLL is a dot product of H terms and a log-sum-exp of V: relative errors of about (H + V) eps = 25 * 2.2e-16 of values
+# One NLL is a dot product of H terms and a log-sum-exp of V: relative errors of about (H + V) eps = 25 * 2.2e-16 of
+# values
 # below 40. 1e-12 leaves a factor of five.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 

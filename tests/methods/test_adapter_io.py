@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from tritune.trainer.config import Bias, Config, LoraConfig, MethodConfig, ModelConfig
+from tritune.trainer.config import Bias, Config, Dtype, LoraConfig, MethodConfig, ModelConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
@@ -114,7 +114,9 @@ def test_stories_all_linear(shared, tmp_path):
     torch.testing.assert_close(logits(merged, 512), logits(model, 512), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["input_layernorm", "norm"]])
+@pytest.mark.parametrize(
+    "saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["input_layernorm", "norm"]]
+)
 def test_modules_to_save_on_an_untied_model(saved, tmp_path):
     model, base = tiny(tmp_path)
     _, tensors = check_in_peft(LoraConfig(rank=2, alpha=4.0, modules_to_save=saved), model, base, tmp_path, 50)
@@ -211,14 +213,15 @@ def test_rank_alpha_and_dropout_arrive_in_peft(tmp_path):
 
 
 def test_classifier_with_a_score_head(shared, tmp_path):
-    """As a run does it: our loader (the checkpoint holds a tied matrix), labels, LoRA, and PEFT on a stock classifier."""
+    """As a run does it: our loader (the checkpoint holds a tied matrix), labels, LoRA, and PEFT on a stock
+    classifier."""
     path = shared / "models" / "tinystories-656k"
     settings = ModelConfig(path=str(path))
     tokenizer = load_tokenizer(settings)
     architecture = load_architecture(settings, len(tokenizer))
     choose_pad_token(tokenizer, None, stop_token_ids(tokenizer, architecture.eos_token_id))
     labels = ["no", "perhaps", "yes"]
-    model = load_model(settings, architecture, tokenizer, labels, 0)
+    model = load_model(settings, architecture, tokenizer, labels, 0, torch.float32)
     config = LoraConfig(rank=4, alpha=8.0)
     keys = apply_method(config, model, ["score"], 0)
     train(model, keys, 2048, Classify(3))
@@ -226,14 +229,16 @@ def test_classifier_with_a_score_head(shared, tmp_path):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors["base_model.model.score.weight"].shape == (3, 128)
 
-    base = load_model(settings, load_architecture(settings, len(tokenizer)), tokenizer, labels, seed=99).eval()
+    architecture = load_architecture(settings, len(tokenizer))
+    base = load_model(settings, architecture, tokenizer, labels, 99, torch.float32).eval()
     assert not torch.equal(base.score.weight, model.score.weight)
     ours, before = logits(model, 2048), logits(base, 2048)
     assert (ours - before).abs().max() > 0.01
     peft = load_in_peft(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(peft, 2048), ours, **CLOSE)
 
-    # And without any code of ours: the stock loader, told the number of labels and the padding token. It would start this
+    # And without any code of ours: the stock loader, told the number of labels and the padding token. It would start
+    # this
     # checkpoint's embeddings at random (they are only there as `lm_head.weight`), so the base is written again first.
     AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(tmp_path / "base")
     stock = AutoModelForSequenceClassification.from_pretrained(
@@ -247,7 +252,8 @@ def test_a_classifier_from_a_tied_checkpoint_starts_from_its_weights(shared):
     for name in ("tinystories-656k", "stories260K"):
         settings = ModelConfig(path=str(shared / "models" / name))
         tokenizer = load_tokenizer(settings)
-        model = load_model(settings, load_architecture(settings, len(tokenizer)), tokenizer, ["a", "b"], 0)
+        architecture = load_architecture(settings, len(tokenizer))
+        model = load_model(settings, architecture, tokenizer, ["a", "b"], 0, torch.float32)
         causal = AutoModelForCausalLM.from_pretrained(settings.path, dtype=torch.float32)
         theirs = dict(causal.base_model.named_parameters())
         ours = dict(model.base_model.named_parameters())
@@ -257,7 +263,7 @@ def test_a_classifier_from_a_tied_checkpoint_starts_from_its_weights(shared):
         assert model.config.id2label == {0: "a", 1: "b"}
 
 
-# -- whole models --------------------------------------------------------------------------------------------------------
+# -- whole models ----------------------------------------------------------------------------------------
 
 
 def full(path, **model) -> Config:
@@ -270,7 +276,7 @@ def loaded(config: Config, labels=None):
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model, len(tokenizer))
     choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, architecture.eos_token_id))
-    model = load_model(config.model, architecture, tokenizer, labels, 0)
+    model = load_model(config.model, architecture, tokenizer, labels, 0, torch.float32)
     keys = apply_method(config.method, model, ["score"] if labels else [], 0)
     return model, tokenizer, keys
 
@@ -294,6 +300,19 @@ def test_full_model_loads_in_transformers_and_stays_tied(shared, tmp_path):
     assert not list(tmp_path.glob(".partial*"))
 
 
+def test_a_bfloat16_export_writes_the_tied_matrix_once(shared, tmp_path):
+    config = full(shared / "models" / "stories260K", dtype=Dtype.bfloat16)
+    model, tokenizer, _ = loaded(config)
+    size = export(tmp_path / "out", config, model, tokenizer, [])
+    assert size < 1.1 * 2 * sum(p.numel() for p in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    for name, value in again.named_parameters():
+        assert torch.equal(value, model.get_parameter(name).bfloat16()), name
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "the masters are left as they were"
+
+
 def test_added_tokens_survive(shared, tmp_path):
     config = full(shared / "models" / "stories260K", add_tokens=["<one>", "<two>"], chat_template="chatml")
     model, tokenizer, keys = loaded(config)
@@ -313,7 +332,9 @@ def test_added_tokens_survive(shared, tmp_path):
     assert reader.convert_tokens_to_ids("<two>") == tokenizer.convert_tokens_to_ids("<two>")
     assert reader.pad_token == tokenizer.pad_token
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert reader.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert reader.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
 
 
 def test_an_adapter_with_added_tokens_is_whole_or_refused(shared, tmp_path):

@@ -98,7 +98,9 @@ def test_patterns(targets, exclude, expected):
     assert trainable(model) == factors(expected)
 
 
-@pytest.mark.parametrize("pattern", ["proj", "query", "Q_PROJ", "embed_tokens", "norm", "layers.9.*", "q_proj.weight", "1.q_proj"])
+@pytest.mark.parametrize(
+    "pattern", ["proj", "query", "Q_PROJ", "embed_tokens", "norm", "layers.9.*", "q_proj.weight", "1.q_proj"]
+)
 def test_a_target_that_matches_nothing_is_refused(pattern):
     """Also a part of a name ("proj") and modules that are not linear: names match whole, from a dot on."""
     with pytest.raises(InputError, match=r"method\.targets") as error:
@@ -165,7 +167,12 @@ def test_lora_only_bias_on_layers_without_any():
 def test_modules_to_save():
     q = names([0, 1, 2], ["q_proj"])
     model = make()
-    apply_method(lora(targets=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "*.post_attention_layernorm"]), model, [], 0)
+    apply_method(
+        lora(targets=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "*.post_attention_layernorm"]),
+        model,
+        [],
+        0,
+    )
     norms = {f"model.layers.{i}.post_attention_layernorm.weight" for i in range(3)}
     assert trainable(model) == factors(q) | {"lm_head.weight", "model.embed_tokens.weight"} | norms
     with pytest.raises(InputError, match=r"method\.modules_to_save"):
@@ -191,7 +198,9 @@ def test_parameter_counts():
 
 def test_only_the_right_parameters_move():
     model = make()
-    keys = apply_method(lora(targets=["q_proj", "up_proj"], bias=Bias.lora_only, modules_to_save=["lm_head"]), trained(model), [], 0)
+    keys = apply_method(
+        lora(targets=["q_proj", "up_proj"], bias=Bias.lora_only, modules_to_save=["lm_head"]), trained(model), [], 0
+    )
     assert keys is None, "no dropout, nobody needs keys"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

@@ -38,7 +38,9 @@ def test_random_predictions(num_labels, skill):
             said = rng.choice(num_labels, rng.integers(1, num_labels + 1), replace=False)  # others are never predicted
             true = rng.choice(present, rows)
             predicted = np.where(rng.random(rows) < skill, true, rng.choice(said, rows))
-            assert ours(true.tolist(), predicted.tolist(), num_labels) == pytest.approx(judge(true, predicted), rel=CLOSE, abs=CLOSE)
+            assert ours(true.tolist(), predicted.tolist(), num_labels) == pytest.approx(
+                judge(true, predicted), rel=CLOSE, abs=CLOSE
+            )
 
 
 @pytest.mark.parametrize(

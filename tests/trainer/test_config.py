@@ -12,7 +12,8 @@ import tritune.conf
 import yaml
 from tritune.launch.cli import main as command_line
 from tritune.trainer.compose import GROUPS, compose_partly, load_config, split_argv, to_dict
-from tritune.trainer.config import IDENTITY, SCHEMAS, Config, LoraConfig, check
+from tritune.trainer.config import IDENTITY, SCHEMAS, Config, LoraConfig
+from tritune.trainer.config_check import check
 from tritune.trainer.errors import EXIT_INPUT, ConfigFaults
 from tritune.trainer.stop import SIGNALS
 
@@ -174,7 +175,7 @@ def test_mistyped_values_say_what_is_expected(override, words):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_unknown_group_choices_name_what_there_is(group):
-    message = only([f for f in faults(f"{group}=zzz", "model.path=x", "data.train=a", "train.max_steps=1")])
+    message = only(faults(f"{group}=zzz", "model.path=x", "data.train=a", "train.max_steps=1"))
     names = [n for g, n in OPTIONS if g == group]
     assert message.startswith(f"{group}=zzz: there is no such {group}.")
     assert all(n in message for n in names), message
@@ -209,12 +210,16 @@ def test_config_verb_prints_values_and_faults(capsys):
     assert "Did you mean optim.lr?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["+optim.momentum=0.9", "++optim.lr=1", "~optim.lr", "optim.lr=1,2", "optim.lr", "a b=1"])
+@pytest.mark.parametrize(
+    "override", ["+optim.momentum=0.9", "++optim.lr=1", "~optim.lr", "optim.lr=1,2", "optim.lr", "a b=1"]
+)
 def test_override_forms_that_mean_something_else_are_refused(override):
     assert override in only(faults(*minimal(override)))
 
 
-@pytest.mark.parametrize("override", ["hydra.run.dir=x", "hydra.searchpath=[x]", "hydra/launcher=basic", "method@optim=lora"])
+@pytest.mark.parametrize(
+    "override", ["hydra.run.dir=x", "hydra.searchpath=[x]", "hydra/launcher=basic", "method@optim=lora"]
+)
 def test_hydra_itself_is_not_configured(override):
     message = only(faults(*minimal(override)))
     assert message.startswith(override), message
@@ -245,7 +250,7 @@ def test_accumulation_that_disagrees_names_the_right_one():
     assert faults(*given, "train.accumulation=8", world_size=1) == []
     assert faults(*given, "train.accumulation=4", world_size=2) == []
     message = only(faults(*given, "train.accumulation=8", world_size=2))
-    for word in ("train.accumulation=8", "train.batch_size=32", "2 rank(s)", "micro-batches of 4", "makes 4", "Leave it out"):
+    for word in ("train.accumulation=8", "train.batch_size=32", "2 rank(s)", "micro-batches of 4", "makes 4", "Leave"):
         assert word in message
 
 
@@ -265,7 +270,8 @@ def test_check_reports_every_rule_that_a_broken_config_breaks():
 
 
 def test_own_experiment_is_found_and_applied(user_dir):
-    folder = user_dir("# @package _global_\ndefaults:\n  - override /method: lora\nmethod: {rank: 3}\noptim: {lr: 5e-4}\n")
+    text = "# @package _global_\ndefaults:\n  - override /method: lora\nmethod: {rank: 3}\noptim: {lr: 5e-4}\n"
+    folder = user_dir(text)
     config = load_config(["experiment=mine", *minimal()], str(folder))
     assert (config.method.rank, config.optim.lr) == (3, 5e-4)
 
@@ -448,7 +454,7 @@ def test_resume_with_changed_identity_names_old_and_new(tritune, stopped_run, mo
     assert result.code == EXIT_INPUT
     assert "Traceback" not in result.err
     assert result.err.count("tritune:") == 1
-    for expected in ("train.batch_size: 8 -> 16", "optim.lr: 0.0001 -> 0.003", "seed: 0 -> 5", str(directory), "run.dir"):
+    for expected in ("train.batch_size: 8 -> 16", "optim.lr: 0.0001 -> 0.003", "seed: 0 -> 5", f"run.dir={directory}"):
         assert expected in result.err
     rewritten = ("status.json", "train.log", "lock.json")  # they tell of the newest start
     for path, content in before.items():

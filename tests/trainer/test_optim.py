@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,9 +83,9 @@ def test_every_rate_is_sane(schedule, total, warmup, floor):
     config = optim(schedule, warmup_steps=warmup, min_lr_ratio=floor)
     rates = curve(config, total)
     assert all(0 < r <= 1 + 1e-15 for r in rates), "never zero before the end, never above lr"
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=False)), "rising in the warm-up"
+    assert all(a < b for a, b in pairwise(rates[: warmup + 1])), "rising in the warm-up"
     after = rates[warmup:]
-    assert all(a >= b - 1e-15 for a, b in zip(after, after[1:], strict=False)), "never rising after it"
+    assert all(a >= b - 1e-15 for a, b in pairwise(after)), "never rising after it"
     assert all(r >= floor - 1e-15 for r in after)
     if warmup < total and (schedule is not Schedule.wsd or warmup <= total - math.ceil(0.2 * total)):
         assert rates[warmup] == pytest.approx(1.0, **CLOSE), "the first step after the warm-up has the whole rate"
@@ -120,7 +121,7 @@ def test_the_rate_scales_with_lr():
         assert learning_rate(small, step, 100) == pytest.approx(3e-5 * learning_rate(config, step, 100), rel=1e-14)
 
 
-# -- groups ---------------------------------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------------
 
 
 def model_of(model_type, tied, auto=AutoModelForCausalLM, **changes):
@@ -155,7 +156,9 @@ def test_norms_biases_and_embeddings_do_not_decay(tied):
 
 
 def test_gpt2_positions_do_not_decay():
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32)
+    )
     decay, keep = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= keep
     assert decay == {f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
@@ -163,7 +166,9 @@ def test_gpt2_positions_do_not_decay():
 
 def test_lora_groups_hold_only_what_trains():
     model = model_of("qwen2", tied=False)
-    apply_method(LoraConfig(rank=2, targets=["q_proj"], bias=Bias.lora_only, modules_to_save=["embed_tokens"]), model, [], 0)
+    apply_method(
+        LoraConfig(rank=2, targets=["q_proj"], bias=Bias.lora_only, modules_to_save=["embed_tokens"]), model, [], 0
+    )
     decay, keep = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
     q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert decay == {f"{n}.{f}" for n in q for f in ("lora_A", "lora_B")}

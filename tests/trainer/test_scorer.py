@@ -1,7 +1,7 @@
 """`TokenScorer` against transformers' own forward, for the families that differ: caps, scales, biases, tied heads.
 
-The scorer passes no attention mask, reads the decoder without the head and applies the head to chosen tokens; Hugging Face's
-model is called as its users call it: right-padded rows with an attention mask.
+The scorer passes no attention mask, reads the decoder without the head and applies the head to chosen tokens; Hugging
+Face's model is called as its users call it: right-padded rows with an attention mask.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OTHER_HEADS: dict[str, dict] = {
     "hyperclovax": {"logits_scaling": 4.0, "head_dim": None},  # multiplies by what Granite divides by
     "recurrent_gemma": {"logits_soft_cap": 3.0, "attention_window_size": 4, "lru_width": 24, "head_dim": 6},
     "modernbert-decoder": {"tie_word_embeddings": True, "head_dim": None, "num_key_value_heads": None},
-    "falcon_h1": {"lm_head_multiplier": 0.25, "mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_d_state": 8},
+    "falcon_h1": {"lm_head_multiplier": 0.25, "mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6},
 }  # fmt: skip
 
 
@@ -145,15 +145,18 @@ def test_families_with_other_heads_are_scored_right_or_refused(family):
     """Whatever stands between `lm_head` and the logits in transformers' forward: compute it, or say that we do not."""
     batch = collate(rows(), range(5), PAD)
     try:
-        settings = config_of(family).to_dict()
-        model = load_model(ModelConfig(config=settings, tokenizer="bytes"), config_of(family), byte_tokenizer(), None, 0)
+        settings = ModelConfig(config=config_of(family).to_dict(), tokenizer="bytes")
+        model = load_model(
+            ModelConfig(config=settings, tokenizer="bytes"), config_of(family), byte_tokenizer(), None, 0
+        )
         scorer = TokenScorer(model, None, 0, 4096).eval()
         with torch.no_grad():
             nll = scorer(batch, "token_nll")
     except InputError:
         return
     expected = hf_nll(model.eval(), batch)
-    # float32 through two layers and a head: a rounding of 1e-7 grows a hundredfold at most; a forgotten factor is of order 1
+    # float32 through two layers and a head: a rounding of 1e-7 grows a hundredfold at most; a forgotten factor is of
+    # order 1
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
 
 

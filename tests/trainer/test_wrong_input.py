@@ -78,7 +78,8 @@ def pretrained(shared, tmp_path):
     shutil.copytree(shared / "models" / "stories260K", folder)
     for path in [folder, *folder.iterdir()]:
         path.chmod(0o755)
-    base = [f"model.path={folder}", "data.max_length=64", "train.batch_size=4", "train.max_steps=1", "backend.device=cpu"]
+    base = [f"model.path={folder}", "data.max_length=128", "train.batch_size=4", "train.max_steps=1"]
+    base.append("backend.device=cpu")
     return folder, base
 
 
@@ -138,7 +139,9 @@ def test_malformed_json_line(refused, write):
 
 
 @pytest.mark.usefixtures("unloaded")
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": ' + "7" * 5000 + ', "response": "b"}'], ids=["deep", "digits"])
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"prompt": ' + "7" * 5000 + ', "response": "b"}'], ids=["deep", "digits"]
+)
 def test_json_that_python_cannot_hold(refused, write, line):
     """Valid by the grammar, beyond the interpreter's limits: still one message that names the line."""
     path = write(json.dumps(ROW) + "\n" + line + "\n")
@@ -215,8 +218,11 @@ def test_file_that_is_not_utf8(refused, write, name):
 
 
 @pytest.mark.usefixtures("unloaded")
-@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", ""), ("a.csv", "prompt,response\n"),
-                                            ("a.txt", ""), ("a.txt", " \n\n")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", ""), ("a.csv", "prompt,response\n"), ("a.txt", ""),
+     ("a.txt", " \n")],
+)
 def test_empty_file(refused, write, name, text):
     path = write(text, name)
     objective = ["objective=pretrain"] if name.endswith("txt") else []
@@ -483,7 +489,7 @@ def test_weights_missing_from_a_checkpoint(refused, sft_file, pretrained):
     del weights[gone]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     words = [f"model.path={folder}", "1 weight(s) are missing", gone, "whole checkpoint"]
-    refused(f"data.train={sft_file}", "data.max_length=128", words=words, base=base)
+    refused(f"data.train={sft_file}", words=words, base=base)
 
 
 def test_weights_of_another_shape(refused, sft_file, pretrained):
@@ -492,7 +498,7 @@ def test_weights_of_another_shape(refused, sft_file, pretrained):
     name = "model.layers.3.mlp.down_proj.weight"
     weights[name] = torch.zeros(64, 100)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(f"data.train={sft_file}", "data.max_length=128", words=[f"model.path={folder}", "shape"], base=base)
+    refused(f"data.train={sft_file}", words=[f"model.path={folder}", "shape"], base=base)
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "none"])
@@ -506,7 +512,7 @@ def test_weights_that_do_not_read(refused, sft_file, pretrained, damage):
     else:
         path.unlink()
     words = [f"model.path={folder}", "safetensors"]
-    refused(f"data.train={sft_file}", "data.max_length=128", words=words, base=base)
+    refused(f"data.train={sft_file}", words=words, base=base)
 
 
 def test_weights_as_a_pickle_are_not_opened(refused, sft_file, pretrained):
@@ -515,7 +521,7 @@ def test_weights_as_a_pickle_are_not_opened(refused, sft_file, pretrained):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    refused(f"data.train={sft_file}", "data.max_length=128", words=[f"model.path={folder}", "safetensors"], base=base)
+    refused(f"data.train={sft_file}", words=[f"model.path={folder}", "safetensors"], base=base)
 
 
 # -- the machine and the run directory

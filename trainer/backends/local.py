@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,7 +29,9 @@ class Local:
         self.model: nn.Module = model
         if self.name == "ddp":
             # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
-            self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13, same meaning
+                self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return self.model
 
     def sync(self, *, last: bool) -> AbstractContextManager:

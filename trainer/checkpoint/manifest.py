@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, step: int, files: dict[str, Any], tensors: dict[str, Any]) -> None:
-    write_json(directory / MANIFEST, {"format": FORMAT, "step": step, "files": files, "tensors": tensors})
+    content = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
+    write_json(directory / MANIFEST, content | {"sha256": _digest(content)})
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -48,50 +51,71 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(directory: Path, required: Sequence[str] = ()) -> dict[str, Any]:
     """Return the manifest of a whole checkpoint.
+
+    Args:
+        required: files that must be among those it lists.
 
     Raises:
         CheckpointError: a file is missing, cut, changed, unlisted or a link, or a tensor is not covered.
     """
-    path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        listed, tensors = manifest["files"], manifest["tensors"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-        shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no readable manifest ({type(error).__name__})") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')} is not read by this version, which reads {FORMAT}")
+        return _verify(directory, required)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+            struct.error) as error:  # fmt: skip
+        # What broken or hostile JSON and headers raise when they are taken for what they should be.
+        raise CheckpointError(f"{directory}: it does not read ({type(error).__name__}: {error})") from error
+
+
+def _verify(directory: Path, required: Sequence[str]) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    manifest = json.loads(path.read_text())
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path}: the content changed after it was written (SHA-256 differs)")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']} is not read by this version, which reads {FORMAT}")
+    expected = manifest["files"]
+    for name in required:
+        if name not in expected:
+            raise CheckpointError(f"{path}: it does not list {name}")
     for entry in directory.iterdir():
         if entry.name not in expected and entry.name != MANIFEST:
             raise CheckpointError(f"{entry}: the manifest does not list this file")
-    for name, (size, digest) in expected.items():
+    for name, entry in expected.items():
         file = directory / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, and {size:,} were written")
+        if file.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, and {entry['size']:,} were written")
         with file.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{file}: the content changed after it was written (SHA-256 differs)")
-    _verify_coverage(directory, [n for n in expected if n.endswith(".safetensors")], shapes)
+    _verify_coverage(directory, [n for n in expected if n.endswith(".safetensors")], manifest["tensors"])
     return manifest
 
 
-def _verify_coverage(directory: Path, files: list[str], shapes: dict[str, list[int]]) -> None:
-    covered = dict.fromkeys(shapes, 0)
+def _verify_coverage(directory: Path, files: list[str], tensors: dict[str, Any]) -> None:
+    """Every tensor's elements are there, counted in the files' own headers."""
+    covered = dict.fromkeys(tensors, 0)
     for name in files:
-        with (directory / name).open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        path = directory / name
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > path.stat().st_size:
+                raise CheckpointError(f"{path}: its header claims {length:,} bytes")
+            header = json.loads(file.read(length))
         for tensor, entry in header.items():
             if tensor in covered:
                 begin, stop = entry["data_offsets"]
                 covered[tensor] += (stop - begin) // _BYTES[entry["dtype"]]
-    for tensor, shape in shapes.items():
-        count = 1
-        for n in shape:
-            count *= n
+    for tensor, entry in tensors.items():
+        count = math.prod(entry["shape"])
         if covered[tensor] != count:
             raise CheckpointError(f"{directory}: {tensor} has {covered[tensor]:,} of {count:,} elements")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

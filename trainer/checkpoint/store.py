@@ -62,7 +62,7 @@ class CheckpointStore:
         except Exception as error:
             if self.world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"step {step} could not be saved to {self.root}: {_reason(error)}") from error
+            raise CheckpointError(f"step {step} could not be saved to {self.root}: {error}") from error
         if self.world.rank == 0:
             self._prune(best_step)
 
@@ -90,15 +90,15 @@ class CheckpointStore:
     def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint of a step, verified; None if there is none."""
         path = self.root / step_name(step)
-        return (path, verify(path)) if path.is_dir() else None
+        return (path, verify(path, [STATE])) if path.is_dir() else None
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         for leftover in self.root.glob(PARTIAL + "*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        steps = self._steps()
+        steps = saved_steps(self.root)
         for path in reversed(steps):
             try:
-                return path, verify(path)
+                return path, verify(path, [STATE])
             except CheckpointError as error:
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.broken{i or ''}")).exists())
                 path.rename(aside)
@@ -110,28 +110,20 @@ class CheckpointStore:
             )
         return None
 
-    def _steps(self) -> list[Path]:
-        found = self.root.glob("step-*") if self.root.is_dir() else []
-        return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
-
     def _prune(self, best_step: int | None) -> None:
         keep = {step_name(best_step)} if best_step is not None else set()
-        for path in self._steps()[: -self.keep_last]:
+        for path in saved_steps(self.root)[: -self.keep_last]:
             if path.name not in keep:
                 doomed = path.with_name(PARTIAL + path.name + "-old")
                 path.rename(doomed)  # a kill half way through must not leave half a checkpoint under its name
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
+def saved_steps(root: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; not those moved aside or half written."""
+    found = root.glob("step-*") if root.is_dir() else []
+    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+
+
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _reason(error: Exception) -> str:
-    """The cause that says most: DCP wraps what each rank raised."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, wrapped = next(iter(failures.items()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        return f"rank {rank}: {error}"
-    return str(error) or type(error).__name__

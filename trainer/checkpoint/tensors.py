@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
@@ -27,7 +28,7 @@ def save_tensors(directory: Path, tensors: dict[str, Tensor], world: World) -> l
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; only tensors are written here")
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    with _quiet():
+    with _plain_errors():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
     prefix = f"shard-{world.rank + 1:05d}-"
     return sorted(p.name for p in directory.iterdir() if p.name.startswith(prefix))
@@ -54,16 +55,20 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], expected: dict[str
             raise CheckpointError(
                 f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
             )
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _plain_errors():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=world.size == 1)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that it saves from a single process, which is what one process is for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _plain_errors() -> Iterator[None]:
+    """Turn DCP's `CheckpointException`, which is no `Exception`, into ours; silence its remark that one process is one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        reasons = "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
+        raise CheckpointError(reasons) from error
 
 
 def describe_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -77,17 +78,28 @@ class Examples:
         del self._ids, self._supervised, self._labels, self._num_bytes
         return self
 
+    def digest(self) -> str:
+        """SHA-256 of every token, mask and label: two equal digests train the same."""
+        parts = (self.ids, self.supervised, self.starts, self.labels)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
     def __len__(self) -> int:
         return len(self.places)
 
 
-def conversations(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config) -> Examples:
+def conversations(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config, model_stops: Sequence[int] = ()
+) -> Examples:
     """Messages, or prompt and response, with the loss on the responses.
 
     A tokenizer with a chat template renders both; without one, prompt and response are joined by a line end and closed
     with the end-of-text token, and messages are refused.
+
+    Args:
+        model_stops: ids that end an answer by the model's own generation config.
     """
-    stops = set(stop_token_ids(tokenizer))
+    stops = set(stop_token_ids(tokenizer, list(model_stops)))
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     examples = Examples()
     for record in records:
@@ -97,13 +109,11 @@ def conversations(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase,
         if messages is not None:
             ids, mask = (template or ChatTemplate(tokenizer)).encode(messages, record.place)
         else:
-            prompt = tokenizer(record.prompt + "\n")["input_ids"]
+            prompt = begin + tokenizer(record.prompt + "\n", add_special_tokens=False)["input_ids"]
             response = tokenizer(record.response, add_special_tokens=False)["input_ids"] if record.response else []
             end = [tokenizer.eos_token_id] if response and tokenizer.eos_token_id is not None else []
             ids, mask = prompt + response + end, [False] * len(prompt) + [True] * (len(response) + len(end))
-        _add_truncated(examples, ids, mask, record.place, config)
-        if any(m and i in stops for i, m in zip(ids, mask, strict=True)):
-            examples.report.stop_rows += 1
+        _add_truncated(examples, ids, mask, record.place, stops, config)
     _require_supervision(examples, config)
     if config.data.require_stop_token and len(examples) and not examples.report.stop_rows:
         rule = "no stop token is trained in any row, so the model would not learn to end an answer"
@@ -120,13 +130,17 @@ def labelled(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, conf
     tail_ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
     rows = list(records)
     texts = [head + (r.text or "") for r in rows]
-    for record, ids in zip(rows, tokenizer(texts)["input_ids"] if texts else [], strict=True):
+    # What follows the text must follow its words, not an end-of-text token that some tokenizers put there.
+    begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
+    encoded = tokenizer(texts, add_special_tokens=not tail)["input_ids"] if texts else []
+    for record, ids in zip(rows, encoded, strict=True):
         if record.label not in index:
             rule = f"the label {record.label!r} is not in the label set"
             remedy = f"It has {', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}: mend the row, or give data.labels"
             raise InputError(record.place, rule, remedy)
         if not (record.text or "").strip():
             raise InputError(record.place, "the text is empty", "Remove the row")
+        ids = begin + ids
         room = config.data.max_length - len(tail_ids)  # the text is cut, never what follows it
         if room < 1:
             remedy = "Raise data.max_length or shorten objective.prompt"
@@ -185,13 +199,16 @@ def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray
     return np.array(out["input_ids"]), np.diff(reached, prepend=0)
 
 
-def _add_truncated(examples: Examples, ids: list[int], mask: list[bool], place: str, config: Config) -> None:
+def _add_truncated(
+    examples: Examples, ids: list[int], mask: list[bool], place: str, stops: set[int], config: Config
+) -> None:
     limit = config.data.max_length
     if len(ids) > limit:
         examples.report.truncated_rows += 1
         examples.report.truncated_tokens += len(ids) - limit
     if any(mask[1:limit]):
         examples.add(ids[:limit], mask[:limit], place)
+        examples.report.stop_rows += any(m and i in stops for i, m in zip(ids[:limit], mask[:limit], strict=True))
     else:
         examples.report.dropped.append(place + (" (its answer lies beyond the cut)" if any(mask[1:]) else ""))
 

@@ -138,7 +138,7 @@ def _string(row: Row, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         rule = f"column {column} is {json.dumps(value, default=str)[:60]}, and must be text"
         raise InputError(row.place, rule, "Mend the row")
-    return str(value)
+    return _require_unicode(str(value), row.place)
 
 
 def _messages(row: Row, column: str) -> list[dict[str, str]]:
@@ -151,5 +151,15 @@ def _messages(row: Row, column: str) -> list[dict[str, str]]:
         if not ok:
             rule = f"message {index} is {json.dumps(message, default=str)[:80]}, without a known role and a text content"
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
-        messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({"role": message["role"], "content": _require_unicode(message["content"], row.place)})
     return messages
+
+
+def _require_unicode(text: str, place: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        rule = f"character {error.start} is half of a surrogate pair, {text[error.start]!r}"
+        raise InputError(place, rule, "Write the whole character, or remove it") from None
+    return text

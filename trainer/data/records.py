@@ -1,6 +1,6 @@
 """Read rows from files. A row keeps its place (`file:line`), so that every later complaint can name it.
 
-Formats: JSONL, CSV, Parquet, plain text, a folder written by `datasets`, and `hf://name[/config]:split` for the hub.
+Formats: JSONL, CSV, Parquet, plain text, a folder written by `datasets`, and `hf://name[@config]:split` for the hub.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from tritune.trainer.config import TextUnit
 from tritune.trainer.errors import InputError
 
-FORMATS = ".jsonl, .json (lines), .csv, .tsv, .parquet, .txt, a folder saved by datasets, or hf://name:split"
+FORMATS = ".jsonl, .json (lines), .csv, .tsv, .parquet, .txt, a folder saved by datasets, or hf://name[@config]:split"
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def _read_jsonl(path: Path, _: TextUnit) -> Iterator[Row]:
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            rule = f"this line is not JSON: {error.msg} at column {error.colno}"
+        except (ValueError, RecursionError) as error:
+            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            rule = f"this line is not JSON: {at}"
             raise InputError(f"{path}:{number}", rule, "Mend or remove the line; each line is one JSON object") from None
         if not isinstance(fields, dict):
             rule = f"this line is a JSON {type(fields).__name__}, and a row is an object"
@@ -92,13 +93,18 @@ def _read_csv(path: Path, _: TextUnit) -> Iterator[Row]:
         header = next(reader, None)
         if header is None:
             raise InputError(str(path), "the file is empty", "A CSV starts with a line of column names")
+        if len(set(header)) != len(header):
+            twice = sorted({name for name in header if header.count(name) > 1})
+            raise InputError(f"{path}:1", f"the column {', '.join(twice)} stands twice in the header", "Rename one")
+        first = reader.line_num + 1
         for cells in reader:
+            place, first = f"{path}:{first}", reader.line_num + 1  # a quoted cell may run over several lines
             if not cells:
                 continue
             if len(cells) != len(header):
                 rule = f"this row has {len(cells)} cells, and the header {len(header)}"
-                raise InputError(f"{path}:{reader.line_num}", rule, "Quote cells that contain commas or line ends")
-            yield Row(dict(zip(header, cells, strict=True)), f"{path}:{reader.line_num}")
+                raise InputError(place, rule, "Quote cells that contain commas or line ends")
+            yield Row(dict(zip(header, cells, strict=True)), place)
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}", str(error), "Mend the line") from None
 
@@ -124,7 +130,7 @@ def _read_txt(path: Path, unit: TextUnit) -> Iterator[Row]:
         if text.strip():
             yield Row({"text": text}, f"{path}:1")
         return
-    pattern = r"[^\n]+" if unit is TextUnit.line else r"[^\n]+(?:\n[^\n]+)*"
+    pattern = r"[^\n]+" if unit is TextUnit.line else r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*"
     line, seen = 1, 0
     for match in re.finditer(pattern, text):
         line += text.count("\n", seen, match.start())
@@ -151,18 +157,20 @@ def _read_dataset_folder(folder: str, key: str) -> Iterator[Row]:
 def _read_hub(source: str) -> Iterator[Row]:
     """`hf://org/name:split`, `hf://org/name@config:split`, or a local folder of files, `hf://./folder:split`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, split = source[5:].rpartition(":")
     name, _, config = name.partition("@")
     try:
         dataset = load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:  # not found, unreachable, or no such split or config
+    except (OSError, ValueError, DatasetsError) as error:  # not found, unreachable, or no such split or config
         rule = f"the dataset did not load: {str(error).strip().splitlines()[0]}"
         raise InputError(source, rule, "Check name, @config and :split, and that the hub can be reached") from None
     for number, fields in enumerate(dataset, 1):
         yield Row(fields, f"{source}:row {number}")
 
 
+csv.field_size_limit(2**31 - 1)  # whole documents stand in cells
 _READERS = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,

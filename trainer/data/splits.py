@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -38,11 +39,14 @@ def require_length(config: Config, context: int | None) -> None:
         raise InputError(f"data.max_length={config.data.max_length}", rule, f"Use {context} or less")
 
 
-def read_splits(config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Splits:
+def read_splits(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None, model_stops: Sequence[int] = ()
+) -> Splits:
     """Read, divide and tokenize.
 
     Args:
         context: positions that the model has; None where it sets no limit.
+        model_stops: ids that end an answer by the model's own generation config.
 
     Raises:
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
@@ -51,7 +55,7 @@ def read_splits(config: Config, tokenizer: PreTrainedTokenizerBase, context: int
     labels = _labels(config, records["train"])
     examples: dict[str, Examples] = {}
     for name, rows in records.items():
-        examples[name] = _tokenize(rows, tokenizer, config, labels)
+        examples[name] = _tokenize(rows, tokenizer, config, labels, model_stops)
         if not len(examples[name]):
             raise InputError(f"data.{name}", f"the {name} split is empty", "Give rows, or another share")
     if config.data.retention is not None:
@@ -98,9 +102,11 @@ def _labels(config: Config, train: list[Record]) -> list[str]:
     return list(labels)
 
 
-def _tokenize(rows: list[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str]) -> Examples:
+def _tokenize(
+    rows: list[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str], model_stops: Sequence[int]
+) -> Examples:
     if labels:
         return labelled(rows, tokenizer, config, labels)
     if config.objective.name == "pretrain":
         return blocks(rows, tokenizer, config)
-    return conversations(rows, tokenizer, config)
+    return conversations(rows, tokenizer, config, model_stops)

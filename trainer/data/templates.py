@@ -1,8 +1,8 @@
 """Render conversations through the chat template and find which tokens are the assistant's.
 
 With `{% generation %}` marks in the template, transformers gives the mask. Without, the spans are found in the rendered text:
-a turn starts where the template, given the messages before it and `add_generation_prompt`, ends; it goes on past its content
-as far as the text agrees with what the template writes after a last answer (the turn's end, where the stop token is).
+a turn starts where the template, given the messages before it and `add_generation_prompt`, ends; it reaches over its content
+to the end of the token that closes a turn, which a probe conversation shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ChatTemplate:
             raise InputError("model.chat_template=None", "the rows are conversations and there is no template", remedy)
         self.tokenizer = tokenizer
         self.has_marks = "generation" in _block_names(tokenizer.chat_template)
-        self.turn_end = "" if self.has_marks else self._probe_turn_end()
+        self.ends = ("", "") if self.has_marks else self._probe_ends()
 
     def encode(self, messages: list[dict[str, str]], place: str) -> tuple[list[int], list[bool]]:
         """Return token ids and, for each, whether the assistant says it.
@@ -39,36 +39,56 @@ class ChatTemplate:
         text = self._apply(messages, place, tokenize=False)
         spans = [self._span(messages, i, text, place) for i, m in enumerate(messages) if m["role"] == "assistant"]
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [any(a <= i and j <= b and i < j for a, b in spans) for i, j in out["offset_mapping"]]
+        # A token may reach past the span over white space alone: some tokenizers let a turn's end swallow the line end.
+        inside = [(i, j, any(a <= i < b and (j <= b or text[b:j].isspace()) for a, b in spans)) for i, j in out["offset_mapping"]]
+        mask = [hit and i < j for i, j, hit in inside]
         return list(out["input_ids"]), mask
 
     def _span(self, messages: list[dict[str, str]], index: int, text: str, place: str) -> tuple[int, int]:
         before = self._apply(messages[:index], place, tokenize=False, add_generation_prompt=True)
-        content = messages[index]["content"].strip()
-        found = text.find(content, len(before))
-        if not text.startswith(before) or found < 0:
-            rule = f"the template renders turn {index} differently inside a conversation, so its tokens cannot be found"
-            raise InputError(place, rule, "Give model.chat_template=<file> with {% generation %} marks around answers")
-        end = found + len(content)
-        return len(before), end + len(os.path.commonprefix([text[end:], self.turn_end]))
+        raw, (middle, last) = messages[index]["content"], self.ends
+        if text.startswith(before):
+            for end in (last, middle) if index == len(messages) - 1 else (middle,):
+                for content in (raw, raw.strip()):  # some templates trim
+                    found = text.find(content + end, len(before))
+                    if found >= 0:
+                        return len(before), found + len(content) + len(end)
+        rule = f"the template renders turn {index} differently inside a conversation, so its tokens cannot be found"
+        raise InputError(place, rule, "Give model.chat_template=<file> with {% generation %} marks around answers")
 
-    def _probe_turn_end(self) -> str:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        return self._apply(messages, "the chat template", tokenize=False).partition(PROBE)[2]
+    def _probe_ends(self) -> tuple[str, str]:
+        """What closes an answer in the middle of a conversation, and what closes the last one."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        last = self._apply(turns, "a probe conversation", tokenize=False).partition(PROBE)[2]
+        try:
+            middle = self._apply([*turns, turns[0]], "a probe conversation", tokenize=False).partition(PROBE)[2]
+        except InputError:  # a template for single turns only
+            middle = last
+        return self._to_last_token(os.path.commonprefix([last, middle])), self._to_last_token(last)
+
+    def _to_last_token(self, end: str) -> str:
+        """Cut what follows the last added token (`<|im_end|>`, `</s>`); without one, what follows the last line end."""
+        tokens = [end.rfind(token) + len(token) for token in self.tokenizer.get_added_vocab() if token and token in end]
+        return end[: max(tokens)] if tokens else end[: end.rfind("\n") + 1]
 
     def _apply(self, messages: list[dict[str, str]], place: str, **options):
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # what a template can raise
-            rule = f"the chat template fails on this row: {str(error).strip().splitlines()[0]}"
+        except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rule = f"the chat template fails on this row: {said}"
             raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
 
 
 def _block_names(template: str) -> set[str]:
-    """The words that open `{% ... %}` blocks."""
-    names = set()
-    for part in template.split("{%")[1:]:
-        words = part.lstrip("-+ \n").split(None, 1)
-        if words:
-            names.add(words[0].rstrip("-%}"))
-    return names
+    """The words that open `{% ... %}` blocks.
+
+    Raises:
+        InputError: the template is not valid Jinja.
+    """
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError as error:
+        raise InputError("model.chat_template", f"it is not valid Jinja: {error}", "Mend the template") from None
+    words = [(kind, word) for _, kind, word in tokens if kind != "whitespace"]
+    return {words[i + 1][1] for i, (kind, _) in enumerate(words[:-1]) if kind == "block_begin"}

@@ -97,7 +97,7 @@ def target_names(config: LoraConfig, linears: dict[str, nn.Linear], output: set[
     return [n for n in linears if n in chosen]
 
 
-def saved_modules(config: LoraConfig, model: nn.Module, heads: list[str]) -> list[str]:
+def saved_modules(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> list[str]:
     """Full names of the modules that train whole: `modules_to_save` and the new heads."""
     names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
     result = list(heads)
@@ -107,6 +107,11 @@ def saved_modules(config: LoraConfig, model: nn.Module, heads: list[str]) -> lis
             remedy = f"It has {', '.join(n for n in names if '.' not in n)} and what lies in them"
             raise InputError(f"method.modules_to_save={pattern}", "the model has no module of this name", remedy)
         result += [n for n in found if n not in result]
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is not None and getattr(output, "weight", None) is embeddings.weight:
+        both = [n for n, m in model.named_modules() if m is embeddings or m is output]
+        if set(both) & set(result):  # one tensor under two names: whoever loads only one of them unties it
+            result += [n for n in both if n not in result]
     return result
 
 

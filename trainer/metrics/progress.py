@@ -79,8 +79,12 @@ class Progress:
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
-            self._log.flush()
+            try:
+                self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+                self._log.flush()
+            except OSError as error:  # a full disk must not stop the run from saying so
+                self._log = None
+                self.stream.write(f"train.log is not written any more: {error.strerror}\n")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,142 @@
+"""The rules that configuration values must keep, where no file and no model is needed to see it."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Any
+
+from tritune.trainer.config import METRICS, NAMES, SCHEMAS, ClassifyTokenConfig, Config, LoraConfig, TrainConfig
+
+
+def check(config: Config, world_size: int | None = None) -> list[str]:
+    """Return every fault of `config` that needs no file and no model to be seen, as `key=value: rule. Remedy` lines.
+
+    `world_size` is the number of ranks, where it is known already.
+    """
+    c, faults = config, []
+
+    def rule(holds: bool, key: str, text: str) -> None:
+        if not holds:
+            value: Any = c
+            for part in key.split("."):
+                value = getattr(value, part)
+            faults.append(f"{key}={value.value if isinstance(value, Enum) else value}: {text}")
+
+    rule(
+        bool(c.model.path) != bool(c.model.config),
+        "model.path",
+        "a model is either pretrained or made from a config. Give model.path=<hub id or folder>, or model=tiny",
+    )
+    rule(
+        not c.model.config or c.model.tokenizer is not None,
+        "model.tokenizer",
+        "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
+    )
+    rule(c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
+    rule(c.data.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
+    for key in ("validation", "test"):
+        share = getattr(c.data, f"{key}_share")
+        rule(0.0 <= share < 1.0, f"data.{key}_share", "a share lies in [0, 1). Use e.g. 0.1")
+        rule(
+            not (share and getattr(c.data, key)),
+            f"data.{key}_share",
+            f"data.{key} is given as well. Set one of the two",
+        )
+    rule(
+        c.data.validation_share + c.data.test_share < 1.0,
+        "data.validation_share",
+        "with data.test_share nothing is left to train on. Their sum must stay below 1",
+    )
+    if isinstance(c.method, LoraConfig):
+        rule(c.method.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
+        rule(0.0 <= c.method.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")
+        rule(c.method.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
+        rule(bool(c.method.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
+    if isinstance(c.objective, ClassifyTokenConfig):
+        rule("{text}" in c.objective.prompt, "objective.prompt", "the row's text has no place. Write {text} where it goes")
+    rule(0 < c.optim.lr < math.inf, "optim.lr", "a learning rate is positive and finite. Use e.g. 1e-4")
+    rule(c.optim.eps > 0, "optim.eps", "it keeps a division from zero. Use e.g. 1e-8")
+    rule((c.optim.warmup_steps or 0) >= 0, "optim.warmup_steps", "a count of steps. Use 0 or more")
+    rule(
+        len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
+        "optim.betas",
+        "AdamW has two betas in [0, 1). Use e.g. [0.9,0.999]",
+    )
+    rule(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative. Use 0 to turn it off")
+    rule(c.optim.max_norm > 0, "optim.max_norm", "clipping needs a positive norm. Use a large value, 1e9, for none")
+    for key in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+        rule(0.0 <= getattr(c.optim, key) <= 1.0, f"optim.{key}", "a share lies in [0, 1]. Use e.g. 0.1")
+    rule(c.train.batch_size >= 1, "train.batch_size", "a step needs at least one sequence. Use 1 or more")
+    rule(
+        c.train.micro_batch_size is None or 1 <= c.train.micro_batch_size <= c.train.batch_size,
+        "train.micro_batch_size",
+        f"it splits train.batch_size={c.train.batch_size}. Use a value from 1 to that",
+    )
+    for key in ("epochs", "max_steps"):
+        count = getattr(c.train, key)
+        rule(count is None or count >= 1, f"train.{key}", "a run has at least one. Use 1 or more")
+    rule(
+        c.train.epochs is not None or c.train.max_steps is not None,
+        "train.max_steps",
+        "the run has no end. Give train.max_steps or train.epochs, at least 1",
+    )
+    rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
+    rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
+    rule(c.launch.num_procs is None or c.launch.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more")
+    metrics = METRICS.get(c.objective.name, ())
+    rule(
+        not metrics or c.evaluation.metric in metrics,
+        "evaluation.metric",
+        f"objective={c.objective.name} reports {', '.join(metrics)}. Choose one of these",
+    )
+    for group, names in NAMES.items():
+        node = getattr(c, group)
+        schema = SCHEMAS[group].get(node.name)
+        rule(
+            node.name in names and (schema is None or type(node) is schema),
+            f"{group}.name",
+            f"the name follows from the group's option. Write {group}=<one of {', '.join(names)}>, or in a YAML "
+            f"`override /{group}: ...` among its defaults",
+        )
+    rule(
+        not c.data.retention or c.objective.name != "classify",
+        "data.retention",
+        "it is scored as text, and objective=classify replaces the language-model head. Use classify_token, or leave it out",
+    )
+    rule(c.train.log_every >= 1, "train.log_every", "rows are logged every n steps. Use 1 or more")
+    rule(c.train.max_nonfinite >= 1, "train.max_nonfinite", "at least one bad step must be seen. Use 1 or more")
+    rule(c.train.patience is None or c.train.patience >= 1, "train.patience", "count of evaluations. Use 1 or more")
+    for key in ("evaluation.every", "checkpoint.every"):
+        every = getattr(getattr(c, key.split(".")[0]), "every")  # noqa: B009
+        rule(every is None or every >= 1, key, "an interval is at least one step. Use 1 or more, or null for each epoch")
+    rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
+    rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
+    has_validation = bool(c.data.validation or c.data.validation_share)
+    for key in ("patience", "use_best"):
+        rule(
+            not getattr(c.train, key) or has_validation,
+            f"train.{key}",
+            "the best step is chosen on a validation split, and there is none. Give data.validation or "
+            "data.validation_share",
+        )
+    if world_size is not None:
+        rule(
+            not (c.backend.name == "single" and world_size > 1),
+            "backend.name",
+            f"{world_size} processes were started. Use backend=ddp, or start one process",
+        )
+        accumulation = derived_accumulation(c.train, world_size)
+        rule(
+            c.train.accumulation in (None, accumulation),
+            "train.accumulation",
+            f"train.batch_size={c.train.batch_size} over {world_size} rank(s) in micro-batches of "
+            f"{c.train.micro_batch_size} makes {accumulation}. Leave it out: it is derived",
+        )
+    return faults
+
+
+def derived_accumulation(train: TrainConfig, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step."""
+    per_rank = -(-train.batch_size // world_size)
+    return -(-per_rank // min(train.micro_batch_size or per_rank, per_rank))
