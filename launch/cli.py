@@ -59,7 +59,6 @@ def _train(argv: list[str]) -> int:
 
 def _config(argv: list[str]) -> int:
     import yaml
-
     from tritune.trainer.compose import compose_partly, split_argv, to_dict, unheld_rules
 
     config_dir, overrides = split_argv(argv)

@@ -33,7 +33,7 @@ def overrides(data: Path, directory: Path, method: str) -> list[str]:
 
 
 def write_rows(path: Path, rng: random.Random) -> None:
-    words = "the cat sat on a red mat while two dogs ran far away over green hills".split()
+    words = ["the", "cat", "sat", "on", "a", "red", "mat", "while", "two", "dogs", "ran", "far", "away", "over", "green", "hills"]
     with path.open("w") as file:
         for i in range(200):
             text = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(2)]

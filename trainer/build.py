@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
@@ -198,9 +197,7 @@ def _make_objective(config: Config, splits: Splits, tokenizer: PreTrainedTokeniz
 def _set_generation(model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the exported model stop where it was trained to, and pad with the token chosen here."""
     generation: GenerationConfig = model.generation_config
-    eos = generation.eos_token_id
-    stops = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    generation.eos_token_id = stop_token_ids(tokenizer, stops) or None
+    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
     generation.pad_token_id = tokenizer.pad_token_id
 
 

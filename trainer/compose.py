@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -20,11 +19,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
 from tritune.trainer.config import GROUPS, SCHEMAS, Config, register
 from tritune.trainer.config_check import check
 from tritune.trainer.config_yaml import conversion, nearest, one_line, options, yaml_faults
 from tritune.trainer.errors import ConfigFaults
+
 
 def load_config(overrides: list[str], config_dir: str | None = None, world_size: int | None = None) -> Config:
     """Compose the configuration, or raise `ConfigFaults` with everything that is wrong with it.
@@ -66,19 +65,23 @@ def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple
     with initialize_config_module("tritune.conf", version_base="1.3"):
         search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         choices, values, faults, failed = _sort_overrides(overrides, config_dir)
+        located = yaml_faults(choices, config_dir)
         try:
-            composed = hydra_compose("config", overrides=[*search, *choices])
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
-            faults += yaml_faults(choices, config_dir) or [one_line(error)]
-            failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
+            composed = hydra_compose("config", overrides=[] if located else [*search, *choices])
+        except (HydraException, OmegaConfBaseException, TypeError, AttributeError, ValueError) as error:
+            located = [one_line(error)]
             composed = hydra_compose("config")
+        if located:
+            faults += located
+            failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
     for override in values:
         if override.key_or_group.partition(".")[0] not in failed:
             fault = _apply(composed, override)
             if fault:
                 faults.append(fault)
-    faults += _unresolved(OmegaConf.to_container(composed, resolve=False))
-    if failed:  # the rules would complain of what the missing group was to give
+    unresolved = _unresolved(OmegaConf.to_container(composed, resolve=False))
+    faults += unresolved
+    if failed or unresolved:  # the rules would complain of what the missing group was to give
         return None, faults
     try:
         return OmegaConf.to_object(composed), faults  # type: ignore[return-value]

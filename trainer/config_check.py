@@ -96,8 +96,8 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         rule(
             node.name in names and (schema is None or type(node) is schema),
             f"{group}.name",
-            f"the name follows from the group's option. Write {group}=<one of {', '.join(names)}>, or in a YAML "
-            f"`override /{group}: ...` among its defaults",
+            f"the name follows from the group's option, {', '.join(names)}. Write {group}={node.name}, or in a YAML, "
+            f"among its defaults, `override /{group}: {node.name}`",
         )
     rule(
         not c.data.retention or c.objective.name != "classify",

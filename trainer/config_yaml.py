@@ -10,7 +10,6 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
 from tritune.trainer.config import GROUPS, SCHEMAS, Config
 
 
@@ -68,7 +67,7 @@ def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
             faults.append(f"{path}: it is not valid YAML ({' '.join(str(error).split())}). Mend the file")
             continue
         if not isinstance(content, dict):
-            faults.append(f"{path}: it is a {type(content).__name__}, and must be keys and values. Mend the file")
+            faults.append(f"{path}: it is a {type(content).__name__}, and must be a mapping of keys to values. Mend the file")
         elif group == "experiment":
             if "@package _global_" not in text:
                 faults.append(f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_")
@@ -77,8 +76,9 @@ def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
             skip = {g for g in ("method", "objective") if wrong}  # which keys these have is not known then
             faults += wrong + _walk({k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path))
         else:
-            content.pop("defaults", None)
-            schema = SCHEMAS[group].get(content.get("name", name)) or next(iter(SCHEMAS[group].values()))
+            bases = [str(d).removeprefix("schema_") for d in content.pop("defaults", None) or []]
+            known = [SCHEMAS[group][b] for b in [*bases, name] if b in SCHEMAS[group]]
+            schema = known[0] if known else next(iter(SCHEMAS[group].values()))
             faults += _walk({group: content}, Config, {group: schema}, "", str(path))
     return faults
 
@@ -106,7 +106,9 @@ def _walk(content: Any, schema: type, schema_of: dict[str, type | None], prefix:
     hints, faults = get_type_hints(schema), []
     for name, value in content.items():
         hint = schema_of.get(f"{prefix}{name}") or hints.get(name)
-        if hint is None:
+        if value == "???":
+            faults.append(f"{path}: {prefix}{name}=???: a value is missing. Write one")
+        elif hint is None:
             faults.append(f"{path}: {prefix}{name}: there is no such key. {nearest(f'{prefix}{name}', [prefix + h for h in hints])}")
         elif dataclasses.is_dataclass(hint):
             faults += _walk(value, hint, {}, f"{prefix}{name}.", path)  # type: ignore[arg-type]

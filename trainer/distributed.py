@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
 from tritune.trainer.config import BackendConfig, Device
 from tritune.trainer.errors import InputError, PeerError
 

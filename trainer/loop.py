@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from tritune.trainer.backends import Backend
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
-
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError
 
@@ -33,7 +33,10 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     if config.config:
         settings = {"vocab_size": vocab_size, **config.config}
         model_type = settings.pop("model_type", None)
-        remedy = "Use a model_type that transformers knows, with its own keys and values"
+        if model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+            remedy = f"Did you mean {near[0]}?" if near else "Use e.g. llama"
+            raise InputError(f"model.config.model_type={model_type}", "transformers knows no such architecture", remedy)
         try:
             default = AutoConfig.for_model(model_type)
             known = sorted({*default.to_dict(), *default.attribute_map})
@@ -46,7 +49,7 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001  each family checks its values in its own way
-            raise InputError(f"model.config={config.config}", _first_line(error), remedy) from None
+            raise InputError(f"model.config={config.config}", _first_line(error), "Give it the values it takes") from None
     try:
         return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
@@ -76,7 +79,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     labels: list[str] | None,
     seed: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Return the model on CPU, parameters in `dtype`, embeddings resized to the tokenizer.
 

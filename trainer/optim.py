@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-
 from tritune.trainer.config import OptimConfig, Schedule
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import IDENTITY, Config
 from tritune.trainer.errors import InputError
@@ -98,10 +97,13 @@ class RunDir:
         )
 
     def write_refusal(self, culprit: str, exit_code: int) -> None:
-        """Note a start that was refused, beside what the status says of the run that is here."""
-        status = self.read_json("status.json") or {}
-        refusal = {"exit_code": exit_code, "culprit": culprit, "time": _now()}
-        self.write_json("status.json", {**status, "refused": refusal})
+        """Note a start that was refused, beside what the status says of the run that is here, if there is one."""
+        status = self.read_json("status.json")
+        if status is None:
+            self.write_status("failed", 0, exit_code, culprit)
+        else:
+            refusal = {"exit_code": exit_code, "culprit": culprit, "time": _now()}
+            self.write_json("status.json", {**status, "refused": refusal})
 
     def touch_status(self, step: int) -> None:
         """Say that training goes on, every few seconds: an fsync at each step would cost more than a small step."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-
 from tritune.kernels.dropout import token_keys
 from tritune.kernels.linear_cross_entropy import token_nll_reference
 from tritune.trainer.batch import Batch

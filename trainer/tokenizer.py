@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError
 
@@ -82,9 +81,10 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Sequence[int] = ()) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | Sequence[int] | None = None) -> list[int]:
     """Every id that ends an answer: the model's (`generation_config.eos_token_id`), the tokenizer's, ChatML's turn end."""
-    stops = {*model_stops, tokenizer.eos_token_id}
+    stops = {model_stops} if model_stops is None or isinstance(model_stops, int) else set(model_stops)
+    stops.add(tokenizer.eos_token_id)
     if tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
         stops.add(tokenizer.get_vocab().get("<|im_end|>"))
     return sorted(i for i in stops if i is not None)

@@ -306,10 +306,12 @@ def test_no_template_is_refused():
         ChatTemplate(bytes_with(""))
 
 
-def test_a_tokenizer_with_several_named_templates():
+def test_a_tokenizer_with_several_named_templates(tmp_path):
     """Command R and others: `chat_template` is a dictionary, and `default` is meant."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN}
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
     ids, mask = ChatTemplate(tokenizer).encode(CONVERSATIONS["multi"], "here")
     assert (ids, mask) == ChatTemplate(bytes_with(CHATML)).encode(CONVERSATIONS["multi"], "here")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_token_ids(tokenizer)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tritune.trainer.build import require_trained_embeddings
 from tritune.trainer.config import Bias, Config, Dtype, LoraConfig, MethodConfig, ModelConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
@@ -345,6 +346,7 @@ def test_an_adapter_with_added_tokens_is_whole_or_refused(shared, tmp_path):
     torch.manual_seed(0)
     try:
         model, tokenizer, keys = loaded(config)
+        require_trained_embeddings(model, 1)
         train(model, keys, 513)
         export(tmp_path / "out", config, model, tokenizer, [])
     except InputError:

@@ -316,7 +316,7 @@ def test_unknown_keys_besides_an_unknown_override_are_all_named(user_dir):
         ("# @package _global_\ndefaults:\n  - override /metod: lora\n", ["metod"]),
         ("# @package _global_\nmodel: {_target_: os.system}\n", ["_target_"]),
         ("# @package _global_\nhydra: {run: {dir: elsewhere}}\n", ["hydra"]),
-        ("# @package _global_\noptim: {lr: ???}\n", ["optim.lr", "???"]),
+        ("# @package _global_\noptim:\n  lr: ???\n", ["optim.lr", "???"]),
     ],
     ids=["no-yaml", "list", "no-mapping", "no-package", "no-option", "no-group", "target", "hydra", "mandatory"],
 )

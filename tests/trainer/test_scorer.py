@@ -17,7 +17,7 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.model import load_model
-from tritune.trainer.scorer import KeepFloat64, TokenScorer
+from tritune.trainer.scorer import KeepFloat64, TokenScorer, require_same_logits
 from tritune.trainer.tokenizer import byte_tokenizer
 
 VOCAB, PAD, CLASSES = 61, 60, 5
@@ -150,6 +150,7 @@ def test_families_with_other_heads_are_scored_right_or_refused(family):
             ModelConfig(config=settings, tokenizer="bytes"), config_of(family), byte_tokenizer(), None, 0
         )
         scorer = TokenScorer(model, None, 0, 4096).eval()
+        require_same_logits(scorer)
         with torch.no_grad():
             nll = scorer(batch, "token_nll")
     except InputError:

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
 from tritune.trainer.backends.local import Local
 from tritune.trainer.backends.mixed import Mixed
 from tritune.trainer.config import BackendConfig, Dtype
 from tritune.trainer.distributed import World
+
 
 class Backend(Protocol):
     """Gradients are averaged over `dp_size` ranks, so the loop scales each loss by `dp_size`."""

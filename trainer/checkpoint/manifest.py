@@ -72,7 +72,10 @@ def _verify(directory: Path, required: Sequence[str]) -> dict[str, Any]:
     path = directory / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: missing")
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: it is cut or changed ({error})") from None
     if manifest.pop("sha256", None) != _digest(manifest):
         raise CheckpointError(f"{path}: the content changed after it was written (SHA-256 differs)")
     if manifest["format"] != FORMAT:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-
 from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.distributed import World

@@ -13,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-
 from tritune.trainer.config import ClassifyTokenConfig, Config, Unsupervised
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.templates import ChatTemplate

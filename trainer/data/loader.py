@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-
 from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.state import TrainState

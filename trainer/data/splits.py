@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
-
 from tritune.trainer.config import Config, DataConfig, Kind
 from tritune.trainer.data.examples import Examples, blocks, conversations, documents, labelled
 from tritune.trainer.data.kinds import Record, read_records, split_by_content

@@ -11,7 +11,6 @@ import os.path
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-
 from tritune.trainer.errors import InputError
 
 PROBE = "tritune-probe-9f3c"

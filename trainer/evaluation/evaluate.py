@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
 from tritune.trainer.backends import Backend
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import evaluation_batches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from transformers import PreTrainedModel
-
 from tritune.trainer.config import LoraConfig, MethodConfig
 from tritune.trainer.methods.lora import add_lora
 from tritune.trainer.methods.sites import TokenKeys

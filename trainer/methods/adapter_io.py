@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.methods.lora import lora_layers, saved_modules
 

@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
 from tritune.kernels.lora import lora_update_reference
 from tritune.trainer.config import Bias, LoraConfig
 from tritune.trainer.errors import InputError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 
 from torch import Tensor
-
 from tritune.kernels.dropout import dropout_reference
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from tritune.trainer.batch import Batch
 from tritune.trainer.distributed import World
 

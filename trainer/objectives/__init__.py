@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
 from tritune.trainer.batch import Batch
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
-
 from tritune.trainer.batch import Batch
 from tritune.trainer.errors import InputError
 from tritune.trainer.metrics.classification import classification_report, confusion

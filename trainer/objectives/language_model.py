@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-
 from tritune.trainer.batch import Batch
 from tritune.trainer.objectives import Loss
 
