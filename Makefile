@@ -29,8 +29,10 @@ test-slow: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . >/dev/null || $(BIN)/ruff format --check .
-	$(BIN)/mypy -p tritune.trainer -p tritune.launch
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/tritune
+	for d in trainer launch kernels conf; do ln -sfn $(CURDIR)/$$d build/types/tritune/$$d; done
+	MYPYPATH=build/types $(BIN)/mypy -p tritune.trainer -p tritune.launch -p tritune.kernels
 
 clean:
 	rm -rf $(VENV) build *.egg-info

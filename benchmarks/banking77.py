@@ -44,7 +44,9 @@ def plain(data: Path, seed: int) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
 
     def batch(part: list[dict[str, str]]):
-        inputs = tokenizer([r["text"] for r in part], return_tensors="pt", padding=True, truncation=True, max_length=LENGTH)
+        inputs = tokenizer(
+            [r["text"] for r in part], return_tensors="pt", padding=True, truncation=True, max_length=LENGTH
+        )
         return inputs, torch.tensor([classes[r["category"]] for r in part])
 
     began = time.perf_counter()
@@ -131,7 +133,11 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python benchmarks/banking77.py --method {args.method} --seeds {' '.join(map(str, args.seeds))}",
         "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "gpu": None},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "mean": mean,
         "runs": runs,
     }

@@ -53,7 +53,11 @@ def command(argv: list[str], processes: int) -> list[str]:
 def _start(argv: list[str], processes: int, directory: Path) -> int:
     status = directory / "status.json"
     before = status.read_text() if status.is_file() else None
-    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ, "PYTHONSAFEPATH": "1"}
+    environment = {
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)),
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+    }
     child = subprocess.Popen(command(argv, processes), env=environment)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda caught, _: child.send_signal(caught))

@@ -56,7 +56,24 @@ def tritune(capfd):
 def sft_file(tmp_path_factory) -> Path:
     """120 prompts and responses of very different lengths: masks are ragged."""
     rng = random.Random(7)
-    words = ["the", "cat", "sat", "on", "a", "red", "mat", "while", "two", "dogs", "ran", "far", "away", "over", "green", "hills"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "red",
+        "mat",
+        "while",
+        "two",
+        "dogs",
+        "ran",
+        "far",
+        "away",
+        "over",
+        "green",
+        "hills",
+    ]
     path = tmp_path_factory.mktemp("rows") / "sft.jsonl"
     lines = []
     for i in range(120):

@@ -15,15 +15,31 @@ from pathlib import Path
 OPENINGS = ["Hello,", "Hi there,", "Good morning,", "Hey,", "Sorry to bother you,", "Quick question:"]
 CLOSINGS = ["Thanks.", "Can you help?", "Please look into it.", "Kind regards.", "What should I do?"]
 TEMPLATES = {
-    "refund": ["I want my money back for the {thing}", "please refund the {thing} I bought", "the {thing} broke, return the payment",
-               "I would like a refund, the {thing} does not work"],
-    "delivery": ["my {thing} has not arrived yet", "where is the parcel with my {thing}", "the {thing} was shipped, still not here",
-                 "the courier never delivered the {thing}, where is the parcel"],
-    "account": ["I cannot log in to see my {thing}", "reset my password, I ordered a {thing}", "my login stopped working after the {thing}",
-                "the password for the {thing} page does not log me in"],
-    "praise": ["I love the new {thing}, great work", "the {thing} is wonderful, well done", "great {thing}, my family is happy",
-               "wonderful service, we love the {thing}"],
-}  # fmt: skip
+    "refund": [
+        "I want my money back for the {thing}",
+        "please refund the {thing} I bought",
+        "the {thing} broke, return the payment",
+        "I would like a refund, the {thing} does not work",
+    ],
+    "delivery": [
+        "my {thing} has not arrived yet",
+        "where is the parcel with my {thing}",
+        "the {thing} was shipped, still not here",
+        "the courier never delivered the {thing}, where is the parcel",
+    ],
+    "account": [
+        "I cannot log in to see my {thing}",
+        "reset my password, I ordered a {thing}",
+        "my login stopped working after the {thing}",
+        "the password for the {thing} page does not log me in",
+    ],
+    "praise": [
+        "I love the new {thing}, great work",
+        "the {thing} is wonderful, well done",
+        "great {thing}, my family is happy",
+        "wonderful service, we love the {thing}",
+    ],
+}
 THINGS = ["lamp", "chair", "phone case", "kettle", "backpack", "desk", "watch", "blender", "rug", "camera"]
 
 

@@ -58,9 +58,7 @@ def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, 
     return start_many([overrides], logs, world_size, env)
 
 
-def start_many(
-    cells: list[list[str]], logs: Path, world_size: int = 1, env: dict[str, str] | None = None
-) -> Job:
+def start_many(cells: list[list[str]], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:
     """Start processes once and train each of `cells` in them, one after the other; the first that fails ends them."""
     logs.mkdir(parents=True, exist_ok=True)
     ports = [_free_port() for _ in cells]

@@ -33,7 +33,24 @@ def overrides(data: Path, directory: Path, method: str) -> list[str]:
 
 
 def write_rows(path: Path, rng: random.Random) -> None:
-    words = ["the", "cat", "sat", "on", "a", "red", "mat", "while", "two", "dogs", "ran", "far", "away", "over", "green", "hills"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "red",
+        "mat",
+        "while",
+        "two",
+        "dogs",
+        "ran",
+        "far",
+        "away",
+        "over",
+        "green",
+        "hills",
+    ]
     with path.open("w") as file:
         for i in range(200):
             text = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(2)]
@@ -72,8 +89,11 @@ def main() -> int:
                 killed = all(code == -signal.SIGKILL for code in codes)
                 done += killed
                 saved = sorted(p.name for p in (directory / "checkpoints").glob("step-*"))
-                print(f"{name}: {'killed' if killed else f'ended {codes}'} after step {rows[-1]['step']}, "
-                      f"newest checkpoint {saved[-1] if saved else 'none'}", flush=True)
+                print(
+                    f"{name}: {'killed' if killed else f'ended {codes}'} after step {rows[-1]['step']}, "
+                    f"newest checkpoint {saved[-1] if saved else 'none'}",
+                    flush=True,
+                )
             harness.run(overrides(root / "rows.jsonl", directory, method), root / "logs", world_size)
             different = sum(a != b for a, b in itertools.zip_longest(expected, logged(directory)))
             differences += different

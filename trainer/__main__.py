@@ -62,7 +62,9 @@ def run(config: Config, path: Path, leader: bool) -> int:
         base = score_base(built)
         stopped_by = fit(built)
         if stopped_by:
-            progress.say(f"stopped   by {stopped_by} after step {built.state.step}, saved; the same command goes on from there")
+            progress.say(
+                f"stopped   by {stopped_by} after step {built.state.step}, saved; the same command goes on from there"
+            )
             state, code, culprit = "stopped", EXIT_STOPPED, stopped_by
         else:
             finish(built, base)

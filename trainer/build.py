@@ -79,7 +79,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
                 parameter.data = parameter.data.float()  # masters are never below float32
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
-    say(f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}")
+    say(
+        f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
+    )
 
     backend = make_backend(config.backend, world, config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
@@ -99,7 +101,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     dry_run(run)
     _resume_or_start(run)
     if world.rank == 0:
-        directory.write_json("data.json", {n: vars(e.report) for n, e in splits.examples.items()} | {"labels": splits.labels})
+        directory.write_json(
+            "data.json", {n: vars(e.report) for n, e in splits.examples.items()} | {"labels": splits.labels}
+        )
     return run
 
 
@@ -124,7 +128,9 @@ def check_resume(config: Config, directory: RunDir) -> None:
     if config.run.resume is Resume.require and not checkpoints:
         raise InputError("run.resume=require", f"{directory.path} holds no checkpoint", "Check run.dir, or use auto")
     if config.run.resume is Resume.never and (directory.path / "config.yaml").exists():
-        raise InputError("run.resume=never", f"{directory.path} holds a run already", "Give another run.dir, or use auto")
+        raise InputError(
+            "run.resume=never", f"{directory.path} holds a run already", "Give another run.dir, or use auto"
+        )
     changes = directory.identity_changes(config) if checkpoints else []
     if changes:
         rule = "it holds a run that was started with other values: " + "; ".join(changes)

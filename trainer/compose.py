@@ -59,7 +59,9 @@ def split_argv(argv: list[str]) -> tuple[str | None, list[str]]:
 def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple[Config | None, list[str]]:
     """Return the config as far as it could be composed (None if not at all) and the faults met on the way."""
     if config_dir is not None and not Path(config_dir).is_dir():
-        return None, [f"--config-dir={config_dir}: the folder does not exist. Give a folder with groups such as experiment/"]
+        return None, [
+            f"--config-dir={config_dir}: the folder does not exist. Give a folder with groups such as experiment/"
+        ]
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("tritune.conf", version_base="1.3"):
@@ -116,7 +118,7 @@ def _sort_overrides(
         if override.is_delete() or override.is_add() or override.is_force_add():
             faults.append(f"{text}: keys are neither added nor deleted here. Write {key}=value (null empties a key)")
         elif override.is_sweep_override():
-            faults.append(f'{text}: a list of alternatives is a sweep. Write one value, or quote it: {key}=\'"a,b"\'')
+            faults.append(f"{text}: a list of alternatives is a sweep. Write one value, or quote it: {key}='\"a,b\"'")
         elif override.package is not None:
             faults.append(f"{text}: groups keep their place here. Write {key}={override.get_value_string()}")
         elif key in GROUPS:

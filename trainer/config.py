@@ -7,13 +7,13 @@ holds the rules that values must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What forward and backward compute in. Master weights and moments are never below float32."""
 
     float32 = "float32"
@@ -21,12 +21,12 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-class Attention(str, Enum):
+class Attention(StrEnum):
     sdpa = "sdpa"
     eager = "eager"
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a row of the data is; `auto` reads it off the columns."""
 
     auto = "auto"
@@ -36,7 +36,7 @@ class Kind(str, Enum):
     text_label = "text_label"
 
 
-class TextUnit(str, Enum):
+class TextUnit(StrEnum):
     """What one document of a plain-text file is."""
 
     file = "file"
@@ -44,21 +44,21 @@ class TextUnit(str, Enum):
     line = "line"
 
 
-class Unsupervised(str, Enum):
+class Unsupervised(StrEnum):
     """What happens to a row in which no token would be trained."""
 
     refuse = "refuse"
     drop = "drop"
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
     wsd = "wsd"
 
 
-class Bias(str, Enum):
+class Bias(StrEnum):
     """Which biases LoRA trains: none, every one of the model, or those of the layers it adapts (PEFT's meanings)."""
 
     none = "none"
@@ -66,7 +66,7 @@ class Bias(str, Enum):
     lora_only = "lora_only"
 
 
-class Resume(str, Enum):
+class Resume(StrEnum):
     """`auto` continues the run in `run.dir` if there is one, `require` refuses to start a new one, `never` the reverse."""
 
     auto = "auto"
@@ -74,12 +74,7 @@ class Resume(str, Enum):
     never = "never"
 
 
-class Keep(str, Enum):
-    last = "last"
-    best = "best"
-
-
-class Device(str, Enum):
+class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
@@ -107,7 +102,9 @@ class DataConfig:
     validation_share: float = 0.0  # cut from `train` by content hash, where `validation` is not given
     test_share: float = 0.0
     kind: Kind = Kind.auto
-    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's: prompt: instruction, label: category
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # our name -> the file's: prompt: instruction, label: category
     text_unit: TextUnit = TextUnit.paragraph
     max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
     unsupervised: Unsupervised = Unsupervised.refuse
@@ -231,7 +228,17 @@ class Config:
 
 
 # Keys that decide what the loss curve is. A run resumed with another value of one of them would be another run.
-IDENTITY = ("seed", "model", "data", "method", "objective", "optim", "train.batch_size", "train.epochs", "train.max_steps")
+IDENTITY = (
+    "seed",
+    "model",
+    "data",
+    "method",
+    "objective",
+    "optim",
+    "train.batch_size",
+    "train.epochs",
+    "train.max_steps",
+)
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hub": ModelConfig},

@@ -54,7 +54,11 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         rule(c.method.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
         rule(bool(c.method.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
     if isinstance(c.objective, ClassifyTokenConfig):
-        rule("{text}" in c.objective.prompt, "objective.prompt", "the row's text has no place. Write {text} where it goes")
+        rule(
+            "{text}" in c.objective.prompt,
+            "objective.prompt",
+            "the row's text has no place. Write {text} where it goes",
+        )
     rule(0 < c.optim.lr < math.inf, "optim.lr", "a learning rate is positive and finite. Use e.g. 1e-4")
     rule(c.optim.eps > 0, "optim.eps", "it keeps a division from zero. Use e.g. 1e-8")
     rule((c.optim.warmup_steps or 0) >= 0, "optim.warmup_steps", "a count of steps. Use 0 or more")
@@ -83,7 +87,9 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     )
     rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
     rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
-    rule(c.launch.num_procs is None or c.launch.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more")
+    rule(
+        c.launch.num_procs is None or c.launch.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more"
+    )
     metrics = METRICS.get(c.objective.name, ())
     rule(
         not metrics or c.evaluation.metric in metrics,
@@ -109,7 +115,9 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     rule(c.train.patience is None or c.train.patience >= 1, "train.patience", "count of evaluations. Use 1 or more")
     for key in ("evaluation.every", "checkpoint.every"):
         every = getattr(getattr(c, key.split(".")[0]), "every")  # noqa: B009
-        rule(every is None or every >= 1, key, "an interval is at least one step. Use 1 or more, or null for each epoch")
+        rule(
+            every is None or every >= 1, key, "an interval is at least one step. Use 1 or more, or null for each epoch"
+        )
     rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
     rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
     has_validation = bool(c.data.validation or c.data.validation_share)

@@ -67,14 +67,20 @@ def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
             faults.append(f"{path}: it is not valid YAML ({' '.join(str(error).split())}). Mend the file")
             continue
         if not isinstance(content, dict):
-            faults.append(f"{path}: it is a {type(content).__name__}, and must be a mapping of keys to values. Mend the file")
+            faults.append(
+                f"{path}: it is a {type(content).__name__}, and must be a mapping of keys to values. Mend the file"
+            )
         elif group == "experiment":
             if "@package _global_" not in text:
-                faults.append(f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_")
+                faults.append(
+                    f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_"
+                )
             defaults, wrong = _defaults(content.pop("defaults", None) or [], config_dir, str(path))
             schema_of = {g: SCHEMAS[g].get(picked.get(g, defaults.get(g, ""))) for g in SCHEMAS}
             skip = {g for g in ("method", "objective") if wrong}  # which keys these have is not known then
-            faults += wrong + _walk({k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path))
+            faults += wrong + _walk(
+                {k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path)
+            )
         else:
             bases = [str(d).removeprefix("schema_") for d in content.pop("defaults", None) or []]
             known = [SCHEMAS[group][b] for b in [*bases, name] if b in SCHEMAS[group]]
@@ -93,8 +99,10 @@ def _defaults(entries: Any, config_dir: str | None, path: str) -> tuple[dict[str
             if group not in GROUPS:
                 faults.append(f"{path}: defaults: there is no group {group}. {nearest(group, list(GROUPS))}")
             elif option not in options(group, config_dir):
-                faults.append(f"{path}: defaults: {group}={option}: there is no such {group}. "
-                              f"{nearest(str(option), options(group, config_dir))}")
+                faults.append(
+                    f"{path}: defaults: {group}={option}: there is no such {group}. "
+                    f"{nearest(str(option), options(group, config_dir))}"
+                )
             else:
                 found[group] = option
     return found, faults
@@ -109,7 +117,9 @@ def _walk(content: Any, schema: type, schema_of: dict[str, type | None], prefix:
         if value == "???":
             faults.append(f"{path}: {prefix}{name}=???: a value is missing. Write one")
         elif hint is None:
-            faults.append(f"{path}: {prefix}{name}: there is no such key. {nearest(f'{prefix}{name}', [prefix + h for h in hints])}")
+            faults.append(
+                f"{path}: {prefix}{name}: there is no such key. {nearest(f'{prefix}{name}', [prefix + h for h in hints])}"
+            )
         elif dataclasses.is_dataclass(hint):
             faults += _walk(value, hint, {}, f"{prefix}{name}.", path)  # type: ignore[arg-type]
         else:

@@ -89,7 +89,9 @@ def start(config: BackendConfig) -> World:
     if use_cuda:
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, wherever it is imported, warns of a missing GPU
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, wherever it is imported, warns of a missing GPU
         # Once a loss is small, moments and gradients fall below the normal range, where CPU arithmetic is many times slower.
         torch.set_flush_denormal(True)
     if size > 1:

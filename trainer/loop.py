@@ -113,7 +113,9 @@ def refuse_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: lis
         return
     state.nonfinite += 1
     state.skipped += 1
-    samples = sorted({s for ids in run.world.gather([b.sample_ids.tolist() for b in micro_batches]) for b in ids for s in b})
+    samples = sorted(
+        {s for ids in run.world.gather([b.sample_ids.tolist() for b in micro_batches]) for b in ids for s in b}
+    )
     places = [run.splits["train"].places[s] for s in samples if s >= 0]
     message = f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
     run.progress.say(f"{message} ({state.nonfinite} of {limit} in a row). Rows: {', '.join(places[:8])}")

@@ -49,12 +49,16 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001  each family checks its values in its own way
-            raise InputError(f"model.config={config.config}", _first_line(error), "Give it the values it takes") from None
+            raise InputError(
+                f"model.config={config.config}", _first_line(error), "Give it the values it takes"
+            ) from None
     try:
-        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
-        raise InputError(f"model.path={config.path}", f"no model loads from it ({_first_line(error)})", remedy) from None
+        raise InputError(
+            f"model.path={config.path}", f"no model loads from it ({_first_line(error)})", remedy
+        ) from None
 
 
 def context_length(architecture: PreTrainedConfig) -> int | None:
@@ -67,7 +71,7 @@ def model_stop_ids(config: ModelConfig, architecture: PreTrainedConfig) -> list[
     found = [getattr(architecture.get_text_config(), "eos_token_id", None)]
     if config.path is not None:
         try:
-            found.append(GenerationConfig.from_pretrained(config.path, revision=config.revision).eos_token_id)
+            found.append(GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id)
         except OSError:
             pass  # many models have none
     return sorted({i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
@@ -115,7 +119,8 @@ def load_model(
             if labels is not None and missing - {f"{CLASS_HEAD}.weight"}:
                 # A tied checkpoint may hold the shared matrix under the output head's name, which a classifier does not
                 # have: loaded directly, its embeddings would start random. The language model knows both names.
-                causal, info = AutoModelForCausalLM.from_pretrained(
+                language_model: Any = AutoModelForCausalLM
+                causal, info = language_model.from_pretrained(
                     config.path, revision=config.revision, config=architecture, output_loading_info=True,
                     use_safetensors=True, trust_remote_code=False, **options,
                 )  # fmt: skip

@@ -13,7 +13,8 @@ from tritune.trainer.config import OptimConfig, Schedule
 def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """AdamW over what trains; biases, norms and embeddings (also a head tied to one) do not decay."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)

@@ -1,7 +1,7 @@
 """The run directory: who owns it, what it says of the run.
 
-    config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  summary.json
-    checkpoints/  export/  train.log
+config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  summary.json
+checkpoints/  export/  train.log
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ class RunDir:
         """`state`: starting, training, evaluating, done, stopped or failed."""
         self.write_json(
             "status.json",
-            {"state": state, "step": step, "exit_code": exit_code, "culprit": culprit, "time": _now(), "pid": os.getpid()},
+            {
+                "state": state,
+                "step": step,
+                "exit_code": exit_code,
+                "culprit": culprit,
+                "time": _now(),
+                "pid": os.getpid(),
+            },
         )
 
     def write_refusal(self, culprit: str, exit_code: int) -> None:

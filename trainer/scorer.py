@@ -62,7 +62,9 @@ class TokenScorer(nn.Module):
         flat = hidden.reshape(num_rows * num_positions, -1)
         last = torch.arange(num_rows, device=flat.device) * num_positions + batch.lengths - 1
         if want == "token_nll":
-            return token_nll_reference(flat[batch.predict], self._head(keys, batch.predict), batch.targets, self.chunk_tokens)
+            return token_nll_reference(
+                flat[batch.predict], self._head(keys, batch.predict), batch.targets, self.chunk_tokens
+            )
         if want == "last_logits":
             logits = self._head(keys, last)(flat[last], 0, num_rows)
         else:
@@ -134,9 +136,10 @@ class KeepFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float or torch.float32 in args[1:] or kwargs.get("dtype") is torch.float32:
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            narrows = func is torch.Tensor.float or torch.float32 in args[1:] or kwargs.get("dtype") is torch.float32
+            if narrows and func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type):
                 return args[0]
-        if kwargs.get("dtype") is torch.float32 and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            kwargs = {**kwargs, "dtype": torch.float64}
+            if kwargs.get("dtype") is torch.float32:  # softmax(x, dtype=torch.float32) and the like
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)

@@ -69,7 +69,10 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
     tokenizer.chat_template = CHATML
@@ -83,7 +86,8 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | Sequence[int] | None = None) -> list[int]:
     """Every id that ends an answer: the model's (`generation_config.eos_token_id`), the tokenizer's, ChatML's turn end."""
-    stops = {model_stops} if model_stops is None or isinstance(model_stops, int) else set(model_stops)
+    single = model_stops is None or isinstance(model_stops, int)
+    stops: set[int | None] = {model_stops} if single else set(model_stops)  # type: ignore[arg-type]
     stops.add(tokenizer.eos_token_id)
     if tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
         stops.add(tokenizer.get_vocab().get("<|im_end|>"))

@@ -464,7 +464,8 @@ def small_disk(unbroken, tmp_path):
     place.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={int(1.4 * size) + 100_000}", "tmpfs", place],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs could be mounted: {mounted.stderr.strip()}")

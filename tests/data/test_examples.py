@@ -389,9 +389,7 @@ def test_the_models_own_stop_tokens_count_as_stop_tokens():
         "{{ '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
     )
-    examples = conversations(
-        [chat("q", "r")], tokenizer, config(), [tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    )
+    examples = conversations([chat("q", "r")], tokenizer, config(), [tokenizer.convert_tokens_to_ids("<end_of_turn>")])
     assert "r<end_of_turn>" in tokenizer.decode(examples.ids[examples.supervised].tolist())
 
 

@@ -60,7 +60,9 @@ def test_launches_two_processes_and_matches_plain_torchrun(tmp_path, tiny):
     assert environment["world_size"] == 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "tritune.trainer", *tiny, f"run.dir={tmp_path / 'theirs'}"]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert out.returncode == 0, out.stderr
     ours, theirs = (harness.rows(tmp_path / name) for name in ("ours", "theirs"))
     assert [(r["loss"], r["grad_norm"]) for r in ours] == [(r["loss"], r["grad_norm"]) for r in theirs]

@@ -42,7 +42,9 @@ def hf_kernels(tmp_path_factory) -> Path:
 
 def python(code_or_args: list[str], cwd: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONSAFEPATH": ""}
-    return subprocess.run([sys.executable, *code_or_args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *code_or_args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_kernels_folder_is_no_package():
@@ -50,7 +52,9 @@ def test_kernels_folder_is_no_package():
 
 
 def test_editable_imports_from_another_folder(tmp_path):
-    out = python(["-c", "import tritune.kernels.lora, tritune.launch.cli, tritune.conf; print(tritune.conf.__file__)"], tmp_path)
+    out = python(
+        ["-c", "import tritune.kernels.lora, tritune.launch.cli, tritune.conf; print(tritune.conf.__file__)"], tmp_path
+    )
     assert out.returncode == 0, out.stderr
     assert Path(out.stdout.strip()) == ROOT / "conf" / "__init__.py"
 

@@ -68,4 +68,6 @@ def test_resumes_bit_for_bit(tmp_path, sft_file):
     job.wait()
     harness.run([*arguments, f"run.dir={tmp_path / 'killed'}"], tmp_path / "logs", 2)
     whole, killed = (harness.rows(tmp_path / name) for name in ("whole", "killed"))
-    assert [(r["step"], r["loss"], r["grad_norm"]) for r in whole] == [(r["step"], r["loss"], r["grad_norm"]) for r in killed]
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in whole] == [
+        (r["step"], r["loss"], r["grad_norm"]) for r in killed
+    ]

@@ -22,7 +22,9 @@ def overrides(sft_file, directory, method: str) -> list[str]:
 
 
 def curve(directory) -> list[tuple]:
-    return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"], r["label_tokens"]) for r in harness.rows(directory)]
+    return [
+        (r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"], r["label_tokens"]) for r in harness.rows(directory)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def unbroken(tmp_path_factory, sft_file):
     return get
 
 
-@pytest.mark.parametrize(("method", "world_size", "kills"), [("full", 1, 1), ("lora", 1, 2), ("lora", 2, 1), ("full", 2, 1)])
+@pytest.mark.parametrize(
+    ("method", "world_size", "kills"), [("full", 1, 1), ("lora", 1, 2), ("lora", 2, 1), ("full", 2, 1)]
+)
 def test_killed_run_goes_on_bit_for_bit(tmp_path, sft_file, unbroken, method, world_size, kills):
     """SIGKILL at random steps, of all ranks at once, as when a node dies."""
     rng = random.Random(f"{method}{world_size}")

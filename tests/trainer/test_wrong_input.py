@@ -220,8 +220,14 @@ def test_file_that_is_not_utf8(refused, write, name):
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", ""), ("a.csv", "prompt,response\n"), ("a.txt", ""),
-     ("a.txt", " \n")],
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", "\n \n"),
+        ("a.csv", ""),
+        ("a.csv", "prompt,response\n"),
+        ("a.txt", ""),
+        ("a.txt", " \n"),
+    ],
 )
 def test_empty_file(refused, write, name, text):
     path = write(text, name)

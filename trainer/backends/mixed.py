@@ -30,7 +30,8 @@ class Mixed(Local):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in _decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        self.model = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # in place
+        self.model = model
         self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(model)
         return self.model
@@ -45,4 +46,4 @@ class Mixed(Local):
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of the decoder: the longest list of modules of one class."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    return list(max(lists, key=lambda modules: len(modules), default=nn.ModuleList()))

@@ -99,7 +99,9 @@ class CheckpointStore:
             try:
                 return path, verify(path, [STATE])
             except CheckpointError as error:
-                aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.broken{i or ''}")).exists())
+                aside = next(
+                    p for i in range(1000) if not (p := path.with_name(f"{path.name}.broken{i or ''}")).exists()
+                )
                 path.rename(aside)
                 self.say(f"checkpoint {path.name} is broken and not used: {error}. Moved to {aside.name}")
         if steps:

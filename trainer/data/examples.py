@@ -56,7 +56,14 @@ class Examples:
         self.places: list[str] = []
         self.report = DataReport()
 
-    def add(self, ids: Sequence[int], supervised: Sequence[bool], place: str, label: int = -1, num_bytes: int = 0) -> None:
+    def add(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        supervised: Sequence[bool],
+        place: str,
+        label: int = -1,
+        num_bytes: int = 0,
+    ) -> None:
         self._ids.append(np.asarray(ids, dtype=np.int32))
         self._supervised.append(np.asarray(supervised, dtype=bool))
         self._labels.append(label)
@@ -102,14 +109,14 @@ def conversations(
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     examples = Examples()
     for record in records:
-        messages = record.messages
+        messages, prompt_text, response_text = record.messages, record.prompt or "", record.response or ""
         if messages is None and template is not None:
-            messages = [{"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.response}]
+            messages = [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": response_text}]
         if messages is not None:
             ids, mask = (template or ChatTemplate(tokenizer)).encode(messages, record.place)
         else:
-            prompt = begin + tokenizer(record.prompt + "\n", add_special_tokens=False)["input_ids"]
-            response = tokenizer(record.response, add_special_tokens=False)["input_ids"] if record.response else []
+            prompt = begin + tokenizer(prompt_text + "\n", add_special_tokens=False)["input_ids"]
+            response = tokenizer(response_text, add_special_tokens=False)["input_ids"] if response_text else []
             end = [tokenizer.eos_token_id] if response and tokenizer.eos_token_id is not None else []
             ids, mask = prompt + response + end, [False] * len(prompt) + [True] * (len(response) + len(end))
         _add_truncated(examples, ids, mask, record.place, stops, config)
@@ -121,7 +128,9 @@ def conversations(
     return examples.freeze()
 
 
-def labelled(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str]) -> Examples:
+def labelled(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str]
+) -> Examples:
     """Text and label: the text's tokens, the label's index in `labels`."""
     examples, index = Examples(), {label: i for i, label in enumerate(labels)}
     prompt = config.objective.prompt if isinstance(config.objective, ClassifyTokenConfig) else "{text}"
@@ -135,7 +144,9 @@ def labelled(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, conf
     for record, ids in zip(rows, encoded, strict=True):
         if record.label not in index:
             rule = f"the label {record.label!r} is not in the label set"
-            remedy = f"It has {', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}: mend the row, or give data.labels"
+            remedy = (
+                f"It has {', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}: mend the row, or give data.labels"
+            )
             raise InputError(record.place, rule, remedy)
         if not (record.text or "").strip():
             raise InputError(record.place, "the text is empty", "Remove the row")
@@ -143,7 +154,9 @@ def labelled(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, conf
         room = config.data.max_length - len(tail_ids)  # the text is cut, never what follows it
         if room < 1:
             remedy = "Raise data.max_length or shorten objective.prompt"
-            raise InputError(f"data.max_length={config.data.max_length}", "the prompt leaves no room for the text", remedy)
+            raise InputError(
+                f"data.max_length={config.data.max_length}", "the prompt leaves no room for the text", remedy
+            )
         if len(ids) > room:
             examples.report.truncated_rows += 1
             examples.report.truncated_tokens += len(ids) - room
@@ -169,8 +182,12 @@ def blocks(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config
         for start in range(0, len(ids), length):
             part = ids[start : start + length]
             if len(part) > 1:
-                examples.add(part, [False] + [True] * (len(part) - 1), f"block {start // length}",
-                             num_bytes=int(num_bytes[start + 1 : start + length].sum()))
+                examples.add(
+                    part,
+                    [False] + [True] * (len(part) - 1),
+                    f"block {start // length}",
+                    num_bytes=int(num_bytes[start + 1 : start + length].sum()),
+                )
     return examples.freeze()
 
 

@@ -108,7 +108,9 @@ def _kind(row: Row, columns: dict[str, str], config: DataConfig, objective: str)
     if config.kind is not Kind.auto:
         if config.kind not in allowed:
             names = ", ".join(k.value for k in allowed)
-            raise InputError(f"data.kind={config.kind.value}", f"objective={objective} reads {names}", "Choose one of these")
+            raise InputError(
+                f"data.kind={config.kind.value}", f"objective={objective} reads {names}", "Choose one of these"
+            )
         return config.kind
     for kind in allowed:
         if all(name in columns for name in _NEEDS[kind]):
@@ -130,7 +132,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
     if kind is Kind.prompt_response and "input" in columns:
         extra = _string(row, columns["input"])
         values["prompt"] += f"\n\n{extra}" if extra else ""
-    return Record(row.place, **values)
+    return Record(row.place, None, **values)
 
 
 def _string(row: Row, column: str) -> str:
@@ -144,12 +146,16 @@ def _string(row: Row, column: str) -> str:
 def _messages(row: Row, column: str) -> list[dict[str, str]]:
     value: Any = row.fields[column]
     if not isinstance(value, list) or not value:
-        raise InputError(row.place, f"column {column} is not a list of messages", 'Write [{"role": ..., "content": ...}]')
+        raise InputError(
+            row.place, f"column {column} is not a list of messages", 'Write [{"role": ..., "content": ...}]'
+        )
     messages = []
     for index, message in enumerate(value):
         ok = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
         if not ok:
-            rule = f"message {index} is {json.dumps(message, default=str)[:80]}, without a known role and a text content"
+            rule = (
+                f"message {index} is {json.dumps(message, default=str)[:80]}, without a known role and a text content"
+            )
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
         messages.append({"role": message["role"], "content": _require_unicode(message["content"], row.place)})
     return messages

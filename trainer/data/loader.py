@@ -36,7 +36,9 @@ def _splitmix(x):
     return z ^ (z >> np.uint64(31))
 
 
-def deal(rows: np.ndarray, lengths: np.ndarray, micro_batch_size: int | None, dp_rank: int, dp_size: int) -> list[tuple[int, np.ndarray]]:
+def deal(
+    rows: np.ndarray, lengths: np.ndarray, micro_batch_size: int | None, dp_rank: int, dp_size: int
+) -> list[tuple[int, np.ndarray]]:
     """Return this rank's micro-batches of a window as (index in the window, sample numbers); empty ones fill.
 
     Args:

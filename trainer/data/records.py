@@ -38,7 +38,9 @@ def require_source(source: str, key: str) -> None:
     if not path.exists():
         raise InputError(f"{key}={source}", "the file does not exist", _similar(path))
     if path.is_file() and path.suffix not in _READERS:
-        raise InputError(f"{key}={source}", f"files ending in {path.suffix or 'nothing'} are not read", f"Use {FORMATS}")
+        raise InputError(
+            f"{key}={source}", f"files ending in {path.suffix or 'nothing'} are not read", f"Use {FORMATS}"
+        )
 
 
 def read_rows(source: str, key: str, text_unit: TextUnit) -> Iterator[Row]:
@@ -80,7 +82,9 @@ def _read_jsonl(path: Path, _: TextUnit) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             rule = f"this line is not JSON: {at}"
-            raise InputError(f"{path}:{number}", rule, "Mend or remove the line; each line is one JSON object") from None
+            raise InputError(
+                f"{path}:{number}", rule, "Mend or remove the line; each line is one JSON object"
+            ) from None
         if not isinstance(fields, dict):
             rule = f"this line is a JSON {type(fields).__name__}, and a row is an object"
             raise InputError(f"{path}:{number}", rule, 'Write {"prompt": ..., "response": ...} or the like')
@@ -148,7 +152,9 @@ def _read_dataset_folder(folder: str, key: str) -> Iterator[Row]:
     if isinstance(dataset, DatasetDict):
         split = key.rpartition(".")[2]
         if split not in dataset:
-            raise InputError(f"{key}={folder}", f"it has no split {split}", f"It has {', '.join(dataset)}: name a folder")
+            raise InputError(
+                f"{key}={folder}", f"it has no split {split}", f"It has {', '.join(dataset)}: name a folder"
+            )
         dataset = dataset[split]
     for number, fields in enumerate(dataset, 1):
         yield Row(fields, f"{folder}:row {number}")

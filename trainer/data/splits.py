@@ -102,7 +102,11 @@ def _labels(config: Config, train: list[Record]) -> list[str]:
 
 
 def _tokenize(
-    rows: list[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str], model_stops: Sequence[int]
+    rows: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    labels: list[str],
+    model_stops: Sequence[int],
 ) -> Examples:
     if labels:
         return labelled(rows, tokenizer, config, labels)

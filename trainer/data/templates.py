@@ -7,8 +7,6 @@ to the end of the token that closes a turn, which a probe conversation shows.
 
 from __future__ import annotations
 
-import os.path
-
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.errors import InputError
@@ -39,7 +37,10 @@ class ChatTemplate:
         spans = [self._span(messages, i, text, place) for i, m in enumerate(messages) if m["role"] == "assistant"]
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token may reach past the span over white space alone: some tokenizers let a turn's end swallow the line end.
-        inside = [(i, j, any(a <= i < b and (j <= b or text[b:j].isspace()) for a, b in spans)) for i, j in out["offset_mapping"]]
+        inside = [
+            (i, j, any(a <= i < b and (j <= b or text[b:j].isspace()) for a, b in spans))
+            for i, j in out["offset_mapping"]
+        ]
         mask = [hit and i < j for i, j, hit in inside]
         return list(out["input_ids"]), mask
 
@@ -63,7 +64,7 @@ class ChatTemplate:
             middle = self._apply([*turns, turns[0]], "a probe conversation", tokenize=False).partition(PROBE)[2]
         except InputError:  # a template for single turns only
             middle = last
-        return self._to_last_token(os.path.commonprefix([last, middle])), self._to_last_token(last)
+        return self._to_last_token(_common_prefix(last, middle)), self._to_last_token(last)
 
     def _to_last_token(self, end: str) -> str:
         """Cut what follows the last added token (`<|im_end|>`, `</s>`); without one, what follows the last line end."""
@@ -77,6 +78,10 @@ class ChatTemplate:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             rule = f"the chat template fails on this row: {said}"
             raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
+
+
+def _common_prefix(a: str, b: str) -> str:
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def _block_names(template: str) -> set[str]:

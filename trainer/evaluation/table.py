@@ -13,7 +13,13 @@ from rich.table import Table
 def base_against_tuned(results: dict[str, dict[str, dict[str, float] | None]], num_rows: dict[str, int]) -> str:
     """Render split -> {base, tuned} -> figure -> value."""
     table = Table(box=box.SIMPLE_HEAD, title="base against tuned", title_justify="left", pad_edge=False)
-    for name, justify in (("split", "left"), ("figure", "left"), ("base", "right"), ("tuned", "right"), ("change", "right")):
+    for name, justify in (
+        ("split", "left"),
+        ("figure", "left"),
+        ("base", "right"),
+        ("tuned", "right"),
+        ("change", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for split, pair in results.items():
         base, tuned = pair.get("base") or {}, pair.get("tuned") or {}

@@ -15,7 +15,9 @@ from tritune.trainer.methods.lora import lora_layers, saved_modules
 PREFIX = "base_model.model."
 
 
-def save_adapter(directory: Path, config: LoraConfig, model: PreTrainedModel, heads: list[str], base: str | None) -> int:
+def save_adapter(
+    directory: Path, config: LoraConfig, model: PreTrainedModel, heads: list[str], base: str | None
+) -> int:
     """Write the adapter; return the size of its weights in bytes.
 
     Args:

@@ -121,5 +121,3 @@ def _matches(name: str, pattern: str) -> bool:
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by the name of the layer each stands for."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-

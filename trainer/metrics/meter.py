@@ -20,7 +20,8 @@ class Meter:
     def __init__(self, world: World) -> None:
         self.world = world
         self._since, self._tokens = time.perf_counter(), 0
-        self._clear()
+        self._sums: Tensor | float = 0.0
+        self._num_tokens, self._num_labels = 0, 0
 
     def add(self, sums: Tensor, batch: Batch) -> None:
         self._sums = sums.detach().double() + self._sums
@@ -30,11 +31,12 @@ class Meter:
     def step(self, weight: Tensor) -> tuple[Tensor, int, int]:
         """Return the step's loss (float64, one number), its tokens and its label tokens over all ranks."""
         counts = torch.tensor([self._num_tokens, self._num_labels], dtype=torch.float64, device=weight.device)
+        assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
         total = self.world.sum(torch.cat([self._sums, counts]))
         loss = (total[:-2] / weight).sum()
         tokens, labels = int(total[-2]), int(total[-1])
         self._tokens += tokens
-        self._clear()
+        self._sums, self._num_tokens, self._num_labels = 0.0, 0, 0
         return loss, tokens, labels
 
     def rate(self) -> dict[str, Any]:
@@ -48,10 +50,6 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._since += seconds
-
-    def _clear(self) -> None:
-        self._sums: Tensor | float = 0.0
-        self._num_tokens, self._num_labels = 0, 0
 
 
 def peak_memory() -> int:
