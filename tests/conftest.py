@@ -86,11 +86,11 @@ def sft_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def label_file(tmp_path_factory) -> Path:
-    """90 short texts in three classes that one word gives away."""
+    """450 short texts in three classes that one word gives away."""
     rng = random.Random(11)
     path = tmp_path_factory.mktemp("rows") / "labels.jsonl"
     lines = []
-    for i in range(90):
+    for i in range(450):
         label = ["red", "green", "blue"][i % 3]
         filler = " ".join(rng.choices(["box", "hat", "car", "sky", "old", "new"], k=rng.randint(1, 8)))
         lines.append(json.dumps({"text": f"{filler} {label} {i}", "label": label}))

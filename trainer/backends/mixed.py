@@ -45,5 +45,5 @@ class Mixed(Local):
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of the decoder: the longest list of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return list(max(lists, key=lambda modules: len(modules), default=nn.ModuleList()))
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    return max(lists, key=len, default=[])
