@@ -32,7 +32,7 @@ def test_close_to_float32(runs, method):
     for a, b in zip(wide, narrow, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2**-8)
     assert [r["loss"] for r in wide] != [r["loss"] for r in narrow]
-    assert narrow[-1]["loss"] < 0.8 * narrow[0]["loss"]
+    assert narrow[-1]["loss"] < 0.9 * narrow[0]["loss"]  # it learns, so closeness says something
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,6 +55,7 @@ def test_checkpoint_holds_float32_masters(runs, method):
     assert set(dtypes.values()) == {"F32"}
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit(tmp_path, sft_file):
     import signal
 

@@ -80,7 +80,7 @@ def test_logged_rate_follows_the_schedule(tritune, tiny, tmp_path, schedule):
     assert tritune(*tiny, *arguments, "optim.decay_ratio=0.5", f"run.dir={tmp_path}").code == 0
     rates = [r["lr"] for r in harness.rows(tmp_path)]
     assert 0 < rates[0] < rates[1] < rates[2] == pytest.approx(1e-3)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
     assert (rates[-1] < 1e-3) == (schedule != "constant")
 
 
