@@ -1,6 +1,6 @@
 """`tritune train`: one process trains here; for several, torchrun is started around `tritune.trainer`.
 
-torchrun's own exit status is 1 whatever its workers' were, so the run's `status.json` is read instead.
+torchrun's own exit status is 1 whatever its workers' were, so rank 0 leaves the run's in a file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 GRACE_SECONDS = 3600  # workers may save for this long after a signal; torchrun's own 30 s kill large saves
@@ -33,8 +34,8 @@ def train(argv: list[str]) -> int:
         return EXIT_INPUT
     if processes == 1:
         return main(argv)
-    directory = run_path(config, overrides)
-    return _start([*argv, f"run.dir={json.dumps(str(directory))}"], processes, directory)
+    # Every rank must name the same directory, also where its name is made from the time.
+    return _start([*argv, f"run.dir={json.dumps(str(run_path(config, overrides)))}"], processes)
 
 
 def command(argv: list[str], processes: int) -> list[str]:
@@ -50,26 +51,18 @@ def command(argv: list[str], processes: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _start(argv: list[str], processes: int, directory: Path) -> int:
-    status = directory / "status.json"
-    before = status.read_text() if status.is_file() else None
-    environment = {
-        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)),
-        **os.environ,
-        "PYTHONSAFEPATH": "1",
-    }
-    child = subprocess.Popen(command(argv, processes), env=environment)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda caught, _: child.send_signal(caught))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to torchrun as well, which passes it on
-    code = child.wait()
-    now = status.read_text() if status.is_file() else None
-    if now is not None and now != before:
-        status = json.loads(now)
-        written = status["refused"]["exit_code"] if "refused" in status else status["exit_code"]
-        if written is not None:
-            return int(written)
-    return code or 1
+def _start(argv: list[str], processes: int) -> int:
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    with tempfile.TemporaryDirectory(prefix="tritune-") as folder:
+        note = Path(folder) / "exit"
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment |= {"PYTHONSAFEPATH": "1", "TRITUNE_EXIT_FILE": str(note)}
+        child = subprocess.Popen(command(argv, processes), env=environment)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda caught, _: child.send_signal(caught))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to torchrun as well, which passes it on
+        code = child.wait()
+        return int(note.read_text()) if note.is_file() else code or 1
 
 
 def _gpus(device: str) -> int:

@@ -49,7 +49,7 @@ def run(config: Config, path: Path, leader: bool) -> int:
     directory, owned, built = RunDir(path), False, None
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
-        world = distributed.start(config.backend)
+        world = distributed.start(config.backend, config.train.deterministic)
         with world.together("taking the run directory"):
             if leader:
                 directory.acquire()
@@ -109,5 +109,20 @@ def run_path(config: Config, overrides: list[str]) -> Path:
     return Path(config.run.dir or f"runs/{experiment}-{started}")
 
 
+def worker() -> int:
+    """`main` for a process that a launcher started.
+
+    Our own launcher learns the exit status from a file, and torchrun none: it would report every status but 0 as a crash,
+    with a traceback of its own behind our one message.
+    """
+    code = main()
+    note = os.environ.get("TRITUNE_EXIT_FILE")
+    if note is None:
+        return code
+    if os.environ.get("RANK") == "0":
+        Path(note).write_text(str(code))
+    return 0 if code in (EXIT_INPUT, EXIT_STOPPED) else code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker())

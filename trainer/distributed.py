@@ -71,12 +71,18 @@ def _portable(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def start(config: BackendConfig) -> World:
+def start(config: BackendConfig, deterministic: bool) -> World:
     """Join the processes that torchrun started (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`), or be alone without them.
+
+    Args:
+        deterministic: refuse GPU kernels that sum in an order of their own, so that a restart is bit for bit there too.
 
     Raises:
         InputError: a GPU is asked for and there is none.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if config.device is Device.cuda and not torch.cuda.is_available():

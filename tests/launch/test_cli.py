@@ -68,6 +68,15 @@ def test_launches_two_processes_and_matches_plain_torchrun(tmp_path, tiny):
     assert [(r["loss"], r["grad_norm"]) for r in ours] == [(r["loss"], r["grad_norm"]) for r in theirs]
 
 
+def test_wrong_rows_on_two_processes_give_one_message(tmp_path, tiny):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
+    arguments = [*tiny, f"data.train={tmp_path}/rows.jsonl", "launch.num_procs=2", f"run.dir={tmp_path / 'run'}"]
+    out = cli("train", *arguments)
+    assert out.returncode == 2, out.stderr
+    assert out.stderr.count("rows.jsonl:2") == 1
+    assert "Traceback" not in out.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_to_the_launcher_stops_the_run(tmp_path, tiny, number):
