@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tests/demo.py
+	$(BIN)/python -m tritune.launch.demo
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # `import harness`, in the forked processes too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the forked processes too
+
+import harness  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -55,32 +57,8 @@ def tritune(capfd):
 @pytest.fixture(scope="session")
 def sft_file(tmp_path_factory) -> Path:
     """120 prompts and responses of very different lengths: masks are ragged."""
-    rng = random.Random(7)
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "red",
-        "mat",
-        "while",
-        "two",
-        "dogs",
-        "ran",
-        "far",
-        "away",
-        "over",
-        "green",
-        "hills",
-    ]
     path = tmp_path_factory.mktemp("rows") / "sft.jsonl"
-    lines = []
-    for i in range(120):
-        prompt = f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, 9)))
-        response = " ".join(rng.choices(words, k=rng.randint(1, 12)))
-        lines.append(json.dumps({"prompt": prompt, "response": response}))
-    path.write_text("\n".join(lines) + "\n")
+    harness.write_prompts(path, 120, seed=7)
     return path
 
 

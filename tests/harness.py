@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -94,6 +95,17 @@ def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def write_prompts(path: Path, count: int, seed: int) -> None:
+    """Prompts and responses of very different lengths: masks are ragged."""
+    rng = random.Random(seed)
+    words = "the cat sat on a red mat while two dogs ran far away over green hills".split()  # noqa: SIM905
+    with path.open("w") as file:
+        for i in range(count):
+            prompt = f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, 9)))
+            response = " ".join(rng.choices(words, k=rng.randint(1, 12)))
+            file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
 
 
 def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import signal
 import sys
@@ -32,31 +31,6 @@ def overrides(data: Path, directory: Path, method: str) -> list[str]:
     ]  # fmt: skip
 
 
-def write_rows(path: Path, rng: random.Random) -> None:
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "red",
-        "mat",
-        "while",
-        "two",
-        "dogs",
-        "ran",
-        "far",
-        "away",
-        "over",
-        "green",
-        "hills",
-    ]
-    with path.open("w") as file:
-        for i in range(200):
-            text = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(2)]
-            file.write(json.dumps({"prompt": f"{i}: {text[0]}", "response": text[1]}) + "\n")
-
-
 def logged(directory: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in harness.rows(directory)]
 
@@ -72,7 +46,7 @@ def main() -> int:
     differences = done = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_rows(root / "rows.jsonl", rng)
+        harness.write_prompts(root / "rows.jsonl", 200, args.seed)
         for (method, world_size), count in kills.items():
             name = f"{method}-{world_size}"
             harness.run(overrides(root / "rows.jsonl", root / name, method), root / "logs", world_size)

@@ -65,6 +65,7 @@ def fit(run: Run) -> str | None:
     if out_of_patience(config, state):  # this run had stopped early before it was started again
         return None
     run.model.train()
+    run.meter.start()
     began = time.perf_counter() - state.train_seconds
     for micro_batches in run.loader:  # one optimizer step
         # -- count first, then scale: the loss is a sum over the whole window divided by the whole window's weight

@@ -23,7 +23,7 @@ class Local:
 
     def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module:
         model.to(self.device)
-        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
         self.model: nn.Module = model
         if self.name == "ddp":
@@ -82,3 +82,8 @@ class Local:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
+
+
+def trainable(scorer: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by its name in the Hugging Face model: the scorer around it (`model.`) is no part of a checkpoint."""
+    return {name.removeprefix("model."): p for name, p in scorer.named_parameters() if p.requires_grad}

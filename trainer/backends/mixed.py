@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
-from tritune.trainer.backends.local import Local
+from tritune.trainer.backends.local import Local, trainable
 
 
 class Mixed(Local):
@@ -32,7 +32,7 @@ class Mixed(Local):
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # in place
         self.model = model
-        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
         return self.model
 

@@ -23,6 +23,10 @@ class Meter:
         self._sums: Tensor | float = 0.0
         self._num_tokens, self._num_labels = 0, 0
 
+    def start(self) -> None:
+        """Training begins now: what went before does not count in the first rate."""
+        self._since, self._tokens = time.perf_counter(), 0
+
     def add(self, sums: Tensor, batch: Batch) -> None:
         self._sums = sums.detach().double() + self._sums
         self._num_tokens += batch.num_tokens
