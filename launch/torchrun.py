@@ -18,7 +18,7 @@ GRACE_SECONDS = 3600  # workers may save for this long after a signal; torchrun'
 
 def train(argv: list[str]) -> int:
     """Train on this machine; return the run's exit status."""
-    from tritune.trainer.__main__ import main, run_path
+    from tritune.trainer.__main__ import checked_config, main, run_path
     from tritune.trainer.compose import load_config, split_argv
     from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS
 
@@ -28,7 +28,7 @@ def train(argv: list[str]) -> int:
     try:
         config = load_config(overrides, config_dir)
         processes = config.launch.num_procs or _gpus(config.backend.device.value) or 1
-        load_config(overrides, config_dir, processes)
+        checked_config(overrides, config_dir, processes)
     except INPUT_ERRORS as error:
         print(f"tritune: {error}", file=sys.stderr)
         return EXIT_INPUT
@@ -46,8 +46,7 @@ def command(argv: list[str], processes: int) -> list[str]:
     """
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
-        f"--shutdown-timeout={GRACE_SECONDS}", "-m", "tritune.trainer", *argv,
+        "--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT", "-m", "tritune.trainer", *argv,
     ]  # fmt: skip
 
 
@@ -57,6 +56,7 @@ def _start(argv: list[str], processes: int) -> int:
         note = Path(folder) / "exit"
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment |= {"PYTHONSAFEPATH": "1", "TRITUNE_EXIT_FILE": str(note)}
+        environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS)}
         child = subprocess.Popen(command(argv, processes), env=environment)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda caught, _: child.send_signal(caught))

@@ -23,16 +23,29 @@ def main(argv: list[str] | None = None) -> int:
     from tritune.trainer.compose import load_config, split_argv
 
     config_dir, argv = split_argv(argv)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = load_config(argv, config_dir, int(os.environ.get("WORLD_SIZE", "1")))
-        from tritune.trainer.data.splits import require_sources
-
-        require_sources(config.data)
+        # Several look for the files together, in build: one may be missing on one machine alone.
+        config = (load_config if processes > 1 else checked_config)(argv, config_dir, processes)
     except INPUT_ERRORS as error:
         if leader:
             print(f"tritune: {error}", file=sys.stderr)
         return EXIT_INPUT
     return run(config, run_path(config, argv), leader)
+
+
+def checked_config(overrides: list[str], config_dir: str | None, processes: int) -> Config:
+    """The configuration, once its files are known to be there: all that can be refused within a second.
+
+    Raises:
+        InputError, ConfigFaults: what is wrong.
+    """
+    from tritune.trainer.compose import load_config
+    from tritune.trainer.data.records import require_sources
+
+    config = load_config(overrides, config_dir, processes)
+    require_sources(config.data)
+    return config
 
 
 def run(config: Config, path: Path, leader: bool) -> int:
@@ -46,10 +59,11 @@ def run(config: Config, path: Path, leader: bool) -> int:
     from tritune.trainer.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
-    directory, owned, built = RunDir(path), False, None
+    directory, world, owned, built = RunDir(path), None, False, None
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
         world = distributed.start(config.backend, config.train.deterministic)
+        directory = RunDir(Path(world.gather(str(path))[0]))  # clocks differ, and a name may be made from the time
         with world.together("taking the run directory"):
             if leader:
                 directory.acquire()
@@ -72,7 +86,7 @@ def run(config: Config, path: Path, leader: bool) -> int:
     except INPUT_ERRORS as error:
         progress.say(f"tritune: {error}")
         code, culprit = EXIT_INPUT, str(error)
-        if not leader:
+        if not leader and world is not None:  # before that, every rank sees the same
             print(f"tritune: rank {os.environ['RANK']}: {error}", file=sys.stderr)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)

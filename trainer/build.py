@@ -12,7 +12,8 @@ from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.config import Config, Dtype, Resume
 from tritune.trainer.data.loader import TrainLoader
-from tritune.trainer.data.splits import Splits, read_splits, require_length, require_sources
+from tritune.trainer.data.records import require_sources
+from tritune.trainer.data.splits import Splits, read_splits, require_length
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.loop import Run
@@ -71,6 +72,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed, dtype)
         if not heads:
             _set_generation(model, tokenizer)
+        if not heads and architecture.model_type not in TESTED_FAMILIES:
+            require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
         keys = apply_method(config.method, model, heads, config.seed)
         if not config.model.config and len(tokenizer) > vocab_size:
             require_trained_embeddings(model, len(tokenizer) - vocab_size)
@@ -85,9 +88,6 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     backend = make_backend(config.backend, world, config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
-    if not heads and architecture.model_type not in TESTED_FAMILIES:
-        with world.together("comparing the scorer with the model"):
-            require_same_logits(scorer)
     wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim))
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
@@ -99,11 +99,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
     )  # fmt: skip
     dry_run(run)
-    _resume_or_start(run)
-    if world.rank == 0:
-        directory.write_json(
-            "data.json", {n: vars(e.report) for n, e in splits.examples.items()} | {"labels": splits.labels}
-        )
+    _resume_or_start(run, splits.labels)
     return run
 
 
@@ -144,34 +140,43 @@ def dry_run(run: Run) -> None:
     order as one that was never stopped.
     """
     run.model.train()
-    try:
-        for batch in run.loader.longest():
-            with run.backend.sync(last=True):
-                run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
-        for parameter in run.model.parameters():
-            parameter.grad = None
-    except torch.OutOfMemoryError as error:
-        rule = f"the longest micro-batch does not fit in memory ({str(error).splitlines()[0]})"
-        remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
-        raise InputError(f"train.micro_batch_size={run.loader.micro_batch_size}", rule, remedy) from None
+    with run.world.together("trying the longest micro-batch"):  # no rank reduces here, so none waits for one that fails
+        try:
+            _forward_and_backward(run, last=False)
+        except torch.OutOfMemoryError as error:
+            rule = f"the longest micro-batch does not fit in memory ({str(error).splitlines()[0]})"
+            remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
+            raise InputError(f"train.micro_batch_size={run.loader.micro_batch_size}", rule, remedy) from None
+    _forward_and_backward(run, last=True)
+    for parameter in run.model.parameters():
+        parameter.grad = None
 
 
-def _resume_or_start(run: Run) -> None:
+def _forward_and_backward(run: Run, last: bool) -> None:
+    for batch in run.loader.longest():
+        with run.backend.sync(last=last):
+            run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
+
+
+def _resume_or_start(run: Run, labels: list[str]) -> None:
     found = run.store.newest()
     if found is not None:
         saved = run.store.load(found, run.backend.tensors())
         with run.world.together("checking what was saved"):
-            if saved["data"] != run.splits["train"].digest():
+            if saved["data"] != run.splits["train"].digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             run.state.load_json(saved["train"])
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
-    if run.world.rank == 0:
-        run.directory.cut_logs(run.state.step)
-        if found is None:
-            (run.directory.path / "base.json").unlink(missing_ok=True)
-        run.directory.write_config(run.config)
-        run.directory.write_environment(_device_name(run.world.device), run.world.size)
+    with run.world.together("writing the run directory"):
+        if run.world.rank == 0:
+            run.directory.cut_logs(run.state.step)
+            if found is None:
+                (run.directory.path / "base.json").unlink(missing_ok=True)
+            run.directory.write_config(run.config)
+            run.directory.write_environment(_device_name(run.world.device), run.world.size)
+            reports = {name: vars(examples.report) for name, examples in run.splits.items()}
+            run.directory.write_json("data.json", reports | {"labels": labels})
 
 
 def _make_loader(

@@ -238,6 +238,7 @@ IDENTITY = (
     "train.batch_size",
     "train.epochs",
     "train.max_steps",
+    "evaluation.metric",
 )
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -255,12 +256,16 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 GROUPS = (*SCHEMAS, "experiment")
 
+# Our names of a row's columns, which data.columns maps to a file's.
+COLUMNS = ("messages", "prompt", "input", "response", "text", "label")
+
 # What `<group>.name` may be. It follows from the option chosen; a YAML that sets it by hand is refused unless it fits.
 NAMES: dict[str, tuple[str, ...]] = {
     "method": ("full", "lora"),
     "objective": ("pretrain", "sft", "classify", "classify_token"),
     "backend": ("auto", "single", "ddp"),
     "kernels": ("auto", "reference"),
+    "optim": ("adamw",),
 }
 
 # The figures each objective reports, of which `evaluation.metric` is one.

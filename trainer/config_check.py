@@ -6,7 +6,16 @@ import math
 from enum import Enum
 from typing import Any
 
-from tritune.trainer.config import METRICS, NAMES, SCHEMAS, ClassifyTokenConfig, Config, LoraConfig, TrainConfig
+from tritune.trainer.config import (
+    COLUMNS,
+    METRICS,
+    NAMES,
+    SCHEMAS,
+    ClassifyTokenConfig,
+    Config,
+    LoraConfig,
+    TrainConfig,
+)
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
@@ -34,6 +43,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
     )
     rule(c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
+    rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
     rule(c.data.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
     for key in ("validation", "test"):
         share = getattr(c.data, f"{key}_share")
@@ -48,6 +58,9 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         "data.validation_share",
         "with data.test_share nothing is left to train on. Their sum must stay below 1",
     )
+    for name in c.data.columns:
+        if name not in COLUMNS:
+            faults.append(f"data.columns.{name}: there is no such column here. Map one of {', '.join(COLUMNS)}")
     if isinstance(c.method, LoraConfig):
         rule(c.method.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
         rule(0.0 <= c.method.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")

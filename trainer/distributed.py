@@ -88,9 +88,10 @@ def start(config: BackendConfig, deterministic: bool) -> World:
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise InputError("backend.device=cuda", "this machine has no usable GPU", "Use backend.device=cpu or auto")
     use_cuda = config.device is not Device.cpu and torch.cuda.is_available()
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        rule = f"process {local_rank} has no GPU of its own; the machine has {torch.cuda.device_count()}"
-        raise InputError(f"launch.num_procs={size}", rule, "Start at most one process per GPU")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if use_cuda and local_size > torch.cuda.device_count():  # seen alike by every process of the machine
+        rule = f"the machine has {torch.cuda.device_count()} GPU(s), and each process needs its own"
+        raise InputError(f"launch.num_procs={local_size}", rule, "Start at most one process per GPU")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -104,7 +105,6 @@ def start(config: BackendConfig, deterministic: bool) -> World:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
             timeout=timedelta(seconds=config.timeout_seconds),
-            device_id=device if use_cuda else None,
         )
     return World(rank, size, device)
 

@@ -24,8 +24,9 @@ def score_base(run: Run) -> dict[str, dict[str, float]]:
     if not run.config.evaluation.base or run.state.step > 0:
         return {}
     base = _score(run, "base")
-    if run.world.rank == 0:
-        run.directory.write_json("base.json", base)
+    with run.world.together("writing base.json"):
+        if run.world.rank == 0:
+            run.directory.write_json("base.json", base)
     return base
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.backends import Backend
 from tritune.trainer.checkpoint.store import CheckpointStore
@@ -62,6 +63,8 @@ def fit(run: Run) -> str | None:
         CheckpointError: a checkpoint could not be written.
     """
     config, state, backend, objective = run.config, run.state, run.backend, run.objective
+    if "validation" in run.splits and run.due.evaluate(state.step) and state.evaluated < state.step:
+        validate(run)  # the run was stopped before it came to this
     if out_of_patience(config, state):  # this run had stopped early before it was started again
         return None
     run.model.train()
@@ -80,15 +83,15 @@ def fit(run: Run) -> str | None:
 
         # -- update
         lr = learning_rate(config.optim, state.step, run.loader.total_steps)
-        grad_norm = float(backend.step(config.optim.max_norm, lr))
         mean_loss, tokens, label_tokens = run.meter.step(weight)
+        grad_norm = float(backend.step(config.optim.max_norm, lr, refuse=not math.isfinite(mean_loss)))
         state.advance(run.loader.steps_per_epoch)
         state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
-        refuse_nonfinite(run, float(mean_loss), grad_norm, micro_batches)
+        count_nonfinite(run, mean_loss, grad_norm, micro_batches)
         stopping = run.stop.agreed(run.world)
 
         # -- log, evaluate, save when due
-        if run.due.log(state.step) or stopping:
+        if run.due.log(state.step):
             log_step(run, mean_loss, grad_norm, lr)
         improved = False
         if "validation" in run.splits and run.due.evaluate(state.step) and not stopping:
@@ -106,10 +109,10 @@ def fit(run: Run) -> str | None:
     return None
 
 
-def refuse_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list) -> None:
+def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list) -> None:
     """Count steps whose update the backend refused; stop the run when there are too many in a row."""
     state, limit = run.state, run.config.train.max_nonfinite
-    if grad_norm - grad_norm == 0.0:  # neither NaN nor infinite
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         state.nonfinite = 0
         return
     state.nonfinite += 1
@@ -126,9 +129,9 @@ def refuse_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: lis
         )
 
 
-def log_step(run: Run, loss: Tensor, grad_norm: float, lr: float) -> None:
+def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
-    row = {"step": state.step, "loss": float(loss), "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
+    row = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
     if run.world.rank == 0:
         run.directory.append("metrics.jsonl", row)
@@ -142,6 +145,7 @@ def validate(run: Run) -> bool:
     figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
                        config.evaluation.batch_size, run.loader.pad_id)  # fmt: skip
     metric = config.evaluation.metric
+    state.evaluated = state.step
     improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)
     if run.world.rank == 0:
         run.directory.append("evaluations.jsonl", {"step": state.step, "split": "validation", **figures})
@@ -155,6 +159,7 @@ def out_of_patience(config: Config, state: TrainState) -> bool:
 
 
 def save(run: Run) -> None:
-    run.directory.sync_logs()
-    saved = {"train": run.state.to_json(), "data": run.splits["train"].digest()}
+    with run.world.together("writing the logs"):
+        run.directory.sync_logs()
+    saved = {"train": run.state.to_json(), "data": run.splits["train"].digest}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)

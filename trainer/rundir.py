@@ -90,7 +90,7 @@ class RunDir:
         self.write_json("environment.json", environment)
 
     def write_status(self, state: str, step: int, exit_code: int | None = None, culprit: str | None = None) -> None:
-        """`state`: starting, training, evaluating, done, stopped or failed."""
+        """`state`: training, done, stopped or failed."""
         self.write_json(
             "status.json",
             {
@@ -119,7 +119,7 @@ class RunDir:
             self.write_status("training", step)
 
     def write_json(self, name: str, content: Any) -> None:
-        self._write(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        self._write(name, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any | None:
         path = self.path / name
@@ -166,12 +166,16 @@ def _step_of(line: str) -> float:
     """The row's step; a line that a kill cut short is beyond every step."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except ValueError:
+    except (ValueError, LookupError, TypeError):
         return float("inf")
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they are written as null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and value - value != 0.0 else value
 
 

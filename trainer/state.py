@@ -19,6 +19,8 @@ class TrainState:
         epoch, window: the cursor: which window of which epoch comes next.
         tokens, label_tokens: seen since the start, padding not counted.
         nonfinite: steps in a row whose update was refused.
+        skipped: steps refused in all.
+        evaluated: the step of the last validation.
         best, best_step: the best validation figure so far and where; None before the first evaluation.
         stale: evaluations since then.
         train_seconds: wall time of training, saving included, evaluation not.
@@ -31,6 +33,7 @@ class TrainState:
     label_tokens: int = 0
     nonfinite: int = 0
     skipped: int = 0
+    evaluated: int = 0
     best: float | None = None
     best_step: int | None = None
     stale: int = 0

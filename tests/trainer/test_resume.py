@@ -100,3 +100,20 @@ def test_finished_run_is_not_trained_again(tmp_path, sft_file):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     harness.run(arguments, tmp_path / "logs")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_stop_on_an_evaluation_step_does_not_lose_it(tmp_path, sft_file):
+    """A stop saves at once; the evaluation that was due is made up for when the run goes on."""
+    extra = ["evaluation.every=1", "train.patience=1000"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    harness.run([*overrides(sft_file, whole, "full"), *extra], tmp_path / "logs")
+    arguments = [*overrides(sft_file, stopped, "full"), *extra]
+    job = harness.start(arguments, tmp_path / "logs")
+    harness.wait_for_step(job, stopped, 8)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [75], job.output()
+    harness.run(arguments, tmp_path / "logs")
+    expected, actual = (harness.rows(directory, "evaluations.jsonl") for directory in (whole, stopped))
+    assert [r["step"] for r in actual] == list(range(1, STEPS + 1))
+    assert actual == expected
+    assert curve(stopped) == curve(whole)

@@ -166,3 +166,44 @@ def test_instructions_through_a_real_template(tritune, tiny, shared, tmp_path):
     assert report["rows"] + len(report["dropped"]) == 2000
     assert report["stop_rows"] > 0.9 * report["rows"]
     assert 0.1 < report["supervised_tokens"] / report["tokens"] < 0.9
+
+
+def test_misspelt_and_absent_columns_are_refused(tritune, tiny, tmp_path):
+    result = tritune(*tiny, "data.columns.respnse=response", f"run.dir={tmp_path / 'a'}")
+    assert result.code == 2
+    assert "data.columns.respnse" in result.err
+    assert "response" in result.err
+    result = tritune(*tiny, "data.columns.input=context", f"run.dir={tmp_path / 'b'}")
+    assert result.code == 2
+    assert "context" in result.err
+    assert "prompt, response" in result.err
+
+
+def test_a_base_with_nan_is_scored_and_the_run_refused(tritune, tiny, shared, tmp_path):
+    """A weight that is not a number: its scores are null in JSON, and no step is applied."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(shared / "models" / "stories260K").save_pretrained(tmp_path / "model")
+    arguments = ["data.test_share=0.2", "train.max_nonfinite=2", f"run.dir={tmp_path / 'run'}"]
+    others = [o for o in tiny if not o.startswith("model")]
+    result = tritune(*others, f"model.path={tmp_path / 'model'}", *arguments)
+    assert result.code == 1
+    assert json.loads((tmp_path / "run" / "base.json").read_text())["test"]["loss"] is None
+    assert "not applied" in result.err
+    assert "not JSON" not in result.err
+
+
+def test_ddp_on_one_process(tritune, tiny, tmp_path):
+    assert tritune(*tiny, "backend=ddp", f"run.dir={tmp_path / 'ddp'}").code == 0
+    assert tritune(*tiny, "backend=single", f"run.dir={tmp_path / 'single'}").code == 0
+    ddp, single = (harness.rows(tmp_path / name) for name in ("ddp", "single"))
+    assert [(r["loss"], r["grad_norm"]) for r in ddp] == [(r["loss"], r["grad_norm"]) for r in single]
+
+
+def test_bfloat16_lora_on_a_family_that_is_compared_at_load(tritune, tiny, tmp_path):
+    arguments = ["model.config.model_type=gemma", "model.config.head_dim=8", "model.dtype=bfloat16", "method=lora"]
+    result = tritune(*tiny, *arguments, f"run.dir={tmp_path}")
+    assert result.code == 0, result.err

@@ -32,8 +32,11 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, max_norm: float, lr: float) -> Tensor:
-        """Clip, refuse a non-finite gradient, update, zero; return the gradient norm before clipping."""
+    def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
+        """Clip, update, zero; return the gradient norm before clipping.
+
+        Nothing is updated where the gradient is not finite, nor with `refuse` (the loss was not).
+        """
         ...
 
     def sum(self, x: Tensor) -> Tensor: ...

@@ -26,7 +26,8 @@ class Local:
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
         self.model: nn.Module = model
-        if self.name == "ddp":
+        self._make_moments()
+        if self.dp_size > 1:
             # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13, same meaning
@@ -35,30 +36,29 @@ class Local:
 
     def sync(self, *, last: bool) -> AbstractContextManager:
         # DDP reads the flag in forward, so the context must hold both passes.
-        return nullcontext() if last or self.name == "single" else self.model.no_sync()  # type: ignore[operator]
+        return nullcontext() if last or self.dp_size == 1 else self.model.no_sync()  # type: ignore[operator]
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_norm: float, lr: float) -> Tensor:
+    def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
         parameters = list(self._trainable.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         # Gradients are the same bytes on all ranks, so each decides alike without asking the others.
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
+        if torch.isfinite(norm) and not refuse:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.name == "single")
+        self.optimizer.zero_grad(set_to_none=self.dp_size == 1)
         return norm
 
     def sum(self, x: Tensor) -> Tensor:
         return self.world.sum(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        self._make_moments()
         found: dict[str, Tensor] = {}
         for name, parameter in self._trainable.items():
             found[f"model.{name}"] = parameter.detach()
@@ -67,9 +67,10 @@ class Local:
         return found
 
     def _make_moments(self) -> None:
-        """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter."""
-        if self.optimizer.state:
-            return
+        """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter.
+
+        Made at once, so that memory is taken before the dry run and a checkpoint never depends on what had gradients.
+        """
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0

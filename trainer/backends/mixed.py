@@ -1,4 +1,4 @@
-"""bfloat16 on `single` and `ddp`, through PyTorch's FSDP2 on meshes of shape (1, 1) and (world, 1).
+"""bfloat16 on `single` and `ddp`, through PyTorch's FSDP2 on meshes of shape (1) and (world, 1).
 
 What bf16 means here, as on every backend: forward and backward run on bf16 copies of all parameters, without autocast;
 the trainable ones have float32 masters and moments; gradients are accumulated and reduced in float32; a frozen base is
@@ -26,7 +26,10 @@ class Mixed(Local):
         if not dist.is_initialized():  # a mesh needs a process group, even of one
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         model.to(self.device)
-        mesh = init_device_mesh(self.device.type, (self.dp_size, 1), mesh_dim_names=("replicate", "shard"))
+        if self.dp_size == 1:
+            mesh = init_device_mesh(self.device.type, (1,))
+        else:
+            mesh = init_device_mesh(self.device.type, (self.dp_size, 1), mesh_dim_names=("replicate", "shard"))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in _decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -34,12 +37,14 @@ class Mixed(Local):
         self.model = model
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
+        self._make_moments()
         return self.model
 
     @contextmanager
     def sync(self, *, last: bool) -> Iterator[None]:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_all_reduce(last)
+        if self.dp_size > 1:
+            self.model.set_requires_all_reduce(last)
         yield
 
 

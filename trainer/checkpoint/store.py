@@ -52,6 +52,12 @@ class CheckpointStore:
             files = {name: entry for part in self.world.gather(described) for name, entry in part.items()}
             with self.world.together("committing a checkpoint"):
                 if self.world.rank == 0:
+                    for name, entry in files.items():
+                        if not (partial / name).is_file() or (partial / name).stat().st_size != entry["size"]:
+                            raise CheckpointError(
+                                f"{name} was written by its rank and is not here: run.dir must be on a file system "
+                                "that all ranks share"
+                            )
                     write_json(partial / STATE, state)
                     files[STATE] = describe(partial / STATE)
                     write_manifest(partial, step, files, describe_tensors(tensors))
@@ -62,8 +68,9 @@ class CheckpointStore:
             if self.world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"step {step} could not be saved to {self.root}: {error}") from error
-        if self.world.rank == 0:
-            self._prune(best_step)
+        with self.world.together("pruning checkpoints"):
+            if self.world.rank == 0:
+                self._prune(best_step)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest whole checkpoint with its manifest, None where there is none at all.
@@ -89,7 +96,11 @@ class CheckpointStore:
     def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint of a step, verified; None if there is none."""
         path = self.root / step_name(step)
-        return (path, verify(path, [STATE])) if path.is_dir() else None
+        answer: tuple[Path, dict[str, Any]] | None = None
+        with self.world.together(f"verifying {path.name}"):
+            if self.world.rank == 0 and path.is_dir():
+                answer = path, verify(path, [STATE])
+        return self.world.gather(answer)[0]
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         for leftover in self.root.glob(PARTIAL + "*"):

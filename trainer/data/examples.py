@@ -45,7 +45,8 @@ class Examples:
     """Tokenized rows in flat arrays.
 
     Row i has ids `ids[starts[i]:starts[i + 1]]` (int32), `supervised` for each token, class `labels[i]` (-1: none) and
-    `num_bytes[i]`, the UTF-8 length of what its predicted tokens spell (0 where not counted).
+    `num_bytes[i]`, the UTF-8 length of what its predicted tokens spell (0 where not counted). `digest` is the SHA-256 of every
+    token, mask and label: two equal ones train the same.
     """
 
     def __init__(self) -> None:
@@ -81,13 +82,12 @@ class Examples:
         self.supervised = np.concatenate(self._supervised) if self._supervised else np.zeros(0, bool)
         self.labels = np.array(self._labels, dtype=np.int64)
         self.num_bytes = np.array(self._num_bytes, dtype=np.int64)
+        digest = hashlib.sha256()
+        for part in (self.ids, self.supervised, self.starts, self.labels):
+            digest.update(part.data)
+        self.digest = digest.hexdigest()
         del self._ids, self._supervised, self._labels, self._num_bytes
         return self
-
-    def digest(self) -> str:
-        """SHA-256 of every token, mask and label: two equal digests train the same."""
-        parts = (self.ids, self.supervised, self.starts, self.labels)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.places)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tritune.trainer.config import DataConfig, Kind
+from tritune.trainer.config import COLUMNS, DataConfig, Kind
 from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.errors import InputError
 
@@ -61,12 +61,17 @@ def read_records(source: str, key: str, config: DataConfig, objective: str) -> I
     Raises:
         InputError: a file that does not read, a column that is missing, a value of the wrong type.
     """
-    rows = read_rows(source, key, config.text_unit)
     kind: Kind | None = None
-    for row in rows:
+    unseen = set(config.columns.values())
+    for row in read_rows(source, key, config.text_unit):
+        unseen -= row.fields.keys()
         columns = _columns(row, config)
         kind = kind or _kind(row, columns, config, objective)
         yield _record(row, kind, columns, config)
+    if unseen and kind is not None:
+        ours, theirs = next((o, t) for o, t in config.columns.items() if t in unseen)
+        rule = f"no row of {source} has the column {theirs}"
+        raise InputError(f"data.columns.{ours}={theirs}", rule, f"The last row has {', '.join(row.fields)}")
 
 
 def split_by_content(
@@ -95,7 +100,7 @@ def split_by_content(
 def _columns(row: Row, config: DataConfig) -> dict[str, str]:
     """Our name -> the file's, for the columns that this row has."""
     found = {}
-    for ours in ("messages", "prompt", "input", "response", "text", "label"):
+    for ours in COLUMNS:
         for theirs in (config.columns[ours],) if ours in config.columns else _ALIASES.get(ours, (ours,)):
             if theirs in row.fields:
                 found[ours] = theirs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.config import TextUnit
+from tritune.trainer.config import DataConfig, TextUnit
 from tritune.trainer.errors import InputError
 
 FORMATS = ".jsonl, .json (lines), .csv, .tsv, .parquet, .txt, a folder saved by datasets, or hf://name[@config]:split"
@@ -41,6 +41,14 @@ def require_source(source: str, key: str) -> None:
         raise InputError(
             f"{key}={source}", f"files ending in {path.suffix or 'nothing'} are not read", f"Use {FORMATS}"
         )
+
+
+def require_sources(config: DataConfig) -> None:
+    """Refuse files that are not there, before anything else is done."""
+    for name in ("train", "validation", "test", "retention"):
+        source = getattr(config, name)
+        if source is not None:
+            require_source(source, f"data.{name}")
 
 
 def read_rows(source: str, key: str, text_unit: TextUnit) -> Iterator[Row]:

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config, DataConfig, Kind
 from tritune.trainer.data.examples import Examples, blocks, conversations, documents, labelled
 from tritune.trainer.data.kinds import Record, read_records, split_by_content
-from tritune.trainer.data.records import require_source
 from tritune.trainer.errors import InputError
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
@@ -21,14 +20,6 @@ class Splits:
 
     examples: dict[str, Examples]
     labels: list[str] = field(default_factory=list)
-
-
-def require_sources(config: DataConfig) -> None:
-    """Refuse files that are not there, before anything else is done."""
-    for name in ("train", "validation", "test", "retention"):
-        source = getattr(config, name)
-        if source is not None:
-            require_source(source, f"data.{name}")
 
 
 def require_length(config: Config, context: int | None) -> None:

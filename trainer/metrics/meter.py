@@ -32,12 +32,12 @@ class Meter:
         self._num_tokens += batch.num_tokens
         self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
 
-    def step(self, weight: Tensor) -> tuple[Tensor, int, int]:
-        """Return the step's loss (float64, one number), its tokens and its label tokens over all ranks."""
+    def step(self, weight: Tensor) -> tuple[float, int, int]:
+        """Return the step's loss, its tokens and its label tokens over all ranks."""
         counts = torch.tensor([self._num_tokens, self._num_labels], dtype=torch.float64, device=weight.device)
         assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
         total = self.world.sum(torch.cat([self._sums, counts]))
-        loss = (total[:-2] / weight).sum()
+        loss = float((total[:-2] / weight).sum())
         tokens, labels = int(total[-2]), int(total[-1])
         self._tokens += tokens
         self._sums, self._num_tokens, self._num_labels = 0.0, 0, 0
