@@ -41,5 +41,11 @@ class PeerError(Exception):
     """Another rank failed; this one stops with it. The message is the other rank's."""
 
 
+def reason(error: Exception) -> str:
+    """What another library's exception says, in one line, for a message of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}".rstrip(".")
+
+
 INPUT_ERRORS = (InputError, ConfigFaults)
 EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED = 0, 1, 2, 75

@@ -95,11 +95,12 @@ def fit(run: Run) -> str | None:
             log_step(run, mean_loss, grad_norm, lr)
         improved = False
         if "validation" in run.splits and run.due.evaluate(state.step) and not stopping:
-            paused = time.perf_counter()
+            before = time.perf_counter()
             improved = validate(run)
-            run.meter.pause(time.perf_counter() - paused)
-            run.progress.pause(time.perf_counter() - paused)
-            began += time.perf_counter() - paused
+            paused = time.perf_counter() - before
+            run.meter.pause(paused)
+            run.progress.pause(paused)
+            began += paused
         state.train_seconds = time.perf_counter() - began
         ending = bool(stopping) or out_of_patience(config, state)
         if run.due.save(state.step) or improved or ending:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, reason
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -49,16 +49,12 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001  each family checks its values in its own way
-            raise InputError(
-                f"model.config={config.config}", _first_line(error), "Give it the values it takes"
-            ) from None
+            raise InputError(f"model.config={config.config}", reason(error), "Give it the values it takes") from None
     try:
         return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
-        raise InputError(
-            f"model.path={config.path}", f"no model loads from it ({_first_line(error)})", remedy
-        ) from None
+        raise InputError(f"model.path={config.path}", f"no model loads from it ({reason(error)})", remedy) from None
 
 
 def context_length(architecture: PreTrainedConfig) -> int | None:
@@ -130,7 +126,7 @@ def load_model(
         raise
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "It must hold whole safetensors weights of this architecture; model.attention=eager suits every family"
-        raise InputError(f"model.path={config.path}", _first_line(error), remedy) from None
+        raise InputError(f"model.path={config.path}", reason(error), remedy) from None
     missing -= {f"{CLASS_HEAD}.weight"} if labels is not None else set()
     if missing:
         names = ", ".join(sorted(missing)[:3])
@@ -156,8 +152,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; shared ones count once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}".rstrip(".")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, reason
 
 # ChatML, with generation marks so that the response mask is exact.
 CHATML = (
@@ -39,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
             key = "model.tokenizer" if config.tokenizer else "model.path"
             remedy = "Give a folder with tokenizer.json, or a hub id that this machine can reach"
-            raise InputError(f"{key}={source}", f"no tokenizer loads from it ({_first_line(error)})", remedy) from None
+            raise InputError(f"{key}={source}", f"no tokenizer loads from it ({reason(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise InputError(f"model.tokenizer={source}", "it has no fast form, whose offsets the masks need", "Convert it")
     _set_template(tokenizer, config)
@@ -134,7 +134,3 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> No
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"model.chat_template={path}", "the file is not UTF-8", "Convert it") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
