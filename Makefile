@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help demo test test-slow check clean
 help:
-	@echo "make demo       train a tiny model from scratch on generated rows, base against tuned (a minute)"
+	@echo "make demo       a small model from scratch, then LoRA teaches it a task; base against tuned, a report (3 minutes)"
 	@echo "make test       the tests (at most 10 minutes on two cores)"
 	@echo "make test-slow  everything else that needs no GPU (at most 60 minutes)"
 	@echo "make check      ruff and mypy"
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m tritune.launch.demo
+	$(BIN)/python -m tritune.launch.quickstart
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

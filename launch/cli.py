@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from tritune.trainer import __version__
 
@@ -12,7 +13,11 @@ usage: tritune VERB [--config-dir DIR] [key=value ...]
 Distributed fine-tuning of language models.
 
 verbs:
-  train     train as the configuration says, from raw rows to a scored and exported model
+  train     train as the configuration says, from raw rows to a scored and exported model with its report
+  evaluate  score a run (run.dir=DIR), an export, an adapter or a hub model (model.path=PATH) on the splits given
+  generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
+  export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
+  report    write report.html of a run (run.dir=DIR) anew
   config    print the resolved configuration and its faults; nothing is loaded
 
 Every verb takes the same Hydra overrides:
@@ -22,6 +27,7 @@ Every verb takes the same Hydra overrides:
   method=full|lora       what trains               objective=pretrain|sft|classify|classify_token
   backend=auto|ddp       where the state lives     launch.num_procs=N processes on this machine
   train.batch_size=N     sequences per step over all ranks; train.micro_batch_size=N only splits it
+  tracking.wandb=true    W&B, offline without a key; tracking.tensorboard=true; both are off unless asked
   --config-dir DIR       a folder of your own groups, e.g. DIR/experiment/mine.yaml
 
 `tritune config` shows every key with its value; trainer/config.py says what each means.
@@ -40,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"tritune {__version__}")
         return 0
-    verbs = {"train": _train, "config": _config}
+    verbs = {"train": _train, "config": _config, "generate": _generate}
+    verbs |= {name: partial(_read, name) for name in ("evaluate", "export", "report")}
     if argv[0] not in verbs:
         import difflib
 
@@ -57,17 +64,44 @@ def _train(argv: list[str]) -> int:
     return train(argv)
 
 
+def _read(name: str, argv: list[str]) -> int:
+    from tritune.trainer import verbs
+
+    return verbs.run_verb(getattr(verbs, name), argv)
+
+
+def _generate(argv: list[str]) -> int:
+    """Prompts are taken out before Hydra reads the rest: its grammar gives commas and quotes a meaning."""
+    from tritune.trainer import verbs
+
+    prompts, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word in ("--prompt", "-p"):
+            prompt = next(words, None)
+            if prompt is None:
+                print('tritune: --prompt: it stands without a text. Write --prompt "..."', file=sys.stderr)
+                return 2
+            prompts.append(prompt)
+        elif word.startswith("--prompt="):
+            prompts.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return verbs.run_verb(verbs.generate, rest, prompts=prompts)
+
+
 def _config(argv: list[str]) -> int:
     import yaml
     from tritune.trainer.compose import compose_partly, split_argv, to_dict, unheld_rules
+    from tritune.trainer.redact import redact
 
     config_dir, overrides = split_argv(argv)
     config, faults = compose_partly(overrides, config_dir)
     if config is not None:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(redact(yaml.safe_dump(to_dict(config), sort_keys=False)), end="")
         faults = faults + unheld_rules(config, faults)
     for fault in faults:
-        print(f"tritune: {fault}", file=sys.stderr)
+        print(f"tritune: {redact(fault)}", file=sys.stderr)
     return 2 if faults else 0
 
 

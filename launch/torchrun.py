@@ -21,6 +21,7 @@ def train(argv: list[str]) -> int:
     from tritune.trainer.__main__ import checked_config, main, run_path
     from tritune.trainer.compose import load_config, split_argv
     from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS
+    from tritune.trainer.redact import redact
 
     if "RANK" in os.environ:  # torchrun or Slurm started this process as a worker already
         return main(argv)
@@ -30,7 +31,7 @@ def train(argv: list[str]) -> int:
         processes = config.launch.num_procs or _gpus(config.backend.device.value) or 1
         checked_config(overrides, config_dir, processes)
     except INPUT_ERRORS as error:
-        print(f"tritune: {error}", file=sys.stderr)
+        print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     if processes == 1:
         return main(argv)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
+from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -29,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         config = (load_config if processes > 1 else checked_config)(argv, config_dir, processes)
     except INPUT_ERRORS as error:
         if leader:
-            print(f"tritune: {error}", file=sys.stderr)
+            print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    return run(config, run_path(config, argv), leader)
+    return run(config, run_path(config, argv), leader, argv)
 
 
 def checked_config(overrides: list[str], config_dir: str | None, processes: int) -> Config:
@@ -42,14 +43,20 @@ def checked_config(overrides: list[str], config_dir: str | None, processes: int)
     """
     from tritune.trainer.compose import load_config
     from tritune.trainer.data.records import require_sources
+    from tritune.trainer.tracking import require_trackers
 
     config = load_config(overrides, config_dir, processes)
     require_sources(config.data)
+    require_trackers(config.tracking)
     return config
 
 
-def run(config: Config, path: Path, leader: bool) -> int:
-    """Build, train, finish; write down in `status.json` how it ended."""
+def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
+    """Build, train, finish; write down in `status.json` how it ended.
+
+    Args:
+        overrides: what the user gave, for the record of how to run it again.
+    """
     from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.finish import finish, score_base
@@ -59,11 +66,13 @@ def run(config: Config, path: Path, leader: bool) -> int:
     from tritune.trainer.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
-    directory, world, owned, built = RunDir(path), None, False, None
+    directory, world, owned, built = RunDir(path, overrides), None, False, None
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
         world = distributed.start(config.backend, config.train.deterministic)
-        directory = RunDir(Path(world.gather(str(path))[0]))  # clocks differ, and a name may be made from the time
+        directory = RunDir(
+            Path(world.gather(str(path))[0]), overrides
+        )  # clocks differ, and a name may be made from the time
         with world.together("taking the run directory"):
             if leader:
                 directory.acquire()
@@ -87,18 +96,20 @@ def run(config: Config, path: Path, leader: bool) -> int:
         progress.say(f"tritune: {error}")
         code, culprit = EXIT_INPUT, str(error)
         if not leader and world is not None:  # before that, every rank sees the same
-            print(f"tritune: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            print(f"tritune: rank {os.environ['RANK']}: {redact(str(error))}", file=sys.stderr)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         progress.say(f"tritune: {type(error).__name__}: {error}")
         culprit = f"{type(error).__name__}: {error}"
     finally:
         if owned:
             _write_end(directory, state, built.state.step if built else 0, code, culprit)
+            for sink in built.sinks if built else []:
+                sink.close(code)
         progress.close()
         directory.close()
         distributed.end()

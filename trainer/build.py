@@ -10,12 +10,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
+from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config, Dtype, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, read_splits, require_length
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
+from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
 from tritune.trainer.metrics.meter import Meter
@@ -33,11 +35,13 @@ from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
+from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
 from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.state import Due, TrainState
 from tritune.trainer.stop import Stop
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.tracking import open_sinks, require_trackers
 
 
 def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop) -> Run:
@@ -50,6 +54,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     say = progress.say
     with world.together("checking the run directory"):
         require_sources(config.data)
+        require_trackers(config.tracking)
         if world.rank == 0:
             check_resume(config, directory)
     with world.together("reading tokenizer and data"):
@@ -60,6 +65,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, stops))
         began = time.perf_counter()
         splits = read_splits(config, tokenizer, context_length(architecture), stops)
+        choices = lay_out_choices(config, splits, tokenizer)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
@@ -93,14 +99,24 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     state = TrainState()
     loader = _make_loader(config, splits, state, tokenizer, backend)
     run = Run(
-        config=config, world=world, backend=backend, objective=_make_objective(config, splits, tokenizer),
-        model=wrapped, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples, loader=loader,
+        config=config, world=world, backend=backend, objective=make_objective(config, splits.labels, tokenizer),
+        model=wrapped, scorer=scorer, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples,
+        choices=choices, labels=splits.labels, stops=stop_token_ids(tokenizer, stops), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say),
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
+        sinks=[],
     )  # fmt: skip
     dry_run(run)
-    _resume_or_start(run, splits.labels)
+    _resume_or_start(run)
+    if world.rank == 0:
+        run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
     return run
+
+
+def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Choices]:
+    """The rows to score for `evaluation.choices`, by split."""
+    wanted = {*config.evaluation.splits, "validation"} - {"retention"} if config.evaluation.choices else set()
+    return {n: lay_out(e, config.evaluation.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
 
 
 def storage_dtype(config: Config) -> torch.dtype:
@@ -158,7 +174,7 @@ def _forward_and_backward(run: Run, last: bool) -> None:
             run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
 
 
-def _resume_or_start(run: Run, labels: list[str]) -> None:
+def _resume_or_start(run: Run) -> None:
     found = run.store.newest()
     if found is not None:
         saved = run.store.load(found, run.backend.tensors())
@@ -172,11 +188,12 @@ def _resume_or_start(run: Run, labels: list[str]) -> None:
         if run.world.rank == 0:
             run.directory.cut_logs(run.state.step)
             if found is None:
-                (run.directory.path / "base.json").unlink(missing_ok=True)
+                for name in ("base.json", "samples.json"):
+                    (run.directory.path / name).unlink(missing_ok=True)
             run.directory.write_config(run.config)
             run.directory.write_environment(_device_name(run.world.device), run.world.size)
             reports = {name: vars(examples.report) for name, examples in run.splits.items()}
-            run.directory.write_json("data.json", reports | {"labels": labels})
+            run.directory.write_json("data.json", reports | {"labels": run.labels})
 
 
 def _make_loader(
@@ -197,11 +214,12 @@ def _make_due(config: Config, loader: TrainLoader) -> Due:
     return Due(config.train.log_every, eval_every, config.checkpoint.every or eval_every, loader.total_steps)
 
 
-def _make_objective(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Objective:
+def make_objective(config: Config, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Objective:
+    """The objective that `config.objective` names."""
     if config.objective.name == "classify":
-        return Classify(len(splits.labels))
+        return Classify(len(labels))
     if config.objective.name == "classify_token":
-        return Classify(len(splits.labels), label_token_ids(splits.labels, tokenizer))
+        return Classify(len(labels), label_token_ids(labels, tokenizer))
     return LanguageModel()
 
 

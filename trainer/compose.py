@@ -25,26 +25,34 @@ from tritune.trainer.config_yaml import conversion, nearest, one_line, options, 
 from tritune.trainer.errors import ConfigFaults
 
 
-def load_config(overrides: list[str], config_dir: str | None = None, world_size: int | None = None) -> Config:
+def load_config(
+    overrides: list[str],
+    config_dir: str | None = None,
+    world_size: int | None = None,
+    kept: dict[str, Any] | None = None,
+    training: bool = True,
+) -> Config:
     """Compose the configuration, or raise `ConfigFaults` with everything that is wrong with it.
 
     Args:
         overrides: Hydra overrides, e.g. `["experiment=banking77", "optim.lr=1e-3"]`.
         config_dir: a folder of the user's own groups (`experiment/mine.yaml`), searched before ours.
         world_size: number of ranks, where it is known, for the rules that need it.
+        kept: the `config.yaml` of a run, which the overrides then change.
+        training: whether the rules for training must hold, too.
     """
-    config, faults = compose_partly(overrides, config_dir)
+    config, faults = compose_partly(overrides, config_dir, kept)
     if config is not None:
-        faults = faults + unheld_rules(config, faults, world_size)
+        faults = faults + unheld_rules(config, faults, world_size, training)
     if faults or config is None:
         raise ConfigFaults(faults)
     return config
 
 
-def unheld_rules(config: Config, faults: list[str], world_size: int | None = None) -> list[str]:
+def unheld_rules(config: Config, faults: list[str], world_size: int | None = None, training: bool = True) -> list[str]:
     """`check`'s faults, without those of keys whose given value could not be set: they have a fault already."""
     named = {fault.partition("=")[0] for fault in faults}
-    return [fault for fault in check(config, world_size) if fault.partition("=")[0] not in named]
+    return [fault for fault in check(config, world_size, training) if fault.partition("=")[0] not in named]
 
 
 def split_argv(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -56,7 +64,9 @@ def split_argv(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple[Config | None, list[str]]:
+def compose_partly(
+    overrides: list[str], config_dir: str | None = None, kept: dict[str, Any] | None = None
+) -> tuple[Config | None, list[str]]:
     """Return the config as far as it could be composed (None if not at all) and the faults met on the way."""
     if config_dir is not None and not Path(config_dir).is_dir():
         return None, [
@@ -67,6 +77,10 @@ def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple
     with initialize_config_module("tritune.conf", version_base="1.3"):
         search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         choices, values, faults, failed = _sort_overrides(overrides, config_dir)
+        if kept is not None:
+            faults += [f"{c}: the run has a whole configuration. Override single keys" for c in choices]
+            # A run's model is whatever its file says; the other groups' options bring the schema.
+            choices = [f"{g}={kept[g]['name']}" for g in GROUPS if isinstance(kept.get(g), dict) and "name" in kept[g]]
         located = yaml_faults(choices, config_dir)
         try:
             composed = hydra_compose("config", overrides=[] if located else [*search, *choices])
@@ -76,6 +90,12 @@ def compose_partly(overrides: list[str], config_dir: str | None = None) -> tuple
         if located:
             faults += located
             failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
+    if kept is not None and not failed:
+        try:
+            OmegaConf.set_struct(composed, False)  # for free mappings; a schema refuses unknown keys all the same
+            composed = OmegaConf.merge(composed, kept)
+        except OmegaConfBaseException as error:
+            return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
     for override in values:
         if override.key_or_group.partition(".")[0] not in failed:
             fault = _apply(composed, override)

@@ -74,6 +74,16 @@ class Resume(StrEnum):
     never = "never"
 
 
+class Form(StrEnum):
+    """What is written at the end: the adapter alone (PEFT's layout), the model with it merged in, or the model that
+    trained whole. `auto` is `adapter` where one was trained, else `full`."""
+
+    auto = "auto"
+    adapter = "adapter"
+    merged = "merged"
+    full = "full"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -177,13 +187,60 @@ class EvaluationConfig:
     batch_size: int = 64
     metric: str = "loss"  # of the validation split; picks the best checkpoint
     base: bool = True  # score the untouched model too, for base against tuned
+    splits: list[str] = field(default_factory=lambda: ["validation", "test", "retention"])  # scored before and after
+    choices: list[str] = field(
+        default_factory=list
+    )  # sft: beginnings of an answer of which one is right; gives accuracy
+    samples: int = 8  # held-out rows on which base and tuned answer freely, for the report
 
 
 @dataclass
 class CheckpointConfig:
     every: int | None = None  # steps; default: with each evaluation
     keep_last: int = 2
-    export: bool = True  # write the result in Hugging Face's or PEFT's layout at the end
+    step: int | None = None  # evaluate, generate, export: of this step; default: the newest, or the best with use_best
+
+
+@dataclass
+class ExportConfig:
+    enabled: bool = True  # write the result for other tools when training ends
+    form: Form = Form.auto
+    dir: str | None = None  # default: <run.dir>/export
+    dtype: Dtype | None = None  # default: what the model computes in
+    shard_gb: float = 5.0  # weights are split into files of at most this many gigabytes, with an index
+
+
+@dataclass
+class GenerateConfig:
+    file: str | None = None  # prompts, in the formats of data.train: columns messages, prompt or text
+    out: str | None = None  # JSONL; default: standard output
+    system: str | None = None  # a system turn before each prompt, where there is a chat template
+    template: bool = True  # apply the chat template, where there is one
+    max_new_tokens: int = 128
+    num_samples: int = 1  # answers to each prompt
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    batch_size: int = 16
+
+
+@dataclass
+class ReportConfig:
+    enabled: bool = True  # write report.html when training ends
+    question: str | None = None  # what the run is to find out; the report begins with it
+
+
+@dataclass
+class TrackingConfig:
+    """Nothing leaves the machine unless one of these is turned on."""
+
+    wandb: bool = False  # through W&B's own client; offline where no key is found
+    tensorboard: bool = False
+    project: str = "tritune"
+    entity: str | None = None
+    name: str | None = None  # default: the run directory's name
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -221,6 +278,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -275,6 +336,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "classify": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
     "classify_token": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
 }
+CHOICE_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")  # of sft, with evaluation.choices
+SPLITS = ("train", "validation", "test", "retention")
 
 
 def register() -> None:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 from tritune.trainer.config import (
+    CHOICE_METRICS,
     COLUMNS,
     METRICS,
     NAMES,
     SCHEMAS,
+    SPLITS,
     ClassifyTokenConfig,
     Config,
+    Form,
     LoraConfig,
     TrainConfig,
 )
 
 
-def check(config: Config, world_size: int | None = None) -> list[str]:
+def check(config: Config, world_size: int | None = None, training: bool = True) -> list[str]:
     """Return every fault of `config` that needs no file and no model to be seen, as `key=value: rule. Remedy` lines.
 
-    `world_size` is the number of ranks, where it is known already.
+    Args:
+        world_size: the number of ranks, where it is known already.
+        training: whether the run trains; a model that is only read needs no data and no end.
     """
     c, faults = config, []
 
@@ -42,7 +48,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         "model.tokenizer",
         "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
     )
-    rule(c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
+    rule(not training or c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
     rule(c.data.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
     for key in ("validation", "test"):
@@ -94,7 +100,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         count = getattr(c.train, key)
         rule(count is None or count >= 1, f"train.{key}", "a run has at least one. Use 1 or more")
     rule(
-        c.train.epochs is not None or c.train.max_steps is not None,
+        not training or c.train.epochs is not None or c.train.max_steps is not None,
         "train.max_steps",
         "the run has no end. Give train.max_steps or train.epochs, at least 1",
     )
@@ -103,7 +109,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     rule(
         c.launch.num_procs is None or c.launch.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more"
     )
-    metrics = METRICS.get(c.objective.name, ())
+    metrics = METRICS.get(c.objective.name, ()) + (CHOICE_METRICS if c.evaluation.choices else ())
     rule(
         not metrics or c.evaluation.metric in metrics,
         "evaluation.metric",
@@ -133,6 +139,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
         )
     rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
     rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
+    _check_results(c, rule)
     has_validation = bool(c.data.validation or c.data.validation_share)
     for key in ("patience", "use_best"):
         rule(
@@ -155,6 +162,44 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
             f"{c.train.micro_batch_size} makes {accumulation}. Leave it out: it is derived",
         )
     return faults
+
+
+def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules for what becomes of a model: scores, answers, files."""
+    unknown = [s for s in c.evaluation.splits if s not in SPLITS]
+    rule(not unknown, "evaluation.splits", f"there is no split {', '.join(unknown)}. Choose from {', '.join(SPLITS)}")
+    rule(c.evaluation.samples >= 0, "evaluation.samples", "a count of rows. Use 0 or more")
+    choices = c.evaluation.choices
+    rule(
+        not choices or c.objective.name == "sft",
+        "evaluation.choices",
+        f"answers are chosen among with objective=sft, and this is {c.objective.name}. Leave it out",
+    )
+    clash = next((a for a in choices for b in choices if a is not b and b.startswith(a)), None)
+    rule(
+        clash is None and len(choices) != 1 and "" not in choices,
+        "evaluation.choices",
+        "two or more beginnings of an answer are needed, none of which begins another",
+    )
+    rule(c.checkpoint.step is None or c.checkpoint.step >= 1, "checkpoint.step", "steps count from 1. Use 1 or more")
+    rule(c.export.shard_gb > 0, "export.shard_gb", "a file has a size. Use e.g. 5")
+    trains_adapter = isinstance(c.method, LoraConfig)
+    rule(
+        c.export.form is Form.auto or (c.export.form is Form.full) != trains_adapter,
+        "export.form",
+        f"method={c.method.name} trains {'an adapter: adapter or merged' if trains_adapter else 'the whole model: full'}",
+    )
+    rule(c.generate.max_new_tokens >= 1, "generate.max_new_tokens", "an answer has a token. Use 1 or more")
+    rule(c.generate.num_samples >= 1, "generate.num_samples", "a prompt has an answer. Use 1 or more")
+    rule(
+        c.generate.num_samples == 1 or c.generate.temperature > 0,
+        "generate.num_samples",
+        "without chance every answer is the same. Give generate.temperature, e.g. 0.8",
+    )
+    rule(0 <= c.generate.temperature < math.inf, "generate.temperature", "not negative. Use 0 for the likeliest token")
+    rule(0 < c.generate.top_p <= 1, "generate.top_p", "a share of the probability, in (0, 1]. Use e.g. 0.95")
+    rule(c.generate.top_k >= 0, "generate.top_k", "a count of tokens. Use 0 for no limit")
+    rule(c.generate.batch_size >= 1, "generate.batch_size", "a forward needs a row. Use 1 or more")
 
 
 def derived_accumulation(train: TrainConfig, world_size: int) -> int:

@@ -33,6 +33,10 @@ class CheckpointError(Exception):
     """A checkpoint could not be written or read. Exit status 1; what was saved before is untouched."""
 
 
+class ExportError(Exception):
+    """An export does not compute what was trained. Exit status 1; nothing is left of it, the checkpoints are untouched."""
+
+
 class NonFiniteError(Exception):
     """Too many steps in a row had a NaN or infinite gradient. Exit status 1; none of them was applied."""
 

@@ -1,21 +1,26 @@
-"""Before and after training: score base and tuned, write the result and the summary."""
+"""Before and after training: score base and tuned, let both answer, write the result, the summary and the report."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tritune.trainer.errors import CheckpointError
 from tritune.trainer.evaluation.evaluate import evaluate
+from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
-from tritune.trainer.export import export
+from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run
-from tritune.trainer.methods.lora import lora_layers
-from tritune.trainer.model import count_parameters
+from tritune.trainer.model import context_length, count_parameters
 from tritune.trainer.objectives import Objective
+from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.rundir import export_path
+from tritune.trainer.tracking import under
 
-SCORED = ("validation", "test", "retention")
+Scores = dict[str, dict[str, float]]
 
 
-def score_base(run: Run) -> dict[str, dict[str, float]]:
+def score_base(run: Run) -> Scores:
     """Score the untouched model on the held-out splits, once; a run that goes on reads what it wrote at its start."""
     kept = run.directory.read_json("base.json") if run.world.rank == 0 else None
     kept = run.world.gather(kept)[0]
@@ -23,58 +28,104 @@ def score_base(run: Run) -> dict[str, dict[str, float]]:
         return kept
     if not run.config.evaluation.base or run.state.step > 0:
         return {}
-    base = _score(run, "base")
+    base, samples = _score(run, "base"), _sample(run, "base")
     with run.world.together("writing base.json"):
         if run.world.rank == 0:
+            run.directory.write_json("samples.json", samples)
             run.directory.write_json("base.json", base)
     return base
 
 
-def finish(run: Run, base: dict[str, dict[str, float]]) -> None:
-    """Score the tuned model, print base against tuned, export, write `summary.json`."""
+def finish(run: Run, base: Scores) -> None:
+    """Score the tuned model, print base against tuned, export, write `summary.json`, `samples.json` and `report.html`."""
     config, state = run.config, run.state
-    step = state.step
-    if config.train.use_best and state.best_step not in (None, state.step):
-        found = run.store.at(state.best_step)
-        if found is None:
-            raise CheckpointError(f"the best checkpoint, step {state.best_step}, is gone from {run.store.root}")
-        run.store.load(found, run.backend.tensors())
-        step = state.best_step
-        run.progress.say(f"best      step {step}, {config.evaluation.metric} {state.best:.4f}")
-    tuned = _score(run, "tuned")
+    step = _use_best(run)
+    tuned, samples = _score(run, "tuned"), _sample(run, "tuned")
     results = {name: {"base": base.get(name), "tuned": figures} for name, figures in tuned.items()}
     if results:
         run.progress.say(base_against_tuned(results, {n: len(run.splits[n]) for n in results}))
-    size = None
-    if run.world.rank == 0:
-        if config.checkpoint.export:
-            size = export(run.directory.path / "export", config, run.core, run.tokenizer, run.heads)
-            kind = "adapter" if lora_layers(run.core) else "model"
-            run.progress.say(f"export    {kind}, {size:,} bytes of weights: {run.directory.path / 'export'}")
-        trainable, total = count_parameters(run.core)
-        summary = {
-            "status": "done",
-            "step": state.step,
-            "tested_step": step,
-            "tokens": state.tokens,
-            "label_tokens": state.label_tokens,
-            "train_seconds": round(state.train_seconds, 3),
-            "skipped_steps": state.skipped,
-            "stopped_early": state.step < run.loader.total_steps,
-            "parameters": {"trainable": trainable, "total": total},
-            "export_bytes": size,
-            "best": {"metric": config.evaluation.metric, "value": state.best, "step": state.best_step},
-            "eval": results,
-        }
-        run.directory.write_json("summary.json", summary)
+    with run.world.together("exporting the model"):
+        if run.world.rank == 0:
+            run.directory.write_json("samples.json", samples)
+            trainable, total = count_parameters(run.core)
+            summary: dict[str, Any] = {
+                "status": "done",
+                "step": state.step,
+                "tested_step": step,
+                "tokens": state.tokens,
+                "label_tokens": state.label_tokens,
+                "train_seconds": round(state.train_seconds, 3),
+                "skipped_steps": state.skipped,
+                "stopped_early": state.step < run.loader.total_steps,
+                "parameters": {"trainable": trainable, "total": total},
+                "best": {"metric": config.evaluation.metric, "value": state.best, "step": state.best_step},
+                "eval": results,
+            }
+            run.directory.write_json("summary.json", {**summary, "export": None})
+            exported = _export(run, summary) if config.export.enabled else None
+            summary |= {"export": exported, "export_bytes": exported and exported.get("num_bytes")}
+            run.directory.write_json("summary.json", summary)
+            for sink in run.sinks:
+                sink.summary(under("", results))
+            if config.report.enabled:
+                from tritune.trainer.report import write_report  # matplotlib takes most of a second to import
+
+                run.progress.say(f"report    {write_report(run.directory.path)}")
 
 
-def _score(run: Run, who: str) -> dict[str, dict[str, float]]:
+def _use_best(run: Run) -> int:
+    """Load the best checkpoint where the run is to end with it; return the step whose weights are tested."""
+    state = run.state
+    if not run.config.train.use_best or state.best_step in (None, state.step):
+        return state.step
+    found = run.store.at(state.best_step)
+    if found is None:
+        raise CheckpointError(f"the best checkpoint, step {state.best_step}, is gone from {run.store.root}")
+    run.store.load(found, run.backend.tensors())
+    run.progress.say(f"best      step {state.best_step}, {run.config.evaluation.metric} {state.best:.4f}")
+    return state.best_step
+
+
+def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    run.model.eval()
+    source = Source(run.config, run.core, run.scorer.logits, run.tokenizer, run.heads, run.labels, facts)
+    done: Exported = export(source, export_path(run.config, run.directory.path), run.progress.say)
+    return done.to_json()
+
+
+def _score(run: Run, who: str) -> Scores:
     scores = {}
-    for name in SCORED:
+    for name in run.config.evaluation.splits:
         if name in run.splits:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
             objective: Objective = LanguageModel() if name == "retention" else run.objective
-            scores[name] = evaluate(objective, run.model, run.splits[name], run.backend,
-                                    run.config.evaluation.batch_size, run.loader.pad_id)  # fmt: skip
+            scores[name] = evaluate(objective, run.model, run.splits[name], run.backend, run.config.evaluation.batch_size,
+                                    run.loader.pad_id, run.choices.get(name))  # fmt: skip
     return scores
+
+
+def _sample(run: Run, who: str) -> list[dict[str, Any]]:
+    """Let the model answer some held-out rows; join what was said before to it."""
+    split = next((n for n in ("test", "validation") if n in run.splits), None)
+    if split is None or not run.config.evaluation.samples:
+        return []
+    samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
+    was_training = run.model.training
+    run.model.eval()
+    said = _answers(run, split, samples)
+    run.model.train(was_training)
+    before = (run.directory.read_json("samples.json") if run.world.rank == 0 else None) or [{}] * len(samples)
+    rows = []
+    for sample, text, old in zip(samples, said, before, strict=True):
+        row = {"split": split, "place": sample.place, "prompt": sample.prompt, "reference": sample.reference}
+        rows.append({**row, "base": old.get("base"), "tuned": None, who: text})
+    return rows
+
+
+def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:
+    config, device = run.config, run.backend.device
+    if isinstance(run.objective, Classify):
+        args = (run.splits[split], run.model, run.objective, run.labels, run.loader.pad_id, device)
+        return classify(samples, *args)
+    return answer(samples, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
+                  context_length(run.core.config), config.model.dtype.value == "float64")  # fmt: skip

@@ -15,14 +15,17 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.distributed import World, seed_forward
 from tritune.trainer.errors import NonFiniteError
+from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.objectives import Objective, window_weight
 from tritune.trainer.optim import learning_rate
 from tritune.trainer.rundir import RunDir
+from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.state import Due, TrainState
 from tritune.trainer.stop import Stop
+from tritune.trainer.tracking import Sink, under
 
 
 @dataclass
@@ -31,9 +34,12 @@ class Run:
 
     Attributes:
         model: what is called: the scorer, as the backend wrapped it.
-        core: the Hugging Face model inside, for export.
+        scorer: the scorer itself; core: the Hugging Face model inside it, for export.
         heads: modules of it that are new.
         splits: tokenized rows by name: train, validation, test, retention.
+        choices: of the splits among whose rows' answers one is chosen (`evaluation.choices`).
+        labels: of a classifier; stops: ids that end an answer.
+        sinks: where figures go beside the run directory; only on rank 0.
     """
 
     config: Config
@@ -41,10 +47,14 @@ class Run:
     backend: Backend
     objective: Objective
     model: nn.Module
+    scorer: TokenScorer
     core: PreTrainedModel
     heads: list[str]
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, Examples]
+    choices: dict[str, Choices]
+    labels: list[str]
+    stops: list[int]
     loader: TrainLoader
     store: CheckpointStore
     state: TrainState
@@ -53,6 +63,7 @@ class Run:
     progress: Progress
     directory: RunDir
     stop: Stop
+    sinks: list[Sink]
 
 
 def fit(run: Run) -> str | None:
@@ -136,6 +147,8 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
     if run.world.rank == 0:
         run.directory.append("metrics.jsonl", row)
+        for sink in run.sinks:
+            sink.log(state.step, under("train", row))
         run.directory.touch_status(state.step)
     run.progress.step(row, run.loader.total_steps)
 
@@ -144,12 +157,14 @@ def validate(run: Run) -> bool:
     """Score the validation split; return whether it is the best so far."""
     config, state = run.config, run.state
     figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
-                       config.evaluation.batch_size, run.loader.pad_id)  # fmt: skip
+                       config.evaluation.batch_size, run.loader.pad_id, run.choices.get("validation"))  # fmt: skip
     metric = config.evaluation.metric
     state.evaluated = state.step
     improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)
     if run.world.rank == 0:
         run.directory.append("evaluations.jsonl", {"step": state.step, "split": "validation", **figures})
+        for sink in run.sinks:
+            sink.log(state.step, under("validation", figures))
     shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
     run.progress.say(f"step {state.step}  validation  {shown}{'  (best)' if improved else ''}")
     return improved

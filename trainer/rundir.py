@@ -1,7 +1,7 @@
 """The run directory: who owns it, what it says of the run.
 
-config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  summary.json
-checkpoints/  export/  train.log
+config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  base.json  samples.json
+summary.json  report.html  checkpoints/  export/  train.log
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from tritune.trainer import __version__
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import IDENTITY, Config
 from tritune.trainer.errors import InputError
+from tritune.trainer.redact import redact_tree
 
 LOCK = "lock.json"
 STATUS_SECONDS = 2.0
@@ -30,8 +32,8 @@ PACKAGES = ("torch", "transformers", "deepspeed", "triton", "safetensors", "toke
 class RunDir:
     """Rank 0's view of the run directory; other ranks write nothing here but their shards."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
+        self.path, self.overrides = path, overrides or []
         self._lock: IO[str] | None = None
         self._logs: dict[str, IO[str]] = {}
         self._touched = 0.0
@@ -65,7 +67,7 @@ class RunDir:
         path = self.path / "config.yaml"
         if not path.is_file():
             return []
-        old, new = yaml.safe_load(path.read_text()), to_dict(config)
+        old, new = yaml.safe_load(path.read_text()), redact_tree(to_dict(config))  # as it was written
         changes = []
         for key in IDENTITY:
             for name, before, after in _differences(_select(old, key), _select(new, key), key):
@@ -73,12 +75,14 @@ class RunDir:
         return changes
 
     def write_config(self, config: Config) -> None:
-        self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        _replace(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
 
     def write_environment(self, device: str, world_size: int) -> None:
         found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
         environment = {
             "command": sys.argv,
+            "overrides": self.overrides,
+            "tritune": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "host": socket.gethostname(),
@@ -119,7 +123,7 @@ class RunDir:
             self.write_status("training", step)
 
     def write_json(self, name: str, content: Any) -> None:
-        self._write(name, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        write_whole_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any | None:
         path = self.path / name
@@ -142,7 +146,7 @@ class RunDir:
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             path = self.path / name
             if path.is_file():
-                self._write(name, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step))
+                _replace(path, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step))
 
     def close(self) -> None:
         for log in self._logs.values():
@@ -150,16 +154,26 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def _write(self, name: str, text: str) -> None:
-        """Replace a file at once: a reader, or a crash, sees the old or the new one."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.new")
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+
+def write_whole_json(path: Path, content: Any) -> None:
+    """Write JSON without secrets and without NaN (null instead), whole or not at all."""
+    _replace(path, json.dumps(_finite(redact_tree(content)), indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a crash, sees the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def export_path(config: Config, run: Path) -> Path:
+    """Where the result goes: `export.dir`, or `export/` in the run directory."""
+    return Path(config.export.dir) if config.export.dir else run / "export"
 
 
 def _step_of(line: str) -> float:

@@ -71,6 +71,14 @@ class TokenScorer(nn.Module):
             logits = getattr(self.model, CLASS_HEAD)(flat[last])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """The Hugging Face model's own logits, [B, T, V] or [B, C] of a classifier."""
+        return self.model(input_ids=input_ids.to(self.model.device), use_cache=False).logits
+
+    def generate(self, **arguments) -> Tensor:
+        """The model's own `generate`, for whoever must gather parameters around it."""
+        return self.model.generate(**arguments)
+
     def _head(self, keys: Tensor | None, positions: Tensor):
         """Return the output head as a function of hidden[start:stop], start, stop, as the model's family computes it."""
         config = self.model.config.get_text_config()

@@ -77,16 +77,6 @@ def test_wrong_rows_on_two_processes_give_one_message(tmp_path, tiny):
     assert "Traceback" not in out.stderr
 
 
-def test_demo_runs_from_any_folder(tmp_path):
-    """One epoch of what `make demo` runs, with the user's own overrides added."""
-    command = [sys.executable, "-m", "tritune.launch.demo", "train.epochs=1", "run.dir=run"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
-    assert "base against tuned" in out.stderr
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["test"]
-    assert found["tuned"]["accuracy"] > found["base"]["accuracy"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_to_the_launcher_stops_the_run(tmp_path, tiny, number):

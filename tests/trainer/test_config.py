@@ -78,7 +78,7 @@ def test_every_group_option_composes(group, name):
 @pytest.mark.parametrize("name", [n for g, n in OPTIONS if g == "experiment"])
 def test_every_experiment_lacks_only_its_paths(name):
     missing = keys_of(faults(f"experiment={name}"))
-    assert missing <= {"model.path", "data.train", "data.test", "data.retention"}
+    assert missing <= {"model.path", "model.tokenizer", "data.train", "data.test", "data.retention"}
     assert faults(f"experiment={name}", *(f"{key}=somewhere" for key in missing), world_size=1) == []
 
 
@@ -158,7 +158,7 @@ def test_a_mistyped_value_is_not_reported_again_as_missing():
         ("optim.lr=fast", ["'fast'", "float"]),
         ("train.max_steps=1.5", ["1.5", "int"]),
         ("train.batch_size=true", ["True", "int"]),
-        ("checkpoint.export=perhaps", ["perhaps", "bool"]),
+        ("export.enabled=perhaps", ["perhaps", "bool"]),
         ("model.dtype=float16", ["float16", "float32", "bfloat16"]),
         ("optim.schedule=cosin", ["cosin", "cosine", "linear"]),
         ("data.labels=red", ["list"]),
@@ -429,7 +429,7 @@ def finished(sft_file, tmp_path_factory):
     overrides = [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
         "data.max_length=160", "train.batch_size=8", "train.max_steps=1", "backend.device=cpu",
-        "checkpoint.export=false",
+        "export.enabled=false", "report.enabled=false",
     ]  # fmt: skip
     directory = tmp_path_factory.mktemp("finished") / "run"
     kept = {n: signal.getsignal(n) for n in SIGNALS}

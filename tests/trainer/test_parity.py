@@ -34,7 +34,7 @@ def curves(tmp_path_factory, sft_file):
                         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48",
                         f"model.dtype={dtype}", f"data.train={sft_file}", "data.max_length=160", "train.batch_size=9",
                         f"train.max_steps={STEPS}", f"train.micro_batch_size={micro_batch_size}", "backend.device=cpu",
-                        "checkpoint.export=false", f"run.dir={directories[name]}", *method_overrides,
+                        "export.enabled=false", "report.enabled=false", f"run.dir={directories[name]}", *method_overrides,
                     ])  # fmt: skip
         harness.run_many(cells, root / "logs", world_size)
         found |= {name: harness.rows(directory) for name, directory in directories.items()}
@@ -61,7 +61,7 @@ def test_dropout_matters(curves, sft_file, tmp_path):
         cells.append([
             "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
             "data.max_length=160", "train.batch_size=9", "train.max_steps=3", "backend.device=cpu",
-            "checkpoint.export=false", *METHODS["lora"], f"method.dropout={p}", f"run.dir={tmp_path / p}",
+            "export.enabled=false", "report.enabled=false", *METHODS["lora"], f"method.dropout={p}", f"run.dir={tmp_path / p}",
         ])  # fmt: skip
     harness.run_many(cells, tmp_path / "logs")
     without, with_dropout = (harness.rows(tmp_path / p) for p in ("0.0", "0.1"))

@@ -62,7 +62,7 @@ def test_base_on_its_own_domain(tritune, shared, tmp_path, name, perplexity):
     (tmp_path / "stories.txt").write_text("\n\n".join(stories))
     arguments = ["objective=pretrain", f"model.path={path}", f"data.train={tmp_path}/stories.txt"]
     arguments += [f"data.retention={tmp_path}/stories.txt", "data.max_length=64", "train.max_steps=1"]
-    result = tritune(*arguments, "backend.device=cpu", "checkpoint.export=false", f"run.dir={tmp_path / 'run'}")
+    result = tritune(*arguments, "backend.device=cpu", "export.enabled=false", "report.enabled=false", f"run.dir={tmp_path / 'run'}")
     assert result.code == 0, result.err
     base = summary(tmp_path / "run")["eval"]["retention"]["base"]
     assert base["perplexity"] == pytest.approx(perplexity, rel=0.005)
@@ -89,7 +89,7 @@ def test_torchrun_parity_on_a_pretrained_model(shared, tmp_path, dtype, toleranc
             f"model.dtype={dtype}", f"data.train={shared}/instruct/instruct_2000_permissive.jsonl",
             "data.columns={prompt: instruction, response: output}", "data.max_length=256", "data.unsupervised=drop",
             "train.batch_size=16", f"train.micro_batch_size={micro_batch_size}", "train.max_steps=20",
-            "backend.device=cpu", "checkpoint.export=false", f"run.dir={directory}",
+            "backend.device=cpu", "export.enabled=false", "report.enabled=false", f"run.dir={directory}",
         ]  # fmt: skip
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []

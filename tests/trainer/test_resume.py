@@ -17,7 +17,7 @@ def overrides(sft_file, directory, method: str) -> list[str]:
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
         "data.max_length=160", "data.validation_share=0.2", "train.batch_size=8", "train.micro_batch_size=3",
         f"train.max_steps={STEPS}", "evaluation.every=10", "checkpoint.every=5", "backend.device=cpu",
-        "checkpoint.export=false", "optim.lr=2e-3", f"run.dir={directory}", *METHODS[method],
+        "export.enabled=false", "report.enabled=false", "optim.lr=2e-3", f"run.dir={directory}", *METHODS[method],
     ]  # fmt: skip
 
 

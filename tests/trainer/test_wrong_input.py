@@ -619,7 +619,7 @@ def finished_once(sft_file, tmp_path_factory):
     overrides = [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={rows}",
         "data.max_length=160", "train.batch_size=8", "train.max_steps=2", "backend.device=cpu",
-        "checkpoint.export=false",
+        "export.enabled=false", "report.enabled=false",
     ]  # fmt: skip
     handlers = {n: signal.getsignal(n) for n in SIGNALS}
     assert main([*overrides, f"run.dir={folder / 'run'}"]) == 0

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import Local, trainable
 
@@ -34,6 +39,8 @@ class Mixed(Local):
         for layer in _decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # in place
+        for name in ("generate", "logits"):  # else they would meet parameters that are not gathered
+            register_fsdp_forward_method(model, name)
         self.model = model
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)

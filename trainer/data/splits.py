@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import Config, DataConfig, Kind
+from tritune.trainer.config import SPLITS, Config, DataConfig, Kind
 from tritune.trainer.data.examples import Examples, blocks, conversations, documents, labelled
 from tritune.trainer.data.kinds import Record, read_records, split_by_content
 from tritune.trainer.errors import InputError
@@ -30,25 +30,30 @@ def require_length(config: Config, context: int | None) -> None:
 
 
 def read_splits(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None, model_stops: Sequence[int] = ()
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    model_stops: Sequence[int] = (),
+    names: Sequence[str] = SPLITS,
 ) -> Splits:
     """Read, divide and tokenize.
 
     Args:
         context: positions that the model has; None where it sets no limit.
         model_stops: ids that end an answer by the model's own generation config.
+        names: the splits wanted; others are neither read nor tokenized unless one of these is cut from them.
 
     Raises:
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
     """
-    records = _read(config)
-    labels = _labels(config, records["train"])
+    records = _read(config, names)
+    labels = _labels(config, records.get("train", []))
     examples: dict[str, Examples] = {}
     for name, rows in records.items():
         examples[name] = _tokenize(rows, tokenizer, config, labels, model_stops)
         if not len(examples[name]):
             raise InputError(f"data.{name}", f"the {name} split is empty", "Give rows, or another share")
-    if config.data.retention is not None:
+    if config.data.retention is not None and "retention" in names:
         text = DataConfig(kind=Kind.text, text_unit=config.data.text_unit)
         rows = list(read_records(config.data.retention, "data.retention", text, "pretrain"))
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
@@ -58,18 +63,19 @@ def read_splits(
     return Splits(examples, labels)
 
 
-def _read(config: Config) -> dict[str, list[Record]]:
+def _read(config: Config, names: Sequence[str]) -> dict[str, list[Record]]:
     """Records by split, in the order train, validation, test; empty splits are refused."""
     data, objective = config.data, config.objective.name
     records: dict[str, list[Record]] = {}
+    shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
+    needed = {*names, "train"} if any(n in names for n in shares) else set(names)
     for name in ("train", "validation", "test"):
         source = getattr(data, name)
-        if source is not None:
+        if source is not None and name in needed:
             records[name] = list(read_records(source, f"data.{name}", data, objective))
             if not records[name]:
                 raise InputError(f"data.{name}={source}", "the file holds no row", "Give a file with rows")
-    shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
-    if shares:
+    if "train" in records and shares:
         total = len(records["train"])
         records["train"], parts = split_by_content(records["train"], shares)
         records |= parts
@@ -77,7 +83,7 @@ def _read(config: Config) -> dict[str, list[Record]]:
             if not rows:
                 key = f"data.{name}_share={shares[name]}" if name in shares else "data.train"
                 raise InputError(key, f"of {total} rows none falls to {name}", "Give more rows, or another share")
-    return records
+    return {n: r for n, r in records.items() if n in names}
 
 
 def _labels(config: Config, train: list[Record]) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tritune.trainer.backends import Backend
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import evaluation_batches
+from tritune.trainer.evaluation.choices import Choices, choose
 from tritune.trainer.objectives import Objective
 
 HIGHER_IS_BETTER = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
@@ -14,14 +15,27 @@ HIGHER_IS_BETTER = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 @torch.no_grad()
 def evaluate(
-    objective: Objective, model: nn.Module, examples: Examples, backend: Backend, batch_size: int, pad_id: int
+    objective: Objective,
+    model: nn.Module,
+    examples: Examples,
+    backend: Backend,
+    batch_size: int,
+    pad_id: int,
+    choices: Choices | None = None,
 ) -> dict[str, float]:
-    """Return the objective's figures on `examples`; the same on all ranks. The model's training mode is put back."""
+    """Return the objective's figures on `examples`; the same on all ranks. The model's training mode is put back.
+
+    Args:
+        choices: the split's rows with every choice, whose accuracy is reported as well.
+    """
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
     for batch in evaluation_batches(examples, batch_size, pad_id, backend.dp_rank, backend.dp_size, backend.device):
         for name, value in objective.score(model, batch).items():
             sums[name] = sums[name] + value if name in sums else value
+    figures = objective.report({name: backend.sum(value).cpu() for name, value in sums.items()})
+    if choices is not None:
+        figures |= choose(model, choices, backend, batch_size, pad_id)
     model.train(was_training)
-    return objective.report({name: backend.sum(value).cpu() for name, value in sums.items()})
+    return figures

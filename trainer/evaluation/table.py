@@ -28,6 +28,21 @@ def base_against_tuned(results: dict[str, dict[str, dict[str, float] | None]], n
             change = "" if before is None else f"{after - before:+.4f}"
             label = f"{split} ({num_rows[split]:,} rows)" if index == 0 else ""
             table.add_row(label, figure, _number(before), _number(after), change)
+    return _rendered(table)
+
+
+def figures_table(results: dict[str, dict[str, float]], num_rows: dict[str, int]) -> str:
+    """Render split -> figure -> value."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("split", "figure", "value"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for split, figures in results.items():
+        for index, (figure, value) in enumerate(figures.items()):
+            table.add_row(f"{split} ({num_rows[split]:,} rows)" if index == 0 else "", figure, _number(value))
+    return _rendered(table)
+
+
+def _rendered(table: Table) -> str:
     stream = io.StringIO()
     Console(file=stream, width=100, force_terminal=False).print(table)
     return stream.getvalue().rstrip()

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from tritune.trainer.redact import redact
+
 PLAIN_SECONDS = 10.0  # between plain lines
 
 
@@ -32,6 +34,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.enabled:
+            text = redact(text)
             self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
             self.stream.flush()
             self._write_log(text)

@@ -35,17 +35,23 @@ class Classify:
         logits, targets = self._logits(model, batch)
         return Loss(cross_entropy(logits, targets, ignore_index=-1, reduction="sum")[None])
 
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The likeliest class of each row, int64 [B]."""
+        return self._among_labels(self._logits(model, batch)[0]).argmax(dim=-1)
+
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, targets = self._logits(model, batch)
-        among = logits if self.token_ids is None else logits[:, self.token_ids.to(logits.device)]
         return {
             "nll": cross_entropy(logits.double(), targets, ignore_index=-1, reduction="sum"),
             "rows": (batch.labels >= 0).sum().double(),
-            "confusion": confusion(batch.labels, among.argmax(dim=-1), self.num_labels),
+            "confusion": confusion(batch.labels, self._among_labels(logits).argmax(dim=-1), self.num_labels),
         }
 
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return {"loss": float(sums["nll"] / sums["rows"]), **classification_report(sums["confusion"])}
+
+    def _among_labels(self, logits: Tensor) -> Tensor:
+        return logits if self.token_ids is None else logits[:, self.token_ids.to(logits.device)]
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, C or V] and the targets among them, -1 for rows that fill."""

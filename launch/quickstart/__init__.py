@@ -1,0 +1,1 @@
+"""`make demo`: from a committed grammar to a tuned model, with nothing but the checkout."""

@@ -1,0 +1,108 @@
+"""Every command of the README, run as it stands there, on small files. A command without a case here fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = re.findall(
+    r"^    ((?:make|tritune|torchrun|\.) .*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
+)
+SMALL = ["train.max_steps=2", "data.max_length=64", "train.batch_size=4", "backend.device=cpu"]
+# What a case adds, so that it fits these files; hub models become the small one.
+ADDED = {
+    "tritune train experiment=banking77": SMALL,
+    "tritune train experiment=qwen3_0_6b_sft": [*SMALL, "model.path=MODEL", "data.validation_share=0.3"],
+    "tritune train method=lora": SMALL,
+    "tritune evaluate run.dir=runs/intents": [],
+    "tritune evaluate model.path=runs/lora/export": ["data.max_length=64", "backend.device=cpu"],
+    "tritune generate run.dir=runs/lora": ["backend.device=cpu"],
+    "tritune generate model.path=runs/lora/export": ["generate.max_new_tokens=8", "backend.device=cpu"],
+    "tritune export run.dir=runs/lora": [],
+    "tritune report run.dir=runs/lora": [],
+    "tritune config experiment=banking77": [],
+}
+ELSEWHERE = {
+    "make demo": "tests/launch/test_quickstart.py, and by hand in a fresh clone",
+    "make test": "this very run",
+}
+TORCHRUN = "torchrun --nproc-per-node 8 -m tritune.trainer experiment=llama3_8b_lora"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """The files that the commands name, and a small model under the name MODEL."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from tritune.trainer.tokenizer import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "MODEL")
+    tokenizer.save_pretrained(folder / "MODEL")
+    for name in ("train.csv", "test.csv"):
+        rows = [f"{'hot' if i % 2 else 'cold'} tea {i},{'warm' if i % 2 else 'cool'}" for i in range(16)]
+        (folder / name).write_text("text,category\n" + "\n".join(rows) + "\n")
+    harness.write_prompts(folder / "rows.jsonl", 8, seed=3)
+    chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}] for i in range(16)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
+    return folder
+
+
+def case(command: str) -> str | None:
+    return next((start for start in ADDED if command.startswith(start)), None)
+
+
+def test_every_command_has_a_case():
+    assert len(COMMANDS) > 10
+    for command in COMMANDS:
+        assert case(command) or command.split("  ")[0] in ELSEWHERE or command.startswith(TORCHRUN), command
+    assert len({case(c) for c in COMMANDS} - {None}) == len(ADDED), "a case without its command"
+
+
+def test_the_commands_run_in_the_readme_s_order(workspace, monkeypatch, capfd):
+    """In one process and one folder, since the later ones read what the earlier wrote."""
+    from tritune.launch.cli import main
+
+    monkeypatch.chdir(workspace)
+    for command in COMMANDS:
+        start = case(command)
+        if start is None:
+            continue
+        arguments = [*shlex.split(command)[1:], *ADDED[start]]
+        code = main(arguments)
+        out = capfd.readouterr()
+        assert code == 0, f"{command}\n{out.err}"
+    assert (workspace / "runs/intents/report.html").is_file()
+    assert len((workspace / "answers.jsonl").read_text().splitlines()) == 8
+    assert (workspace / "merged/model.safetensors").is_file()
+    assert (workspace / "runs/lora/export/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_torchrun_command_runs(workspace):
+    """With two processes in place of eight, and the small model in place of the hub's."""
+    (command,) = [c for c in COMMANDS if c.startswith(TORCHRUN)]
+    words = shlex.split(command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"))
+    extra = [*SMALL, "model.path=MODEL", "model.pad_token=null", "data.validation_share=0.3"]
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:], *extra], cwd=workspace,
+                         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert (workspace / "runs/llama/summary.json").is_file()
+
+
+def test_the_demo_is_what_make_demo_runs():
+    """The Makefile starts the module that tests/launch/test_quickstart.py tests."""
+    assert "-m tritune.launch.quickstart" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,102 @@
+"""What a model reads before it answers: the same tokens that stood before the answers it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig, TextUnit
+from tritune.trainer.data.records import read_rows
+from tritune.trainer.errors import InputError
+from tritune.trainer.tokenizer import adds_bos
+
+# How prompt and response are rendered where a tokenizer has no chat template (`examples.conversations`), as a template: an
+# export carries it, so that other tools render prompts as training did.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- message['content'] + eos_token -}}"
+    "{%- else -%}{{- BOS + message['content'] + '\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`PLAIN_TEMPLATE` for this tokenizer, which may or may not begin a text with BOS."""
+    return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos(tokenizer) else "''")
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], place: str) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins to speak.
+
+    Raises:
+        InputError: the template fails on it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(place, f"the chat template fails on this prompt: {said}", "Mend it, or give another") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer: the fields of its row, its token ids, and where it stands."""
+
+    fields: dict[str, Any]
+    ids: list[int]
+    place: str
+
+
+def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Prompts of the command line, then those of `generate.file`, rendered as the model was trained to read them.
+
+    A row of a file has `messages` (an answer at their end is left out), `prompt` (and `input`) or `text`.
+
+    Raises:
+        InputError: a row has none of these, or the template fails on it.
+    """
+    prompts = [_prompt({"prompt": text}, f"--prompt {i}", config, tokenizer) for i, text in enumerate(given, 1)]
+    if config.generate.file is not None:
+        for row in read_rows(config.generate.file, "generate.file", TextUnit.line):
+            prompts.append(_prompt(row.fields, row.place, config, tokenizer))
+    return prompts
+
+
+def _prompt(fields: dict[str, Any], place: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    names = {ours: config.data.columns.get(ours, ours) for ours in ("messages", "prompt", "input", "text")}
+    messages = fields.get(names["messages"])
+    text = fields.get(names["prompt"], fields.get(names["text"]))
+    if fields.get(names["input"]):
+        text = f"{text}\n\n{fields[names['input']]}"
+    chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.name == "sft"
+    if isinstance(messages, list) and messages:
+        if not tokenizer.chat_template:
+            raise InputError(place, "it is a conversation and there is no chat template", "Give model.chat_template")
+        turns = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    elif isinstance(text, str):
+        turns = [{"role": "user", "content": text}]
+    else:
+        rule = f"it has {', '.join(fields)}, and a prompt is in messages, prompt or text"
+        raise InputError(place, rule, "Map it: data.columns.prompt=<name in the file>")
+    if not chat and not isinstance(messages, list):
+        return Prompt(fields, text_ids(tokenizer, str(text), config.objective), place)
+    if config.generate.system is not None:
+        turns = [{"role": "system", "content": config.generate.system}, *turns]
+    return Prompt(fields, chat_ids(tokenizer, turns, place), place)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None) -> list[int]:
+    """Token ids of a text to go on from; for classification by token, of the question whose answer is the label."""
+    if isinstance(objective, ClassifyTokenConfig):
+        head, _, tail = objective.prompt.partition("{text}")
+        begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
+        return (
+            begin
+            + tokenizer(head + text, add_special_tokens=not tail)["input_ids"]
+            + (tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else [])
+        )
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some end every text

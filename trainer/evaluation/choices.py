@@ -1,0 +1,71 @@
+"""Which of a few answers does a language model find likeliest? Accuracy without a classification head.
+
+The choices are beginnings of an answer (`refund`, `A`, `yes`). Each is put after a row's prompt, and the one with the largest
+sum of token log-probabilities is the model's choice: multiple-choice accuracy as in Brown et al. 2020 (arXiv 2005.14165) and
+the evaluation harnesses, with no normalisation by length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.backends import Backend
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.loader import evaluation_batches
+from tritune.trainer.errors import InputError
+from tritune.trainer.metrics.classification import classification_report, confusion
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A split with every choice after every prompt: row i and choice c stand at i * C + c.
+
+    Attributes:
+        examples: N * C rows, the choice's tokens supervised.
+        right: int64 [N], the number of each row's right choice.
+        num_choices: C.
+    """
+
+    examples: Examples
+    right: Tensor
+    num_choices: int
+
+
+def lay_out(split: Examples, choices: list[str], tokenizer: PreTrainedTokenizerBase) -> Choices:
+    """Build the rows to score from a split of prompts and answers.
+
+    Raises:
+        InputError: a row whose answer begins with none of the choices.
+    """
+    encoded = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    rows, right = Examples(), []
+    for i in range(len(split)):
+        start, end = int(split.starts[i]), int(split.starts[i + 1])
+        ids = split.ids[start:end]
+        first = int(np.flatnonzero(split.supervised[start:end])[0])
+        answer = ids[first:].tolist()
+        found = [c for c, tokens in enumerate(encoded) if answer[: len(tokens)] == tokens]
+        if len(found) != 1:
+            said = tokenizer.decode(answer[:16])
+            rule = f"the answer {said!r} begins with {'none' if not found else 'several'} of {', '.join(choices)}"
+            raise InputError(split.places[i], rule, "Mend the row or evaluation.choices")
+        right.append(found[0])
+        for tokens in encoded:
+            rows.add([*ids[:first], *tokens], [False] * first + [True] * len(tokens), split.places[i])
+    return Choices(rows.freeze(), torch.tensor(right), len(choices))
+
+
+@torch.no_grad()
+def choose(model: nn.Module, choices: Choices, backend: Backend, batch_size: int, pad_id: int) -> dict[str, float]:
+    """Return accuracy and macro figures of the model's choices; the same on all ranks. The model is in evaluation mode."""
+    nll = torch.zeros(len(choices.examples), dtype=torch.float64, device=backend.device)
+    batches = evaluation_batches(choices.examples, batch_size, pad_id, backend.dp_rank, backend.dp_size, backend.device)
+    for batch in batches:
+        rows = batch.predict // batch.input_ids.shape[1]
+        nll.index_add_(0, batch.sample_ids[rows], model(batch, "token_nll").double())
+    chosen = backend.sum(nll).cpu().reshape(-1, choices.num_choices).argmin(dim=1)
+    return classification_report(confusion(choices.right, chosen, choices.num_choices))

@@ -1,0 +1,97 @@
+"""Free answers: batched generation through transformers, on prompts that are token ids already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from tritune.trainer.config import GenerateConfig
+from tritune.trainer.errors import InputError
+from tritune.trainer.scorer import KeepFloat64
+
+Generate = Callable[..., Tensor]  # a model's `generate`
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt.
+
+    Attributes:
+        text: without special tokens.
+        num_tokens: that it said, the stop token included.
+        stopped: whether it ended by itself; False where `max_new_tokens` cut it.
+    """
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+def require_room(prompts: Sequence[Sequence[int]], places: Sequence[str], max_new: int, context: int | None) -> None:
+    """Refuse prompts whose answers would not fit into the model's context.
+
+    Raises:
+        InputError: it names the first such prompt.
+    """
+    for ids, place in zip(prompts, places, strict=True):
+        if not ids:
+            raise InputError(place, "the prompt has no token", "Write something")
+        if context is not None and len(ids) + max_new > context:
+            rule = f"{len(ids)} tokens and generate.max_new_tokens={max_new} exceed the model's context of {context}"
+            raise InputError(place, rule, "Shorten the prompt, or lower generate.max_new_tokens")
+
+
+@torch.no_grad()
+def generate(
+    model_generate: Generate,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    stops: Sequence[int],
+    device: torch.device,
+    seed: int = 0,
+    float64: bool = False,
+) -> list[list[Answer]]:
+    """Return for each prompt `config.num_samples` answers, in the order of the prompts.
+
+    Prompts of like length share a batch, padded on the left. With a temperature, the draw of a batch depends on (seed, the
+    prompts and `config.batch_size`): the same command gives the same answers.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=config.temperature > 0, num_beams=1,
+        num_return_sequences=config.num_samples, eos_token_id=list(stops) or None,
+        pad_token_id=tokenizer.pad_token_id, use_cache=True,
+        **({"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+           if config.temperature > 0 else {}),
+    )  # fmt: skip
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: list[list[Answer]] = [[] for _ in prompts]
+    for start in range(0, len(order), config.batch_size):
+        rows = order[start : start + config.batch_size]
+        width = len(prompts[rows[0]])
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for b, i in enumerate(rows):
+            ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[b, width - len(prompts[i]) :] = 1
+        torch.manual_seed(seed + start)
+        with KeepFloat64() if float64 else nullcontext():
+            out = model_generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )  # fmt: skip
+        said = out[:, width:].tolist()
+        for b, i in enumerate(rows):
+            mine = said[b * config.num_samples : (b + 1) * config.num_samples]
+            answers[i] = [_answer(tokens, tokenizer, set(stops)) for tokens in mine]
+    return answers
+
+
+def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Answer:
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    kept = tokens if end is None else tokens[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    return Answer(text, len(tokens) if end is None else end + 1, end is not None)

@@ -1,0 +1,111 @@
+"""Write a trained model for other tools, and prove it by reading it back with them before saying that it is done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tritune.trainer.config import Config, Form, LoraConfig
+from tritune.trainer.data.prompts import plain_template
+from tritune.trainer.errors import ExportError, InputError
+from tritune.trainer.export.card import write_card
+from tritune.trainer.export.check import Agreement, compare, probe_ids
+from tritune.trainer.export.write import write_adapter, write_whole
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be exported.
+
+    Attributes:
+        model: the Hugging Face model, with the method's layers in it.
+        logits: input ids -> logits, as the model computed them in training.
+        heads: modules that are new; labels: of a classifier.
+        facts: of the run, for the model card: step, tokens, scores.
+    """
+
+    config: Config
+    model: PreTrainedModel
+    logits: Callable[[Tensor], Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    heads: list[str]
+    labels: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: form, bytes of weights, and how the reloaded model compared."""
+
+    form: Form
+    directory: Path
+    num_bytes: int
+    agreement: Agreement
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "form": self.form.value,
+            "directory": str(self.directory),
+            "num_bytes": self.num_bytes,
+            **vars(self.agreement),
+        }
+
+
+def export(source: Source, directory: Path, say: Callable[[str], None]) -> Exported:
+    """Write `directory` whole, or not at all; what stood there before stays until the new one was read back.
+
+    Raises:
+        InputError: the form asked for is impossible for this model.
+        ExportError: what was written does not compute what was trained.
+    """
+    form = choose_form(source, say)
+    try:
+        return _export(source, form, directory, say)
+    except ExportError as error:
+        if source.config.export.form is not Form.auto or form is not Form.adapter:
+            raise
+        say(f"export    no adapter: {error}")
+        say("export    the merged model is written instead; export.form=adapter insists")
+        return _export(source, Form.merged, directory, say)
+
+
+def choose_form(source: Source, say: Callable[[str], None]) -> Form:
+    """`export.form`, settled where it is `auto`."""
+    wanted = source.config.export.form
+    if not isinstance(source.config.method, LoraConfig):
+        return Form.full
+    if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
+        if wanted is Form.adapter:
+            remedy = "Use export.form=merged"
+            raise InputError("export.form=adapter", "its base has random weights and is nowhere to be loaded", remedy)
+        if wanted is Form.auto:
+            say("export    merged, since the base has random weights and an adapter would have nothing to go on")
+        return Form.merged
+    return Form.adapter if wanted is Form.auto else wanted
+
+
+def _export(source: Source, form: Form, directory: Path, say: Callable[[str], None]) -> Exported:
+    partial = directory.with_name(f".partial-{directory.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if source.config.objective.name == "sft" and not source.tokenizer.chat_template:
+            source.tokenizer.chat_template = plain_template(source.tokenizer)
+        source.tokenizer.save_pretrained(partial)
+        size = (write_adapter if form is Form.adapter else write_whole)(partial, source, say)
+        agreement = compare(partial, source, form, probe_ids(source.model, source.tokenizer))
+        write_card(partial, source, form, agreement)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+    say(f"export    {form.value}, {size:,} bytes of weights: {directory}")
+    say(f"export    reloaded with {agreement.reader}: {agreement.line()}")
+    return Exported(form, directory, size, agreement)

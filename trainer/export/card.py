@@ -1,0 +1,113 @@
+"""The model card in Hugging Face's form: `README.md` with metadata that the hub reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from tritune.trainer import __version__
+from tritune.trainer.config import Config, Form, LoraConfig
+from tritune.trainer.redact import redact
+
+if TYPE_CHECKING:
+    from tritune.trainer.export import Source
+    from tritune.trainer.export.check import Agreement
+
+
+def write_card(directory: Path, source: Source, form: Form, agreement: Agreement) -> None:
+    """Write `README.md`: what it is, how to load it, how it was trained, how it scores. Data files by name, not by path."""
+    config = source.config
+    name = Path(config.run.dir).name if config.run.dir else "model"
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(source, form, name), sort_keys=False, allow_unicode=True) + "---",
+        f"# {name}",
+        _what(config, form),
+        "## Load",
+        "```python\n" + _snippet(source, form) + "\n```",
+        "## Scores",
+        _scores(source.facts.get("eval") or {}),
+        "## Training",
+        _training(config, source.facts),
+        f"Written by Tritune {__version__}. Reloaded with {agreement.reader}, it gives the trained model's logits: "
+        f"{agreement.line()}.",
+    ]
+    (directory / "README.md").write_text(redact("\n\n".join(p for p in parts if p)) + "\n")
+
+
+def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
+    config = source.config
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if form is Form.adapter else "transformers",
+        "pipeline_tag": "text-classification" if source.heads else "text-generation",
+        "tags": ["tritune", config.objective.name, *(["lora"] if isinstance(config.method, LoraConfig) else [])],
+    }
+    if config.model.path:
+        metadata["base_model"] = _base_name(config)
+        metadata["base_model_relation"] = {"adapter": "adapter", "merged": "merge"}.get(form.value, "finetune")
+    task = {"type": metadata["pipeline_tag"]}
+    results = []
+    for split, pair in (source.facts.get("eval") or {}).items():
+        values = [{"type": k, "value": v} for k, v in (pair["tuned"] or {}).items()]
+        results.append({"task": task, "dataset": {"name": split, "type": "local"}, "metrics": values})
+    if results:
+        metadata["model-index"] = [{"name": name, "results": results}]
+    return metadata
+
+
+def _what(config: Config, form: Form) -> str:
+    made = {
+        Form.adapter: "A LoRA adapter for",
+        Form.merged: "A LoRA adapter merged into",
+        Form.full: "All parameters trained, from",
+    }[form]
+    base = f"`{_base_name(config)}`" if config.model.path else "a model with random weights"
+    question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
+    return f"{made} {base}; objective `{config.objective.name}`.{question}"
+
+
+def _base_name(config: Config) -> str:
+    path = str(config.model.path)
+    return Path(path).name if Path(path).is_dir() else path
+
+
+def _snippet(source: Source, form: Form) -> str:
+    auto = "AutoModelForSequenceClassification" if source.heads else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if form is not Form.adapter:
+        lines += ['tokenizer = AutoTokenizer.from_pretrained(".")', f'model = {auto}.from_pretrained(".")']
+        return "\n".join(lines)
+    options = f", num_labels={len(source.labels)}" if source.heads else ""
+    lines[0:1] = ["from peft import PeftModel", lines[0]]
+    lines += ['tokenizer = AutoTokenizer.from_pretrained(".")']
+    lines += [f'base = {auto}.from_pretrained("{_base_name(source.config)}"{options})']
+    if source.config.model.add_tokens or source.config.model.chat_template == "chatml":
+        lines += ["base.resize_token_embeddings(len(tokenizer))"]
+    return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")'])
+
+
+def _scores(results: dict[str, Any]) -> str:
+    rows = []
+    for split, pair in results.items():
+        for figure, value in (pair["tuned"] or {}).items():
+            before = (pair["base"] or {}).get(figure)
+            rows.append(f"| {split} | {figure} | {'-' if before is None else f'{before:.4f}'} | {value:.4f} |")
+    head = "| split | figure | base | this model |\n| --- | --- | ---: | ---: |\n"
+    return head + "\n".join(rows) if rows else "None were computed."
+
+
+def _training(config: Config, facts: dict[str, Any]) -> str:
+    rows: list[tuple[str, Any]] = [("method", config.method.name)]
+    if isinstance(config.method, LoraConfig):
+        rows += [("rank, alpha, dropout", f"{config.method.rank}, {config.method.alpha}, {config.method.dropout}")]
+    rows += [
+        ("data", Path(config.data.train).name if config.data.train else None),
+        ("sequences per step", config.train.batch_size),
+        ("steps", facts.get("tested_step") or facts.get("step")),
+        ("tokens", facts.get("tokens")),
+        ("optimizer", f"{config.optim.name}, lr {config.optim.lr}, {config.optim.schedule.value}"),
+        ("precision", config.model.dtype.value),
+        ("seed", config.seed),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
+    return f"| | |\n| --- | --- |\n{table}"

@@ -1,0 +1,117 @@
+"""Read an export back with the tools its users have, and compare logits with those of the model that was trained."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from tritune.trainer.config import Form
+from tritune.trainer.errors import ExportError, reason
+from tritune.trainer.export.write import export_dtype
+
+if TYPE_CHECKING:
+    from tritune.trainer.export import Source
+
+FLOAT32 = 1e-5  # of the largest logit, or of 1: a few hundred roundings of float32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the reloaded model compares.
+
+    Attributes:
+        max_difference: of any logit; largest: the largest logit in absolute value.
+        kl: mean over positions of KL(trained || reloaded), in nats.
+        allowed: the difference that rounding explains.
+        reader: what reloaded it.
+    """
+
+    max_difference: float
+    largest: float
+    kl: float
+    allowed: float
+    reader: str
+
+    def line(self) -> str:
+        return (
+            f"largest logit difference {self.max_difference:.1e} (allowed {self.allowed:.1e}, logits up to "
+            f"{self.largest:.3g}), KL {self.kl:.1e} nats"
+        )
+
+
+def probe_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Two rows of random tokens, int64 [2, 32], the last of the vocabulary among them: added ones lie at its end."""
+    vocab_size = len(tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32
+    length = min(32, context)
+    ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ids[0, : length // 4] = torch.arange(vocab_size - length // 4, vocab_size)
+    ids[ids == tokenizer.pad_token_id] = (tokenizer.pad_token_id + 1) % vocab_size  # classifiers pool before padding
+    return ids
+
+
+@torch.no_grad()
+def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreement:
+    """Reload `directory` and compare.
+
+    In float32 the logits must agree to rounding. In bfloat16 the two may round differently on the way, so that the
+    trained model must lie no further from the reloaded one run in float32 than twice (four times, if merging rounded the
+    weights once more) as far as the reloaded one run in bfloat16 does: the test of Dao et al. for low-precision kernels.
+
+    Raises:
+        ExportError: the files do not load, the vocabulary changed, or the logits differ by more than that.
+    """
+    trained = source.logits(ids).float().cpu()
+    computes = getattr(torch, source.config.model.dtype.value)
+    exact = computes in (torch.float32, torch.float64) and export_dtype(source.config) in (torch.float32, torch.float64)
+    try:
+        model, reader = _reload(directory, source, form, torch.float32)
+        reloaded = model(input_ids=ids.to(model.device)).logits.float().cpu()
+        largest = float(trained.abs().max())
+        allowed = FLOAT32 * max(largest, 1.0)
+        if not exact:
+            rounded = model.to(torch.bfloat16)(input_ids=ids.to(model.device)).logits.float().cpu()
+            allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
+        vocabulary = AutoTokenizer.from_pretrained(directory).get_vocab()
+    except Exception as error:
+        raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
+    if vocabulary != source.tokenizer.get_vocab():
+        raise ExportError("the tokenizer written has another vocabulary than the one trained with")
+    if trained.shape != reloaded.shape:
+        raise ExportError(f"{reader} gives logits {list(reloaded.shape)}, the trained model {list(trained.shape)}")
+    p, q = trained.double().log_softmax(-1), reloaded.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    difference = float((trained - reloaded).abs().max())
+    agreement = Agreement(difference, largest, max(kl, 0.0), allowed, reader)
+    if not difference <= allowed:
+        raise ExportError(f"{reader} loads another model than was trained: {agreement.line()}")
+    return agreement
+
+
+def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    auto: Any = AutoModelForSequenceClassification if source.heads else AutoModelForCausalLM
+    device = source.model.device
+    if form is not Form.adapter:
+        model = auto.from_pretrained(directory, dtype=dtype)
+        return model.to(device).eval(), "transformers"
+    from peft import PeftModel
+
+    options = {"num_labels": len(source.labels)} if source.heads else {}
+    base = auto.from_pretrained(source.config.model.path, revision=source.config.model.revision, dtype=dtype, **options)
+    base.config.pad_token_id = source.tokenizer.pad_token_id
+    if len(source.tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(source.tokenizer), mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared
+        return PeftModel.from_pretrained(base, str(directory)).to(device, dtype).eval(), "PEFT"

@@ -1,0 +1,78 @@
+"""LoRA merged into the weights it adapts: W + alpha / rank * B A; refused where the result would not be the model trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from tritune.trainer.errors import InputError
+from tritune.trainer.methods.adapter_io import whole
+from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.model import is_tied
+
+MAX_LOST = 0.5  # share of an update, by norm, that rounding the merged weights may take
+
+
+def merged_state(model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
+    """Return the state dict in `dtype` under the base model's names, updates merged in float32 or wider.
+
+    Raises:
+        InputError: the base is quantised, the tied output head is adapted, or rounding would take most of the update.
+    """
+    require_mergeable(model)
+    layers = lora_layers(model)
+    done: dict[int, Tensor] = {}
+    merged: dict[str, Tensor] = {}
+    lost, total, worst = 0.0, 0.0, ("", 0.0)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in layers and leaf in ("lora_A", "lora_B"):
+            continue
+        layer = layers.get(owner.removesuffix(".base_layer"))
+        if layer is None or not owner.endswith(".base_layer") or leaf != "weight":
+            # A tensor under two names stays one, or a tied matrix would be written twice.
+            kept = done.setdefault(id(tensor), whole(tensor).to(dtype))
+            merged[name.replace(".base_layer.", ".") if layer is not None else name] = kept
+            continue
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        update = layer.scaling * (whole(layer.lora_B).to(wide) @ whole(layer.lora_A).to(wide))
+        exact = whole(tensor).to(wide) + update
+        result = exact.to(dtype)
+        error, size = float((result.to(wide) - exact).square().sum()), float(update.square().sum())
+        lost, total = lost + error, total + size
+        if size and error / size > worst[1]:
+            worst = (name, error / size)
+        merged[f"{owner.removesuffix('.base_layer')}.weight"] = result
+    share = (lost / total) ** 0.5 if total else 0.0
+    if share > MAX_LOST:
+        rule = f"rounding the merged weights to it takes {share:.0%} of the update (by norm; most in {worst[0]})"
+        raise InputError(
+            f"export.dtype={str(dtype).removeprefix('torch.')}", rule, "Use export.dtype=float32, or form=adapter"
+        )
+    if share > 0.01:
+        say(f"export    rounding to {str(dtype).removeprefix('torch.')} takes {share:.1%} of the update, by norm")
+    return merged
+
+
+def require_mergeable(model: PreTrainedModel) -> None:
+    """Refuse what would be merged wrongly without a word.
+
+    Raises:
+        InputError: as `merged_state`.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        rule = "the base is quantised: merging rounds the update to its few bits"
+        raise InputError("export.form=merged", rule, "Use export.form=adapter, or train on the unquantised model")
+    output = model.get_output_embeddings()
+    layers = lora_layers(model)
+    if is_tied(model) and any(layer is output for layer in layers.values()):
+        rule = "the output head is adapted and is one matrix with the embeddings, which would change as well"
+        raise InputError("export.form=merged", rule, "Use export.form=adapter")
+    weights: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = weights.setdefault(id(layer.base_layer.weight), name)
+        if first != name:
+            rule = f"{first} and {name} share one matrix and have an update each"
+            raise InputError("export.form=merged", rule, "Use export.form=adapter")

@@ -1,0 +1,59 @@
+"""The files: PEFT's layout for an adapter, Hugging Face's for a whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.export.merge import merged_state
+from tritune.trainer.methods.adapter_io import save_adapter, whole
+from tritune.trainer.open import LABELS
+
+if TYPE_CHECKING:
+    from tritune.trainer.export import Source
+
+
+def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -> int:
+    """Write the adapter; return the size of its weights in bytes."""
+    config = source.config
+    assert isinstance(config.method, LoraConfig)
+    base = config.model.path
+    if base is not None and Path(base).is_dir():
+        base = str(Path(base).resolve())  # a relative path would depend on where the reader stands
+    size = save_adapter(directory, config.method, source.model, source.heads, base, config.model.revision)
+    if source.labels:
+        (directory / LABELS).write_text(json.dumps(source.labels, ensure_ascii=False) + "\n")
+    if not source.heads:
+        source.model.generation_config.save_pretrained(directory)
+    return size
+
+
+def write_whole(directory: Path, source: Source, say: Callable[[str], None]) -> int:
+    """Write the whole model, updates merged in where there are any; return the size of its weights in bytes."""
+    config, model = source.config, source.model
+    dtype = export_dtype(config)
+    state = merged_state(model, dtype, say) if isinstance(config.method, LoraConfig) else _cast(model, dtype)
+    model.config.use_cache = True  # training turned the cache off
+    model.save_pretrained(directory, state_dict=state, max_shard_size=int(config.export.shard_gb * 1e9))
+    model.config.use_cache = False
+    # `save_pretrained` notes the dtype of the masters; whoever loads the model wants that of the file.
+    path = directory / "config.json"
+    name = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": name}, indent=2) + "\n")
+    return sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    return getattr(torch, (config.export.dtype or config.model.dtype).value)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict in `dtype`. Tensors that were one stay one, or a tied matrix would be written twice."""
+    done: dict[int, Tensor] = {}
+    return {n: done.setdefault(id(t), whole(t).to(dtype)) for n, t in model.state_dict(keep_vars=True).items()}

@@ -1,0 +1,154 @@
+"""Open a model to read it: what a run trained, an export of ours, an adapter in PEFT's layout, or a hub model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tritune.trainer.build import storage_dtype
+from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
+from tritune.trainer.checkpoint.tensors import load_tensors
+from tritune.trainer.config import Config, DataConfig
+from tritune.trainer.data.prompts import plain_template
+from tritune.trainer.distributed import World
+from tritune.trainer.errors import InputError
+from tritune.trainer.methods import apply_method
+from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, add_saved_adapter, read_settings
+from tritune.trainer.model import CLASS_HEAD, load_architecture, load_model, model_stop_ids
+from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+
+LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to be read.
+
+    Attributes:
+        config: the run's own, or what was given; its model is where the weights came from.
+        model: in evaluation mode, on the device, parameters in `config.model.dtype`.
+        heads: modules that are new (a classification head).
+        labels: of a classifier, in the order of its outputs; else empty.
+        stops: ids that end an answer.
+        what: how to call it in a message.
+        step: of the run it comes from; None elsewhere.
+    """
+
+    config: Config
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: list[str]
+    labels: list[str]
+    stops: list[int]
+    what: str
+    step: int | None = None
+
+
+def open_model(config: Config, run: Path | None, world: World) -> Opened:
+    """Load tokenizer, architecture and weights.
+
+    Args:
+        run: the run directory to read; None for `config.model` as it stands.
+
+    Raises:
+        InputError: there is nothing to open there, or it does not fit the configuration.
+        CheckpointError: a checkpoint is not whole.
+    """
+    if run is not None:
+        return _open_run(config, run, world)
+    source = Path(config.model.path or "")
+    if (source / ADAPTER_CONFIG).is_file():
+        return _open_adapter(config, source, world)
+    settings = None if config.model.config else load_architecture(config.model, 0)
+    labels = []
+    if config.objective.name == "classify":
+        labels = [settings.id2label[i] for i in range(settings.num_labels)] if settings is not None else []
+        labels = config.data.labels or labels
+    return _assemble(config, labels, str(config.model.path or config.model.config), world)
+
+
+def _open_run(config: Config, run: Path, world: World) -> Opened:
+    step, saved = _choose_step(config, run), saved_steps(run / "checkpoints")
+    if step is None and not saved:
+        raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
+    report = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else {}
+    opened = _assemble(config, list(report.get("labels", [])), str(run), world, trained=True)
+    store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
+    step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
+    found = store.at(step)
+    if found is None:
+        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in saved)
+        raise InputError(f"checkpoint.step={step}", f"{run} holds no checkpoint of it", f"It has {steps or 'none'}")
+    path, manifest = found
+    tensors = {f"model.{n}": p.detach() for n, p in opened.model.named_parameters() if p.requires_grad}
+    expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
+    load_tensors(path, tensors, expected, world)
+    _settle(opened.model, config, world)
+    return replace(opened, step=step, what=f"{run}, step {step}")
+
+
+def _choose_step(config: Config, run: Path) -> int | None:
+    """`checkpoint.step`, or the best one where the run is to end with it; None for the newest."""
+    if config.checkpoint.step is not None or not config.train.use_best:
+        return config.checkpoint.step
+    saved = saved_steps(run / "checkpoints")
+    return json.loads((saved[-1] / "state.json").read_text())["train"]["best_step"] if saved else None
+
+
+def _open_adapter(config: Config, source: Path, world: World) -> Opened:
+    settings = read_settings(source)
+    base = settings["base_model_name_or_path"]
+    if base and not Path(base).is_dir() and (source / base).is_dir():
+        base = str(source / base)
+    tokenizer = str(source) if (source / "tokenizer_config.json").is_file() else config.model.tokenizer
+    model = replace(config.model, path=base, tokenizer=tokenizer, revision=settings.get("revision"))
+    if not base:
+        rule = "the adapter does not say which model it belongs to"
+        raise InputError(f"model.path={source}", rule, f"Write base_model_name_or_path into its {ADAPTER_CONFIG}")
+    labels: list[str] = []
+    if settings["task_type"] == "SEQ_CLS":
+        labels = config.data.labels
+        if not labels and (source / LABELS).is_file():
+            labels = json.loads((source / LABELS).read_text())
+    objective = replace(config.objective, name="classify") if labels else config.objective
+    opened = _assemble(replace(config, model=model, objective=objective), labels, str(source), world, settled=False)
+    add_saved_adapter(source, settings, opened.model, opened.heads)
+    _settle(opened.model, config, world)
+    return opened
+
+
+def _assemble(
+    config: Config, labels: list[str], what: str, world: World, trained: bool = False, settled: bool = True
+) -> Opened:
+    """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read."""
+    tokenizer = load_tokenizer(config.model)
+    architecture = load_architecture(config.model, len(tokenizer))
+    stops = stop_token_ids(tokenizer, model_stop_ids(config.model, architecture))
+    choose_pad_token(tokenizer, config.model.pad_token, stops)
+    heads = [CLASS_HEAD] if config.objective.name == "classify" else []
+    if heads and len(labels) < 2:
+        remedy = "Give data.labels=[...] in the order of the outputs, or a model that names them"
+        raise InputError("data.labels", "a classifier's classes are not known", remedy)
+    dtype = storage_dtype(config) if trained else getattr(torch, config.model.dtype.value)
+    model = load_model(config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
+    if trained:
+        apply_method(config.method, model, heads, config.seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad and dtype is torch.bfloat16:
+                parameter.data = parameter.data.float()
+        if config.objective.name == "sft" and not tokenizer.chat_template:
+            tokenizer.chat_template = plain_template(tokenizer)
+    elif settled:
+        _settle(model, config, world)
+    data: DataConfig = replace(config.data, labels=labels) if labels else config.data
+    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what)
+
+
+def _settle(model: PreTrainedModel, config: Config, world: World) -> None:
+    """To the device, every parameter in the dtype that computes, as in training; nothing trains any more."""
+    model.to(world.device, getattr(torch, config.model.dtype.value))
+    model.requires_grad_(False)
+    model.eval()

@@ -1,0 +1,169 @@
+"""`tritune evaluate | generate | export | report`: what one reads out of a trained model, in one process.
+
+Each takes the same overrides as `train`. With `run.dir=DIR` the run's own configuration is read and the overrides change it;
+without, `model.path` is an export, an adapter or a hub model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    INPUT_ERRORS,
+    CheckpointError,
+    ExportError,
+    InputError,
+)
+from tritune.trainer.redact import redact
+
+if TYPE_CHECKING:
+    from tritune.trainer.config import Config
+
+
+def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> int:
+    """Run one of the verbs below and return the exit status."""
+    config_dir, overrides = split_argv(argv)
+    try:
+        run = _run_directory(overrides)
+        kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+        config = load_config(overrides, config_dir, kept=kept, training=False)
+        verb(config, run, **arguments)
+    except INPUT_ERRORS as error:
+        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_INPUT
+    except (CheckpointError, ExportError) as error:
+        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def evaluate(config: Config, run: Path | None) -> None:
+    """Score the splits of `evaluation.splits` that the data has; print a table, and write `evaluation.json` with a run."""
+    from tritune.trainer.backends.local import Local
+    from tritune.trainer.build import lay_out_choices, make_objective
+    from tritune.trainer.data.records import require_sources
+    from tritune.trainer.data.splits import read_splits
+    from tritune.trainer.evaluation.evaluate import evaluate as score
+    from tritune.trainer.evaluation.table import figures_table
+    from tritune.trainer.model import context_length
+    from tritune.trainer.objectives.language_model import LanguageModel
+    from tritune.trainer.rundir import write_whole_json
+    from tritune.trainer.scorer import TokenScorer
+
+    require_sources(config.data)
+    world, opened = _open(config, run)
+    config = opened.config
+    tokenizer = opened.tokenizer
+    splits = read_splits(config, tokenizer, context_length(opened.model.config), opened.stops, config.evaluation.splits)
+    if not splits.examples:
+        rule = f"none of the splits {', '.join(config.evaluation.splits)} is given"
+        raise InputError("evaluation.splits", rule, "Give data.test=<file>, or another of them")
+    choices = lay_out_choices(config, splits, tokenizer)
+    scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
+    objective = make_objective(config, splits.labels, tokenizer)
+    results, backend = {}, Local("single", world)
+    for name, examples in splits.examples.items():
+        _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
+        how = LanguageModel() if name == "retention" else objective
+        results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
+                              choices.get(name))  # fmt: skip
+    print(figures_table(results, {n: len(e) for n, e in splits.examples.items()}))
+    if run is not None:
+        write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
+
+
+def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
+    """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output."""
+    from tritune.trainer.data.prompts import read_prompts
+    from tritune.trainer.evaluation.generate import generate as answer
+    from tritune.trainer.evaluation.generate import require_room
+    from tritune.trainer.model import context_length
+
+    if not prompts and config.generate.file is None:
+        raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
+    if config.objective.name == "classify":
+        raise InputError("objective=classify", "a classifier has no words", "Use tritune evaluate")
+    world, opened = _open(config, run)
+    settings = config.generate
+    rows = read_prompts(prompts, config, opened.tokenizer)
+    require_room(
+        [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)
+    )
+    said = answer(opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops, world.device,
+                  config.seed, config.model.dtype.value == "float64")  # fmt: skip
+    lines = [
+        json.dumps({**row.fields, "answers": [vars(a) for a in answers]}, ensure_ascii=False) + "\n"
+        for row, answers in zip(rows, said, strict=True)
+    ]
+    if settings.out is None:
+        sys.stdout.writelines(lines)
+        return
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(settings.out).write_text("".join(lines), encoding="utf-8")
+    _say(f"generate  {opened.what}: {len(rows):,} prompts, answers in {settings.out}")
+
+
+def export(config: Config, run: Path | None) -> None:
+    """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
+    from tritune.trainer.export import Source
+    from tritune.trainer.export import export as write
+    from tritune.trainer.rundir import export_path
+
+    if run is None:
+        raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
+    world, opened = _open(config, run)
+    facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    if facts and facts.get("tested_step") != opened.step:
+        facts = {"step": opened.step}  # its scores are another step's
+    source = Source(opened.config, opened.model, lambda ids: opened.model(input_ids=ids.to(world.device)).logits,
+                    opened.tokenizer, opened.heads, opened.labels, facts)  # fmt: skip
+    write(source, export_path(config, run), _say)
+
+
+def report(config: Config, run: Path | None) -> None:
+    """Write `report.html` anew from the files of a run, finished or not."""
+    from tritune.trainer.report import write_report
+
+    if run is None:
+        raise InputError("run.dir=None", "a report is made of a run", "Give run.dir=<the run's directory>")
+    _say(f"report    {write_report(run)}")
+
+
+def _open(config: Config, run: Path | None):
+    from tritune.trainer import distributed
+    from tritune.trainer.open import open_model
+
+    world = distributed.start(config.backend, config.train.deterministic)
+    return world, open_model(config, run, world)
+
+
+def _run_directory(overrides: list[str]) -> Path | None:
+    """The run that `run.dir=` names; None without it.
+
+    Raises:
+        InputError: there is no run, or a model is named beside it.
+    """
+    given = {k: v.strip("'\"") for k, eq, v in (o.partition("=") for o in overrides) if eq}
+    if "run.dir" not in given:
+        return None
+    run = Path(given["run.dir"])
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"run.dir={run}", "it holds no run", "Give a run's directory, or model.path alone")
+    if "model.path" in given:
+        raise InputError(
+            f"model.path={given['model.path']}", f"run.dir={run} names a model as well", "Give one of the two"
+        )
+    return run
+
+
+def _say(text: str) -> None:
+    print(redact(text), file=sys.stderr, flush=True)
