@@ -185,7 +185,9 @@ def tritune_steps(run: Any, turns: InTurn) -> dict[str, float]:
     return turns.result()
 
 
-def trainer_steps(run: Any, model: torch.nn.Module, batches: list[torch.Tensor], turns: InTurn, folder: Path, steps: int):
+def trainer_steps(
+    run: Any, model: torch.nn.Module, batches: list[torch.Tensor], turns: InTurn, folder: Path, steps: int
+):
     """transformers.Trainer on the same rows, with its defaults but for what would differ in the work."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -274,7 +276,9 @@ def first_step(trl_python: str | None, repeats: int = 3) -> dict[str, Any]:
                 line = next(x for x in out.stdout.splitlines() if x.startswith("first step"))
                 times.append(float(line.split()[-1]) - began)
             result["trl_seconds"] = statistics.median(times[1:])
-            asked = "import trl, transformers, torch; print(trl.__version__, transformers.__version__, torch.__version__)"
+            asked = (
+                "import trl, transformers, torch; print(trl.__version__, transformers.__version__, torch.__version__)"
+            )
             found = subprocess.run([trl_python, "-c", asked], check=True, capture_output=True, text=True).stdout.split()
             result["trl_versions"] = dict(zip(("trl", "transformers", "torch"), found[-3:], strict=True))
     return result

@@ -26,7 +26,8 @@ def overrides(data: Path, directory: Path, method: str) -> list[str]:
     return [
         "model=tiny", f"data.train={data}", "data.validation_share=0.1", "data.max_length=160", "train.batch_size=8",
         "train.micro_batch_size=3", f"train.max_steps={STEPS}", "evaluation.every=12", "checkpoint.every=4",
-        "backend.device=cpu", "export.enabled=false", "report.enabled=false", "optim.lr=2e-3", f"run.dir={directory}", f"method={method}",
+        "backend.device=cpu", "export.enabled=false",
+        "report.enabled=false", "optim.lr=2e-3", f"run.dir={directory}", f"method={method}",
         *(["method.dropout=0.1"] if method == "lora" else []),
     ]  # fmt: skip
 

@@ -93,7 +93,7 @@ def compose_partly(
     if kept is not None and not failed:
         try:
             OmegaConf.set_struct(composed, False)  # for free mappings; a schema refuses unknown keys all the same
-            composed = OmegaConf.merge(composed, kept)
+            composed = OmegaConf.merge(composed, kept)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
     for override in values:

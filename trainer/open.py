@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ def open_model(config: Config, run: Path | None, world: World) -> Opened:
     settings = None if config.model.config else load_architecture(config.model, 0)
     labels = []
     if config.objective.name == "classify":
-        labels = [settings.id2label[i] for i in range(settings.num_labels)] if settings is not None else []
+        named: dict[Any, str] = (settings.id2label or {}) if settings is not None else {}
+        labels = [named[i] for i in range(len(named))]
         labels = config.data.labels or labels
     return _assemble(config, labels, str(config.model.path or config.model.config), world)
 
@@ -149,6 +151,6 @@ def _assemble(
 
 def _settle(model: PreTrainedModel, config: Config, world: World) -> None:
     """To the device, every parameter in the dtype that computes, as in training; nothing trains any more."""
-    model.to(world.device, getattr(torch, config.model.dtype.value))
+    torch.nn.Module.to(model, world.device, getattr(torch, config.model.dtype.value))
     model.requires_grad_(False)
     model.eval()

@@ -77,7 +77,7 @@ class TokenScorer(nn.Module):
 
     def generate(self, **arguments) -> Tensor:
         """The model's own `generate`, for whoever must gather parameters around it."""
-        return self.model.generate(**arguments)
+        return self.model.generate(**arguments)  # type: ignore[operator]
 
     def _head(self, keys: Tensor | None, positions: Tensor):
         """Return the output head as a function of hidden[start:stop], start, stop, as the model's family computes it."""

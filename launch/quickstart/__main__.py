@@ -17,7 +17,7 @@ from tritune.launch.quickstart.grammar import SPLITS, rows
 from tritune.launch.quickstart.tokenizer import train_tokenizer
 
 FOLDER = Path("runs/quickstart")
-CORPUS = {"train": (12000, 0), "validation": (100, 1), "test": (200, 2)}  # paragraphs, seed
+CORPUS = {"train": (10000, 0), "validation": (100, 1), "test": (200, 2)}  # paragraphs, seed
 
 
 def write_data(folder: Path) -> None:

@@ -240,17 +240,12 @@ FAMILIES: dict[str, str] = {
 ECHOES = [
     '"The {item}?" asked {name}. "Yes, the {item}."',
     '"Is it about the {item}?" "Yes, the {item}," said {name}.',
-    '{name} spoke about the {item}, and only about the {item}.',
+    "{name} spoke about the {item}, and only about the {item}.",
     "It was a good {item}, a {item} that {name} had seen before.",
 ]
 LISTS = ["Words that go together: {words}.", "A page in the book of words: {words}."]
 # Many more than the shop's things: that a text repeats what it named has to be learned as a rule, not by heart.
-THINGS = (
-    "table door window basket spoon bottle candle brush hammer pencil notebook shelf bucket ribbon coat shirt hat glove "
-    "shoe boot button needle carpet curtain towel soap comb purse ring necklace piano drum violin flute ball kite doll "
-    "puzzle map compass rope saw wheel engine heater pan oven plate cup knife fork jar barrel wagon boat anchor sail flag "
-    "statue painting"
-).split() + ITEMS
+THINGS = ["table", "door", "window", "basket", "spoon", "bottle", "candle", "brush", "hammer", "pencil", "notebook", "shelf", "bucket", "ribbon", "coat", "shirt", "hat", "glove", "shoe", "boot", "button", "needle", "carpet", "curtain", "towel", "soap", "comb", "purse", "ring", "necklace", "piano", "drum", "violin", "flute", "ball", "kite", "doll", "puzzle", "map", "compass", "rope", "saw", "wheel", "engine", "heater", "pan", "oven", "plate", "cup", "knife", "fork", "jar", "barrel", "wagon", "boat", "anchor", "sail", "flag", "statue", "painting"] + ITEMS
 CHOICE = re.compile(r"\[([^\]]*)\]")
 
 
@@ -258,10 +253,10 @@ def paragraph(rng: random.Random) -> str:
     """Return five sentences on one matter, mostly about one person and one thing."""
     matter = rng.choice(list(MATTERS))
     item, name = rng.choice(THINGS), rng.choice(NAMES)
-    words = ", ".join(rng.sample(FAMILIES[matter].split(), 5))
+    words = ", ".join(rng.sample(FAMILIES[matter].split(), 6))
     listed = rng.choice(LISTS).replace("{words}", words)
     sentences = []
-    for template in [*rng.sample(MATTERS[matter], 4), rng.choice(ECHOES), listed]:
+    for template in [*rng.sample(MATTERS[matter], 3), *rng.sample(ECHOES, 2), listed]:
         worded = CHOICE.sub(lambda found: rng.choice(found[1].split("|")), template)
         sentences.append(fill(worded.replace("{name}", name), rng, item))
     rng.shuffle(sentences)

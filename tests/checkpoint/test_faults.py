@@ -39,7 +39,8 @@ def unbroken(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
     overrides = [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
         "data.max_length=160", "train.batch_size=8", "train.max_steps=6", "backend.device=cpu",
-        "export.enabled=false", "report.enabled=false", "checkpoint.every=2", "checkpoint.keep_last=3", "data.validation_share=0.1",
+        "export.enabled=false",
+        "report.enabled=false", "checkpoint.every=2", "checkpoint.keep_last=3", "data.validation_share=0.1",
         "evaluation.every=2",
     ]  # fmt: skip
     directory = tmp_path_factory.mktemp("unbroken") / "run"

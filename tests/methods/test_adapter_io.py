@@ -15,7 +15,7 @@ from tritune.trainer.config import Bias, Config, Dtype, LoraConfig, MethodConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
-from tritune.trainer.export import export
+from tritune.trainer.export import Source, export
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import save_adapter
 from tritune.trainer.methods.lora import lora_layers
@@ -282,12 +282,20 @@ def loaded(config: Config, labels=None):
     return model, tokenizer, keys
 
 
+def write(directory, config, model, tokenizer, heads=()) -> int:
+    """Export and return the size of the weights."""
+    labels = list(model.config.id2label.values()) if heads else []
+    model.eval()
+    source = Source(config, model, lambda ids: model(input_ids=ids).logits, tokenizer, list(heads), labels)
+    return export(source, directory, print).num_bytes
+
+
 def test_full_model_loads_in_transformers_and_stays_tied(shared, tmp_path):
     config = full(shared / "models" / "stories260K")
     model, tokenizer, keys = loaded(config)
     assert is_tied(model)
     train(model, keys, 512, lr=1e-3)
-    size = export(tmp_path / "out", config, model, tokenizer, [])
+    size = write(tmp_path / "out", config, model, tokenizer)
     assert size == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert size < 1.1 * 4 * sum(p.numel() for p in model.parameters()), "the tied matrix is written once"
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -304,7 +312,7 @@ def test_full_model_loads_in_transformers_and_stays_tied(shared, tmp_path):
 def test_a_bfloat16_export_writes_the_tied_matrix_once(shared, tmp_path):
     config = full(shared / "models" / "stories260K", dtype=Dtype.bfloat16)
     model, tokenizer, _ = loaded(config)
-    size = export(tmp_path / "out", config, model, tokenizer, [])
+    size = write(tmp_path / "out", config, model, tokenizer)
     assert size < 1.1 * 2 * sum(p.numel() for p in model.parameters())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
@@ -321,7 +329,7 @@ def test_added_tokens_survive(shared, tmp_path):
     assert model.get_input_embeddings().num_embeddings == 516
     assert is_tied(model)
     train(model, keys, 516, lr=1e-3)
-    export(tmp_path / "out", config, model, tokenizer, [])
+    write(tmp_path / "out", config, model, tokenizer)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     reader = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again.config.vocab_size == 516
@@ -348,7 +356,7 @@ def test_an_adapter_with_added_tokens_is_whole_or_refused(shared, tmp_path):
         model, tokenizer, keys = loaded(config)
         require_trained_embeddings(model, 1)
         train(model, keys, 513)
-        export(tmp_path / "out", config, model, tokenizer, [])
+        write(tmp_path / "out", config, model, tokenizer)
     except InputError:
         return
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -362,7 +370,7 @@ def test_classifier_exports_whole(shared, tmp_path):
     config = full(shared / "models" / "tinystories-656k")
     model, tokenizer, keys = loaded(config, ["no", "perhaps", "yes"])
     train(model, keys, 2048, Classify(3), steps=2, lr=1e-3)
-    export(tmp_path / "out", config, model, tokenizer, ["score"])
+    write(tmp_path / "out", config, model, tokenizer, ["score"])
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert again.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
     torch.testing.assert_close(logits(again, 2048), logits(model, 2048), rtol=0, atol=0)
@@ -374,7 +382,7 @@ def test_adapter_export_holds_the_tokenizer_and_replaces_what_was_there(tmp_path
     apply_method(config.method, model, [], 0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.safetensors").write_text("old")
-    size = export(tmp_path / "out", config, model, byte_tokenizer(), [])
+    size = write(tmp_path / "out", config, model, byte_tokenizer())
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
     assert "stale.safetensors" not in files

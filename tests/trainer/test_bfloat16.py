@@ -61,7 +61,8 @@ def test_resumes_bit_for_bit(tmp_path, sft_file):
 
     arguments = ["model=tiny", "model.dtype=bfloat16", f"data.train={sft_file}", "data.max_length=160",
                  "train.batch_size=8", "train.micro_batch_size=3", "train.max_steps=30", "checkpoint.every=4",
-                 "optim.lr=2e-3", "backend.device=cpu", "export.enabled=false", "report.enabled=false", *METHODS["lora"]]  # fmt: skip
+                 "optim.lr=2e-3", "backend.device=cpu", "export.enabled=false",
+        "report.enabled=false", *METHODS["lora"]]  # fmt: skip
     harness.run([*arguments, f"run.dir={tmp_path / 'whole'}"], tmp_path / "logs", 2)
     job = harness.start([*arguments, f"run.dir={tmp_path / 'killed'}"], tmp_path / "logs", 2)
     harness.wait_for_step(job, tmp_path / "killed", 9)

@@ -62,7 +62,9 @@ def test_base_on_its_own_domain(tritune, shared, tmp_path, name, perplexity):
     (tmp_path / "stories.txt").write_text("\n\n".join(stories))
     arguments = ["objective=pretrain", f"model.path={path}", f"data.train={tmp_path}/stories.txt"]
     arguments += [f"data.retention={tmp_path}/stories.txt", "data.max_length=64", "train.max_steps=1"]
-    result = tritune(*arguments, "backend.device=cpu", "export.enabled=false", "report.enabled=false", f"run.dir={tmp_path / 'run'}")
+    result = tritune(
+        *arguments, "backend.device=cpu", "export.enabled=false", "report.enabled=false", f"run.dir={tmp_path / 'run'}"
+    )
     assert result.code == 0, result.err
     base = summary(tmp_path / "run")["eval"]["retention"]["base"]
     assert base["perplexity"] == pytest.approx(perplexity, rel=0.005)

@@ -94,4 +94,4 @@ def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[in
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
     kept = tokens if end is None else tokens[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Answer(text, len(tokens) if end is None else end + 1, end is not None)
+    return Answer(str(text), len(tokens) if end is None else end + 1, end is not None)

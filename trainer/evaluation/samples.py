@@ -41,9 +41,9 @@ def pick(split: Examples, count: int, tokenizer: PreTrainedTokenizerBase, labels
         else:
             # A text has no prompt: everything but its first token is predicted.
             first = int(supervised[0]) if supervised[0] > 1 else min(OPENING, max(len(ids) // 2, 1))
-            reference = tokenizer.decode(ids[first:], skip_special_tokens=True)
+            reference = str(tokenizer.decode(ids[first:], skip_special_tokens=True))
         samples.append(
-            Sample(split.places[row], tokenizer.decode(ids[:first]), reference, tuple(ids[:first]), int(row))
+            Sample(split.places[row], str(tokenizer.decode(ids[:first])), reference, tuple(ids[:first]), int(row))
         )
     return samples
 

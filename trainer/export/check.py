@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +23,7 @@ from tritune.trainer.export.write import export_dtype
 if TYPE_CHECKING:
     from tritune.trainer.export import Source
 
+PROBE_TEXT = "It's 3 o'clock.\n\tNaïve 漢字 🙂 <|im_start|>user  x_1 = {}"
 FLOAT32 = 1e-5  # of the largest logit, or of 1: a few hundred roundings of float32
 
 
@@ -52,13 +53,18 @@ class Agreement:
 
 def probe_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Two rows of random tokens, int64 [2, 32], the last of the vocabulary among them: added ones lie at its end."""
-    vocab_size = len(tokenizer)
+    vocab_size = min(len(tokenizer), _num_embeddings(model))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32
     length = min(32, context)
     ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     ids[0, : length // 4] = torch.arange(vocab_size - length // 4, vocab_size)
     ids[ids == tokenizer.pad_token_id] = (tokenizer.pad_token_id + 1) % vocab_size  # classifiers pool before padding
     return ids
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    weight: Any = model.get_input_embeddings().weight
+    return weight.shape[0]
 
 
 @torch.no_grad()
@@ -83,11 +89,13 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
         if not exact:
             rounded = model.to(torch.bfloat16)(input_ids=ids.to(model.device)).logits.float().cpu()
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
-        vocabulary = AutoTokenizer.from_pretrained(directory).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:
         raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
-    if vocabulary != source.tokenizer.get_vocab():
-        raise ExportError("the tokenizer written has another vocabulary than the one trained with")
+    changed = [t for t, i in source.tokenizer.get_vocab().items() if tokenizer.get_vocab().get(t) != i]
+    if changed or tokenizer(PROBE_TEXT)["input_ids"] != source.tokenizer(PROBE_TEXT)["input_ids"]:
+        rule = f"{len(changed)} tokens have other ids, {changed[:3]}" if changed else "it splits text otherwise"
+        raise ExportError(f"the tokenizer written is not the one trained with once it is read back: {rule}")
     if trained.shape != reloaded.shape:
         raise ExportError(f"{reader} gives logits {list(reloaded.shape)}, the trained model {list(trained.shape)}")
     p, q = trained.double().log_softmax(-1), reloaded.double().log_softmax(-1)
@@ -99,7 +107,7 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     return agreement
 
 
-def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[nn.Module, str]:
+def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
     auto: Any = AutoModelForSequenceClassification if source.heads else AutoModelForCausalLM
     device = source.model.device
     if form is not Form.adapter:
@@ -110,8 +118,9 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
     options = {"num_labels": len(source.labels)} if source.heads else {}
     base = auto.from_pretrained(source.config.model.path, revision=source.config.model.revision, dtype=dtype, **options)
     base.config.pad_token_id = source.tokenizer.pad_token_id
-    if len(source.tokenizer) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(source.tokenizer), mean_resizing=False)
+    rows = _num_embeddings(source.model)
+    if rows > _num_embeddings(base):
+        base.resize_token_embeddings(rows, mean_resizing=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared
         return PeftModel.from_pretrained(base, str(directory)).to(device, dtype).eval(), "PEFT"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 MAX_POINTS = 1500  # of a curve; longer ones are thinned evenly, which keeps a report of a million steps small
 INK, GRID, TRAIN, HELD_OUT = "#33373d", "#e4e6ea", "#2b6cb0", "#c05621"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "tritune", "font.size": 10, "axes.edgecolor": GRID, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11,
