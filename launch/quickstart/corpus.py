@@ -245,12 +245,17 @@ ECHOES = [
 ]
 LISTS = ["Words that go together: {words}.", "A page in the book of words: {words}."]
 # Many more than the shop's things: that a text repeats what it named has to be learned as a rule, not by heart.
-THINGS = ["table", "door", "window", "basket", "spoon", "bottle", "candle", "brush", "hammer", "pencil", "notebook", "shelf", "bucket", "ribbon", "coat", "shirt", "hat", "glove", "shoe", "boot", "button", "needle", "carpet", "curtain", "towel", "soap", "comb", "purse", "ring", "necklace", "piano", "drum", "violin", "flute", "ball", "kite", "doll", "puzzle", "map", "compass", "rope", "saw", "wheel", "engine", "heater", "pan", "oven", "plate", "cup", "knife", "fork", "jar", "barrel", "wagon", "boat", "anchor", "sail", "flag", "statue", "painting"] + ITEMS
+THINGS = (
+    "table door window basket spoon bottle candle brush hammer pencil notebook shelf bucket ribbon coat shirt hat "
+    "glove shoe boot button needle carpet curtain towel soap comb purse ring necklace piano drum violin flute ball "
+    "kite doll puzzle map compass rope saw wheel engine heater pan oven plate cup knife fork jar barrel wagon boat "
+    "anchor sail flag statue painting " + " ".join(ITEMS)
+).split()
 CHOICE = re.compile(r"\[([^\]]*)\]")
 
 
 def paragraph(rng: random.Random) -> str:
-    """Return five sentences on one matter, mostly about one person and one thing."""
+    """Return six sentences, mostly about one matter, one person and one thing."""
     matter = rng.choice(list(MATTERS))
     item, name = rng.choice(THINGS), rng.choice(NAMES)
     words = ", ".join(rng.sample(FAMILIES[matter].split(), 6))

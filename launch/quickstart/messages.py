@@ -29,6 +29,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "I no longer need the {item}. Will you refund me if I return it unopened?",
             "The {item} got cheaper the day after I bought it. Can you pay me back the difference?",
             "Please credit my card for the {item} that I sent back.",
+            "I have been waiting for weeks to be paid back for the {item}.",
+            "The {item} was sent back, now I would like to get what I paid for it.",
         ],
         "validation": [
             "I am still waiting for you to pay me back for the {item}.",
@@ -69,6 +71,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "The {item} has been stuck in the depot since {day}.",
             "Please find out what happened to the shipment with the {item}.",
             "The delivery of the {item} was promised for {day}, and now it is late.",
+            "You posted the {item} on {day}, and still my hands are empty.",
+            "I have been looking out for the driver with the {item} since {day}.",
         ],
         "validation": [
             "I still do not have the {item}, although it was sent last week.",
@@ -109,6 +113,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "Please unlock my user profile so that I can see the {item}.",
             "I changed my phone and now get no login code for the page with the {item}.",
             "My user name is spelled wrong since I registered for the {item}.",
+            "Logging in with my phone does not work, so I cannot order the {item}.",
+            "The site has logged me out and I cannot sign in to look at the {item}.",
         ],
         "validation": [
             "The site will not let me sign in, and I want to see the {item} in my orders.",
@@ -149,6 +155,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "The {item} works like a dream, compliments to the makers.",
             "It was a pleasure to buy the {item} from you.",
             "We adore the {item}, it looks great in our home.",
+            "We bought the {item} for the kitchen and love it.",
+            "Thanks to your kind colleagues, the {item} is a joy.",
         ],
         "validation": [
             "I am so happy that I bought the {item}.",
@@ -189,6 +197,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "I decided against the {item}, so do not ship it.",
             "End my subscription for the {item} at the end of the month.",
             "Please confirm that the {item} is cancelled and will not be sent.",
+            "Stop the {item} please, I have ordered the wrong thing.",
+            "I do not wish to take the {item}, withdraw my order.",
         ],
         "validation": [
             "I made a mistake, I never meant to order the {item}. Please cancel.",
@@ -229,6 +239,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "Your invoice for the {item} cannot be opened, please send the file again.",
             "Kindly issue a new bill for the {item} with our company name.",
             "The paper that came with the {item} is no invoice, and my bookkeeper wants one.",
+            "I need the bill for the {item} again, the file is gone.",
+            "Our office has no document that shows the price of the {item} with tax.",
         ],
         "validation": [
             "I cannot find the bill for the {item}, please send a copy.",
@@ -269,6 +281,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "The colour of the {item} comes off on my hands.",
             "The seam of the {item} is torn.",
             "The {item} is under warranty and has failed already.",
+            "The {item} is dead and cannot be switched on.",
+            "I took the {item} out of the box and saw a hole in it.",
         ],
         "validation": [
             "The {item} has been damaged, there is a long crack on one side.",
@@ -309,6 +323,8 @@ MESSAGES: dict[str, dict[str, list[str]]] = {
             "I entered the address of my parents for the {item} by mistake.",
             "The town is missing in the address for the {item}, it is {town}.",
             "Since I moved to {town}, the {item} must be sent to another street.",
+            "We have left {town} and live elsewhere, so the {item} needs another address.",
+            "The {item} should not go to my house, but to a friend in {town}.",
         ],
         "validation": [
             "My family moved to {town}. Please change the street on the order of the {item}.",

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import load_config
-from tritune.trainer.config import BackendConfig
+from tritune.trainer.config import BackendConfig, ModelConfig
 from tritune.trainer.distributed import start
 from tritune.trainer.open import open_model
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
 ADDED = ["<tool>", "<think>"]
 TEMPLATE = (
@@ -63,6 +63,11 @@ def common(sft_file, tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
+def attention(base: Path) -> list[str]:
+    """Gemma 2 caps its attention scores, which only eager attention does."""
+    return ["model.attention=eager"] if AutoConfig.from_pretrained(base).model_type == "gemma2" else []
+
+
 def opened(run: Path):
     """The run's checkpoint, with the layers it was trained with."""
     kept = yaml.safe_load((run / "config.yaml").read_text())
@@ -103,9 +108,8 @@ def check_tokenizer(folder: Path, base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     before = AutoTokenizer.from_pretrained(base)
     assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer)))[-2:] == ADDED
     assert tokenizer.get_vocab() == {**before.get_vocab(), **{t: len(before) + i for i, t in enumerate(ADDED)}}
-    text = f"The cat {ADDED[0]} sat.{ADDED[1]}\n"
+    text = f"The cat {ADDED[0]} sat {ADDED[1]}\n"
     ids = tokenizer(text)["input_ids"]
     assert ids.count(len(before)) == ids.count(len(before) + 1) == 1
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -149,7 +153,7 @@ def check_whole(folder: Path, base: Path, run: Path, merged: bool) -> None:
 @pytest.mark.parametrize("base", ["stories260K", *FAMILIES], indirect=True)
 def test_full(tritune, common, base, sft_file, tmp_path):
     run = tmp_path / "run"
-    result = tritune(*common, f"model.path={base}", f"run.dir={run}")
+    result = tritune(*common, *attention(base), f"model.path={base}", f"run.dir={run}")
     assert result.code == 0, result.err
     check_whole(run / "export", base, run, merged=False)
     check_tokenizer(run / "export", base)
@@ -164,7 +168,7 @@ def test_full(tritune, common, base, sft_file, tmp_path):
 def test_adapter_and_merged(tritune, common, base, sft_file, tmp_path, capfd):
     run = tmp_path / "run"
     lora = ["method=lora", "method.rank=4", "method.alpha=10", "method.modules_to_save=[embed_tokens,lm_head]"]
-    result = tritune(*common, *lora, f"model.path={base}", f"run.dir={run}")
+    result = tritune(*common, *attention(base), *lora, f"model.path={base}", f"run.dir={run}")
     assert result.code == 0, result.err
     folder = run / "export"
     assert json.loads((run / "summary.json").read_text())["export"]["form"] == "adapter"
@@ -306,3 +310,14 @@ def test_a_full_classifiers_names_stand_in_its_config(tritune, label_file, tmp_p
     assert result.code == 0, result.err
     config = AutoConfig.from_pretrained(run / "export")
     assert config.id2label == {0: names["red"], 1: names["blue"], 2: names["green"]}
+
+
+def test_added_tokens_are_found_wherever_they_stand(shared):
+    """A Llama tokenizer puts a blank before a text: what is matched after that is found behind a blank alone."""
+    for folder in ("models/stories260K", "models/tinystories-656k", "tokenizers/phi-3-mini"):
+        tokenizer = load_tokenizer(ModelConfig(path=str(shared / folder), add_tokens=ADDED))
+        one, two = tokenizer.convert_tokens_to_ids(ADDED)
+        for text in (f"a {ADDED[0]} b", f"a{ADDED[0]}b", f"x.{ADDED[0]}{ADDED[1]}\n"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert ids.count(one) == 1, (folder, text)
+            assert ids.count(two) == text.count(ADDED[1]), (folder, text)

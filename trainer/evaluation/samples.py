@@ -41,7 +41,7 @@ def pick(split: Examples, count: int, tokenizer: PreTrainedTokenizerBase, labels
         else:
             # A text has no prompt: everything but its first token is predicted.
             first = int(supervised[0]) if supervised[0] > 1 else min(OPENING, max(len(ids) // 2, 1))
-            reference = str(tokenizer.decode(ids[first:], skip_special_tokens=True))
+            reference = str(tokenizer.decode(ids[first:], skip_special_tokens=True)).rstrip("\n")
         samples.append(
             Sample(split.places[row], str(tokenizer.decode(ids[:first])), reference, tuple(ids[:first]), int(row))
         )

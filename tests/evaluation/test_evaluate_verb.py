@@ -1,0 +1,228 @@
+"""`tritune evaluate` gives the figures that the run itself wrote, of whatever form the model is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tritune.launch.cli import main as cli
+from tritune.trainer.tokenizer import byte_tokenizer
+
+QUICK = ["backend.device=cpu", "report.enabled=false", "evaluation.samples=0", "optim.lr=1e-2", "optim.warmup_ratio=0"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    where, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 192, "pad_token_id": 0,
+                "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1, "tie_word_embeddings": True}  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def evaluate(capfd):
+    """Call the verb -> exit status, the table, what was said."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli(["evaluate", *argv])
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def figures(run: Path) -> dict:
+    return json.loads((run / "evaluation.json").read_text())["eval"]
+
+
+def tuned(run: Path) -> dict:
+    return {split: pair["tuned"] for split, pair in summary(run)["eval"].items()}
+
+
+@pytest.fixture
+def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("\n\n".join(f"the cat number {i} sat on the mat and saw {i * 7} birds" for i in range(150)))
+    other.write_text("\n\n".join(f"ZEBRAS RUN {i} MILES" for i in range(20)))
+    sft = [f"data.train={sft_file}", "data.max_length=160", "data.test_share=0.2", "data.validation_share=0.1"]
+    labels = [f"data.train={label_file}", "data.max_length=96", "data.test_share=0.2", "train.batch_size=16"]
+    return {
+        "sft full": [*sft, f"data.retention={other}"],
+        "sft lora": [*sft, "method=lora", "method.rank=4", "method.bias=all", "data.retention=" + str(other)],
+        "sft bfloat16": [*sft, "model.dtype=bfloat16"],
+        "sft lora bfloat16": [*sft, "model.dtype=bfloat16", "method=lora", "method.rank=4"],
+        "classify full": [*labels, "objective=classify"],
+        "classify lora": [*labels, "objective=classify", "method=lora", "method.rank=4"],
+        "classify_token": [*labels, "objective=classify_token", "objective.prompt='Is it {text}? It is'"],
+        "pretrain": ["objective=pretrain", f"data.train={text}", f"data.retention={other}", "data.validation_share=0.2",
+                     "data.max_length=64"],
+    }  # fmt: skip
+
+
+KINDS = ["sft full", "sft lora", "sft bfloat16", "sft lora bfloat16", "classify full", "classify lora",
+         "classify_token", "pretrain"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, base, tmp_path, kind):
+    """To the last bit, with the splits cut again from the training file; and so do its export and its base."""
+    run = tmp_path / "run"
+    options = [*QUICK, *kinds[kind], f"model.path={base}", "train.max_steps=6", "train.batch_size=8"]
+    result = tritune(*options, f"run.dir={run}")
+    assert result.code == 0, result.err
+    code, table, err = evaluate(f"run.dir={run}")
+    assert code == 0, err
+    assert figures(run) == tuned(run)
+    assert json.loads((run / "evaluation.json").read_text())["step"] == 6
+    before = json.loads((run / "base.json").read_text())
+    for split, found in tuned(run).items():
+        assert found["loss"] != before[split]["loss"], "training must have changed what is compared"
+        assert f"{found['loss']:,.4f}" in table
+        assert split in table
+    # The export by itself: no run, only its folder and the data.
+    data = [o for o in options if o.startswith(("data.", "objective", "model.dtype", "backend"))]
+    code, table, err = evaluate(f"model.path={run / 'export'}", *data)
+    assert code == 0, err
+    if "bfloat16" not in kind:
+        assert all(f"{value:,.4f}" in table for found in tuned(run).values() for value in found.values())
+    # The base by itself is what the run scored before its first step.
+    if not kind.startswith("classify "):  # its head was random then
+        code, table, err = evaluate(f"model.path={base}", *data)
+        assert code == 0, err
+        assert all(f"{value:,.4f}" in table for found in before.values() for value in found.values())
+
+
+def test_the_loss_of_a_split_by_hand(tritune, evaluate, kinds, base, tmp_path):
+    """Transformers' own loss over the answers of a test file: the judge of all the figures above."""
+    rows = [{"prompt": f"{i} and {i}?", "response": f"That is {2 * i}."} for i in range(12)]
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = tmp_path / "run"
+    options = [*QUICK, kinds["sft full"][0], "data.max_length=160", f"model.path={base}", "train.max_steps=6"]
+    assert tritune(*options, "train.batch_size=8", f"run.dir={run}").code == 0
+    code, _, err = evaluate(f"run.dir={run}", f"data.test={test}")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(run / "export").double()
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    total, count = 0.0, 0
+    for row in rows:
+        talk = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        before = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+        answer = row["response"] + "<|im_end|>"
+        ids = torch.tensor(tokenizer(before + answer, add_special_tokens=False)["input_ids"])
+        n = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            log_p = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_p[t - 1, ids[t]]) for t in range(n, len(ids)))
+        count += len(ids) - n
+    assert figures(run)["test"]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_steps_and_the_best(tritune, evaluate, kinds, base, tmp_path):
+    """A rate that wrecks the model: the best checkpoint is an early one, `checkpoint.step` names any other."""
+    run = tmp_path / "run"
+    options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "evaluation.every=2"]
+    options += ["optim.lr=0.3", "optim.schedule=constant", "optim.warmup_steps=6", "train.use_best=true"]
+    result = tritune(*options, "train.max_steps=12", "checkpoint.keep_last=9", f"run.dir={run}")
+    assert result.code == 0, result.err
+    best = summary(run)["tested_step"]
+    assert best < 12
+    code, _, err = evaluate(f"run.dir={run}")
+    assert code == 0, err
+    assert json.loads((run / "evaluation.json").read_text())["step"] == best
+    assert figures(run) == tuned(run)
+    at = {r["step"]: r for r in harness.rows(run, "evaluations.jsonl")}
+    for step in (2, 12):
+        assert evaluate(f"run.dir={run}", f"checkpoint.step={step}")[0] == 0
+        assert json.loads((run / "evaluation.json").read_text())["step"] == step
+        assert figures(run)["validation"]["loss"] == at[step]["loss"]
+    assert evaluate(f"run.dir={run}", "train.use_best=false")[0] == 0
+    assert figures(run)["validation"]["loss"] == at[12]["loss"]
+    code, _, err = evaluate(f"run.dir={run}", "checkpoint.step=3")
+    assert code == 2
+    assert "checkpoint.step=3" in err
+    assert "2, 4, 6" in err
+
+
+def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, base, tmp_path, monkeypatch):
+    from tritune.trainer.stop import Stop
+
+    run, calls = tmp_path / "run", []
+    monkeypatch.setattr(Stop, "agreed", lambda self, world: "SIGTERM" if calls.append(1) or len(calls) == 3 else None)
+    options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=9"]
+    assert tritune(*options, f"run.dir={run}").code == 75
+    code, _, err = evaluate(f"run.dir={run}", "evaluation.splits=[test,train]")
+    assert code == 0, err
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["step"] == 3
+    assert sorted(found["eval"]) == ["test", "train"]
+    assert not (run / "summary.json").exists()
+
+
+def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_path):
+    """A new test file in place of the share; the run's own files are left as they were but for `evaluation.json`."""
+    run, new = tmp_path / "run", tmp_path / "new.jsonl"
+    new.write_text("\n".join(sft_file.read_text().splitlines()[:9]))
+    options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=2"]
+    assert tritune(*options, f"run.dir={run}").code == 0
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, table, err = evaluate(f"run.dir={run}", f"data.test={new}", "data.test_share=0", "evaluation.splits=[test]")
+    assert code == 0, err
+    assert "test (9 rows)" in table
+    assert list(figures(run)) == ["test"]
+    assert {p: p.read_bytes() for p in before} == before
+    assert {p for p in run.rglob("*") if p.is_file()} - set(before) == {run / "evaluation.json"}
+
+
+def test_refusals(tritune, evaluate, kinds, base, tmp_path):
+    run = tmp_path / "run"
+    options = [*QUICK, kinds["sft full"][0], "data.max_length=160", f"model.path={base}", "train.batch_size=8"]
+    assert tritune(*options, "train.max_steps=1", f"run.dir={run}").code == 0
+    test = options[len(QUICK)].replace("data.train=", "data.test=")
+    for argv, words in (
+        ((f"run.dir={tmp_path}",), "it holds no run"),
+        ((f"run.dir={tmp_path / 'absent'}",), "it holds no run"),
+        ((f"run.dir={run}", f"model.path={base}"), "names a model as well"),
+        ((f"run.dir={run}", "method=lora"), "method=lora: the run has a whole configuration"),
+        ((f"run.dir={run}", "objective=pretrain"), "Override single keys"),
+        ((f"run.dir={run}", "experiment=banking77"), "Override single keys"),
+        ((f"run.dir={run}", "model=tiny"), "model"),
+        ((f"run.dir={run}",), "evaluation.splits"),  # the run has no held-out split
+        ((f"model.path={base}",), "evaluation.splits"),
+        ((f"model.path={base}", "data.test=absent.jsonl"), "does not exist"),
+        ((f"model.path={base}", test, "evaluation.splits=[tset]"), "no split tset"),
+        ((test,), "model.path"),
+        ((f"model.path={base}", test, "objective=classify"), "data.labels"),
+        ((f"model.path={base}", test, "data.max_length=1000"), "context of 192"),
+    ):
+        code, out, err = evaluate(*argv)
+        assert (code, out) == (2, ""), (argv, err)
+        assert words in err, (argv, err)
+        assert "Traceback" not in err
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_run_without_a_checkpoint(tritune, evaluate, kinds, base, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=1"]
+    assert tritune(*options, f"run.dir={run}").code == 0
+    shutil.rmtree(run / "checkpoints")
+    for extra in ([], ["train.use_best=true"], ["checkpoint.step=1"]):
+        code, _, err = evaluate(f"run.dir={run}", *extra)
+        assert code == 2, extra
+        assert "checkpoint" in err
