@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     leader = int(os.environ.get("RANK", "0")) == 0
     from tritune.trainer.compose import load_config, split_argv
 
+    given = list(argv)
     config_dir, argv = split_argv(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if leader:
             print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    return run(config, run_path(config, argv), leader, argv)
+    return run(config, run_path(config, argv), leader, given)
 
 
 def checked_config(overrides: list[str], config_dir: str | None, processes: int) -> Config:

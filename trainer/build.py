@@ -6,18 +6,20 @@ import time
 from functools import partial
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.compose import to_dict
-from tritune.trainer.config import Config, Dtype, Resume
+from tritune.trainer.config import Config, Dtype, Form, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, read_splits, require_length
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.choices import Choices, lay_out
+from tritune.trainer.export import require_replaceable
+from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
 from tritune.trainer.metrics.meter import Meter
@@ -30,13 +32,14 @@ from tritune.trainer.model import (
     load_architecture,
     load_model,
     model_stop_ids,
+    set_generation,
 )
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
 from tritune.trainer.redact import redact_tree
-from tritune.trainer.rundir import RunDir
+from tritune.trainer.rundir import RunDir, export_path
 from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.state import Due, TrainState
 from tritune.trainer.stop import Stop
@@ -55,6 +58,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     with world.together("checking the run directory"):
         require_sources(config.data)
         require_trackers(config.tracking)
+        if config.export.enabled:
+            require_replaceable(export_path(config, directory.path), config, directory.path)
         if world.rank == 0:
             check_resume(config, directory)
     with world.together("reading tokenizer and data"):
@@ -77,10 +82,12 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         dtype, vocab_size = storage_dtype(config), architecture.get_text_config().vocab_size
         model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed, dtype)
         if not heads:
-            _set_generation(model, tokenizer)
+            set_generation(model, tokenizer)
         if not heads and architecture.model_type not in TESTED_FAMILIES:
             require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
         keys = apply_method(config.method, model, heads, config.seed)
+        if config.export.enabled and config.export.form is Form.merged:
+            require_mergeable(model)  # now, and not when training is over
         if not config.model.config and len(tokenizer) > vocab_size:
             require_trained_embeddings(model, len(tokenizer) - vocab_size)
         for parameter in model.parameters():
@@ -221,13 +228,6 @@ def make_objective(config: Config, labels: list[str], tokenizer: PreTrainedToken
     if config.objective.name == "classify_token":
         return Classify(len(labels), label_token_ids(labels, tokenizer))
     return LanguageModel()
-
-
-def _set_generation(model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the exported model stop where it was trained to, and pad with the token chosen here."""
-    generation: GenerationConfig = model.generation_config
-    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
-    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def _device_name(device: torch.device) -> str:

@@ -189,6 +189,11 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
         "export.form",
         f"method={c.method.name} trains {'an adapter: adapter or merged' if trains_adapter else 'the whole model: full'}",
     )
+    rule(
+        c.export.form is not Form.adapter or not c.model.config,
+        "export.form",
+        "a base with random weights is nowhere to be loaded, and the adapter with it. Use merged",
+    )
     rule(c.generate.max_new_tokens >= 1, "generate.max_new_tokens", "an answer has a token. Use 1 or more")
     rule(c.generate.num_samples >= 1, "generate.num_samples", "a prompt has an answer. Use 1 or more")
     rule(

@@ -114,9 +114,11 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
     run.model.eval()
     said = _answers(run, split, samples)
     run.model.train(was_training)
-    before = (run.directory.read_json("samples.json") if run.world.rank == 0 else None) or [{}] * len(samples)
+    kept = (run.directory.read_json("samples.json") if run.world.rank == 0 else None) or []
+    before = {(row["split"], row["place"]): row for row in kept}
     rows = []
-    for sample, text, old in zip(samples, said, before, strict=True):
+    for sample, text in zip(samples, said, strict=True):
+        old = before.get((split, sample.place), {})
         row = {"split": split, "place": sample.place, "prompt": sample.prompt, "reference": sample.reference}
         rows.append({**row, "base": old.get("base"), "tuned": None, who: text})
     return rows
@@ -127,5 +129,5 @@ def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:
     if isinstance(run.objective, Classify):
         args = (run.splits[split], run.model, run.objective, run.labels, run.loader.pad_id, device)
         return classify(samples, *args)
-    return answer(samples, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
+    return answer(samples, run.core, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
                   context_length(run.core.config), config.model.dtype.value == "float64")  # fmt: skip

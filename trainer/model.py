@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.tokenizer import stop_token_ids
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -139,6 +140,19 @@ def load_model(
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=not config.config)
     return model
+
+
+def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the exported model stop where it was trained to, and pad with the token chosen here."""
+    generation: GenerationConfig = model.generation_config  # type: ignore[assignment]
+    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters in place, and no buffer: in bfloat16 a rotary frequency puts far positions elsewhere."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -17,11 +17,16 @@ from tritune.trainer.data.prompts import plain_template
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods import apply_method
-from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, add_saved_adapter, read_settings
-from tritune.trainer.model import CLASS_HEAD, load_architecture, load_model, model_stop_ids
+from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, LABELS, add_saved_adapter, read_settings
+from tritune.trainer.model import (
+    CLASS_HEAD,
+    cast_parameters,
+    load_architecture,
+    load_model,
+    model_stop_ids,
+    set_generation,
+)
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
-
-LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,44 @@ class Opened:
     step: int | None = None
 
 
-def open_model(config: Config, run: Path | None, world: World) -> Opened:
+def open_model(config: Config, run: Path | None, world: World, settle: bool = True) -> Opened:
     """Load tokenizer, architecture and weights.
 
     Args:
         run: the run directory to read; None for `config.model` as it stands.
+        settle: make it ready to compute; without, parameters stay what training held them in (float32 masters).
 
     Raises:
         InputError: there is nothing to open there, or it does not fit the configuration.
         CheckpointError: a checkpoint is not whole.
     """
     if run is not None:
-        return _open_run(config, run, world)
-    source = Path(config.model.path or "")
-    if (source / ADAPTER_CONFIG).is_file():
-        return _open_adapter(config, source, world)
-    settings = None if config.model.config else load_architecture(config.model, 0)
-    labels = []
-    if config.objective.name == "classify":
-        named: dict[Any, str] = (settings.id2label or {}) if settings is not None else {}
-        labels = [named[i] for i in range(len(named))]
-        labels = config.data.labels or labels
-    return _assemble(config, labels, str(config.model.path or config.model.config), world)
+        opened = _open_run(config, run, world)
+    elif (Path(config.model.path or "") / ADAPTER_CONFIG).is_file():
+        opened = _open_adapter(config, Path(config.model.path or ""))
+    else:
+        opened = _open_plain(config)
+    opened.model.eval()
+    if settle:  # every parameter in the dtype that computes, as in training; buffers keep theirs (rotary frequencies)
+        opened.model.requires_grad_(False)
+        cast_parameters(opened.model, getattr(torch, config.model.dtype.value))
+        torch.nn.Module.to(opened.model, world.device)
+    return opened
+
+
+def _open_plain(config: Config) -> Opened:
+    labels = config.data.labels
+    if config.model.path:
+        settings = load_architecture(config.model, 0)
+        kinds = settings.architectures or []
+        classifier = any("SequenceClassification" in kind for kind in kinds)
+        if classifier != (config.objective.name == "classify") and kinds:
+            rule = f"it is a {', '.join(kinds)}, and objective={config.objective.name} would give it a random head"
+            raise InputError(f"model.path={config.model.path}", rule, "Give the objective that it was trained for")
+    if config.objective.name == "classify" and config.model.path:
+        named: dict[Any, str] = settings.id2label or {}
+        labels = labels or [named[i] for i in range(len(named))]
+    return _assemble(config, labels, str(config.model.path or config.model.config))
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
@@ -77,7 +98,7 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else {}
-    opened = _assemble(config, list(report.get("labels", [])), str(run), world, trained=True)
+    opened = _assemble(config, list(report.get("labels", [])), str(run), trained=True)
     store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
@@ -88,7 +109,6 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     tensors = {f"model.{n}": p.detach() for n, p in opened.model.named_parameters() if p.requires_grad}
     expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
     load_tensors(path, tensors, expected, world)
-    _settle(opened.model, config, world)
     return replace(opened, step=step, what=f"{run}, step {step}")
 
 
@@ -100,7 +120,7 @@ def _choose_step(config: Config, run: Path) -> int | None:
     return json.loads((saved[-1] / "state.json").read_text())["train"]["best_step"] if saved else None
 
 
-def _open_adapter(config: Config, source: Path, world: World) -> Opened:
+def _open_adapter(config: Config, source: Path) -> Opened:
     settings = read_settings(source)
     base = settings["base_model_name_or_path"]
     if base and not Path(base).is_dir() and (source / base).is_dir():
@@ -116,15 +136,12 @@ def _open_adapter(config: Config, source: Path, world: World) -> Opened:
         if not labels and (source / LABELS).is_file():
             labels = json.loads((source / LABELS).read_text())
     objective = replace(config.objective, name="classify") if labels else config.objective
-    opened = _assemble(replace(config, model=model, objective=objective), labels, str(source), world, settled=False)
+    opened = _assemble(replace(config, model=model, objective=objective), labels, str(source))
     add_saved_adapter(source, settings, opened.model, opened.heads)
-    _settle(opened.model, config, world)
     return opened
 
 
-def _assemble(
-    config: Config, labels: list[str], what: str, world: World, trained: bool = False, settled: bool = True
-) -> Opened:
+def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:
     """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read."""
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model, len(tokenizer))
@@ -143,14 +160,7 @@ def _assemble(
                 parameter.data = parameter.data.float()
         if config.objective.name == "sft" and not tokenizer.chat_template:
             tokenizer.chat_template = plain_template(tokenizer)
-    elif settled:
-        _settle(model, config, world)
+    if not heads:
+        set_generation(model, tokenizer)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
     return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what)
-
-
-def _settle(model: PreTrainedModel, config: Config, world: World) -> None:
-    """To the device, every parameter in the dtype that computes, as in training; nothing trains any more."""
-    torch.nn.Module.to(model, world.device, getattr(torch, config.model.dtype.value))
-    model.requires_grad_(False)
-    model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
@@ -49,14 +50,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             raise InputError("model.chat_template=None", rule, "Give model.chat_template=<file>")
         tokenizer.chat_template = tokenizer.chat_template["default"]
     if config.add_tokens:
-        tokenizer.add_tokens(config.add_tokens)
+        # Not normalised: some normalisers put a space before, and the token would not be found within a word.
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in config.add_tokens])
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """One token per byte and five special ones: reads any text, needs no file."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     special = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from tritune.trainer.errors import (
     ExportError,
     InputError,
 )
-from tritune.trainer.redact import redact
+from tritune.trainer.redact import MARK, redact
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -35,6 +36,8 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
     try:
         run = _run_directory(overrides)
         kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+        if verb is not report:  # which reads figures, and no file that a key names
+            _require_no_blanks(kept, {o.partition("=")[0] for o in overrides})
         config = load_config(overrides, config_dir, kept=kept, training=False)
         verb(config, run, **arguments)
     except INPUT_ERRORS as error:
@@ -42,6 +45,9 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
         return EXIT_INPUT
     except (CheckpointError, ExportError) as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception:  # noqa: BLE001  shown like any other, without secrets
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
 
@@ -51,7 +57,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.backends.local import Local
     from tritune.trainer.build import lay_out_choices, make_objective
     from tritune.trainer.data.records import require_sources
-    from tritune.trainer.data.splits import read_splits
+    from tritune.trainer.data.splits import read_splits, require_length
     from tritune.trainer.evaluation.evaluate import evaluate as score
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.model import context_length
@@ -61,12 +67,14 @@ def evaluate(config: Config, run: Path | None) -> None:
 
     require_sources(config.data)
     world, opened = _open(config, run)
-    config = opened.config
-    tokenizer = opened.tokenizer
-    splits = read_splits(config, tokenizer, context_length(opened.model.config), opened.stops, config.evaluation.splits)
-    if not splits.examples:
+    config, tokenizer, context = opened.config, opened.tokenizer, context_length(opened.model.config)
+    data = config.data
+    given = [n for n in config.evaluation.splits if getattr(data, n) or getattr(data, f"{n}_share", 0)]
+    if not given:
         rule = f"none of the splits {', '.join(config.evaluation.splits)} is given"
         raise InputError("evaluation.splits", rule, "Give data.test=<file>, or another of them")
+    require_length(config, context)
+    splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
     choices = lay_out_choices(config, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
@@ -90,16 +98,16 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
 
     if not prompts and config.generate.file is None:
         raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
-    if config.objective.name == "classify":
-        raise InputError("objective=classify", "a classifier has no words", "Use tritune evaluate")
     world, opened = _open(config, run)
+    if opened.heads or not hasattr(opened.model, "generate"):
+        raise InputError(opened.what, "it is a classifier and has no words", "Use tritune evaluate")
     settings = config.generate
-    rows = read_prompts(prompts, config, opened.tokenizer)
+    rows = read_prompts(prompts, opened.config, opened.tokenizer)
     require_room(
         [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)
     )
-    said = answer(opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops, world.device,
-                  config.seed, config.model.dtype.value == "float64")  # fmt: skip
+    said = answer(opened.model, opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
+                  world.device, config.seed, config.model.dtype.value == "float64")  # fmt: skip
     lines = [
         json.dumps({**row.fields, "answers": [vars(a) for a in answers]}, ensure_ascii=False) + "\n"
         for row, answers in zip(rows, said, strict=True)
@@ -114,17 +122,23 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
 
 def export(config: Config, run: Path | None) -> None:
     """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
+    from tritune.trainer.config import Dtype
     from tritune.trainer.export import Source
     from tritune.trainer.export import export as write
+    from tritune.trainer.open import open_model
     from tritune.trainer.rundir import export_path
 
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
-    world, opened = _open(config, run)
+    world, opened = _open(config, run, settle=False)
+    # Masters are written; what they must compute is asked of the model as training ran it.
+    computes = opened.model
+    if config.model.dtype is Dtype.bfloat16:
+        computes = open_model(config, run, world).model
     facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     if facts and facts.get("tested_step") != opened.step:
         facts = {"step": opened.step}  # its scores are another step's
-    source = Source(opened.config, opened.model, lambda ids: opened.model(input_ids=ids.to(world.device)).logits,
+    source = Source(opened.config, opened.model, lambda ids: computes(input_ids=ids.to(computes.device)).logits,
                     opened.tokenizer, opened.heads, opened.labels, facts)  # fmt: skip
     write(source, export_path(config, run), _say)
 
@@ -138,12 +152,12 @@ def report(config: Config, run: Path | None) -> None:
     _say(f"report    {write_report(run)}")
 
 
-def _open(config: Config, run: Path | None):
+def _open(config: Config, run: Path | None, settle: bool = True):
     from tritune.trainer import distributed
     from tritune.trainer.open import open_model
 
     world = distributed.start(config.backend, config.train.deterministic)
-    return world, open_model(config, run, world)
+    return world, open_model(config, run, world, settle)
 
 
 def _run_directory(overrides: list[str]) -> Path | None:
@@ -163,6 +177,20 @@ def _run_directory(overrides: list[str]) -> Path | None:
             f"model.path={given['model.path']}", f"run.dir={run} names a model as well", "Give one of the two"
         )
     return run
+
+
+def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
+    """Refuse a run's configuration from which a secret was kept out, unless it is given anew.
+
+    Raises:
+        InputError: it names the key.
+    """
+    if isinstance(kept, dict):
+        for name, value in kept.items():
+            _require_no_blanks(value, given, f"{key}.{name}" if key else str(name))
+    elif MARK in str(kept) and key not in given:
+        rule = "the run's value held a secret, which was not written down"
+        raise InputError(f"{key}={kept}", rule, f"Give it again: {key}=...")
 
 
 def _say(text: str) -> None:

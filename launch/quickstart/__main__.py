@@ -68,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         if status:
             return status
     print(f"""
-The base read everyday texts, {FOLDER}/data/corpus_train.jsonl, and knows their language but no task. LoRA taught it to sort
-support messages and to answer them, {FOLDER}/data/train.jsonl; the table is on messages phrased in ways it was never shown,
-{FOLDER}/data/test.jsonl, and `retention` on texts of the first kind. Figures by step are in {FOLDER}/tuned/metrics.jsonl and
-{FOLDER}/tuned/evaluations.jsonl, the adapter for PEFT in {FOLDER}/tuned/export.""")
+The base read everyday texts ({FOLDER}/data/corpus_train.jsonl): it knows their language and no task. LoRA taught it to sort
+support messages and to answer them ({FOLDER}/data/train.jsonl). In the table, `test` are messages worded as it was never
+shown ({FOLDER}/data/test.jsonl); `retention` are texts like the base's, on which it got worse: it forgets.
+Look at {FOLDER}/tuned/metrics.jsonl and evaluations.jsonl (by step), summary.json, and export/ (the adapter, for PEFT).""")
     return 0
 
 

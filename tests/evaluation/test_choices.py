@@ -97,6 +97,7 @@ def chosen_run(tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_runs_accuracy_is_brute_force_and_one_rank_equals_two(chosen_run, tmp_path):
     job = harness.run([*chosen_run, f"run.dir={tmp_path / 'one'}"], tmp_path / "logs")
     harness.run([*chosen_run, f"run.dir={tmp_path / 'two'}"], tmp_path / "logs", world_size=2)

@@ -72,11 +72,11 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-KINDS = ["sft full", "sft lora", "sft bfloat16", "sft lora bfloat16", "classify full", "classify lora",
-         "classify_token", "pretrain"]  # fmt: skip
+FAST = ["sft lora", "classify_token"]
+SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, base, tmp_path, kind):
     """To the last bit, with the splits cut again from the training file; and so do its export and its base."""
     run = tmp_path / "run"
@@ -131,11 +131,12 @@ def test_the_loss_of_a_split_by_hand(tritune, evaluate, kinds, base, tmp_path):
     assert figures(run)["test"]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_and_the_best(tritune, evaluate, kinds, base, tmp_path):
     """A rate that wrecks the model: the best checkpoint is an early one, `checkpoint.step` names any other."""
     run = tmp_path / "run"
     options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "evaluation.every=2"]
-    options += ["optim.lr=0.3", "optim.schedule=constant", "optim.warmup_steps=6", "train.use_best=true"]
+    options += ["optim.lr=2", "optim.schedule=constant", "optim.warmup_steps=9", "train.use_best=true"]
     result = tritune(*options, "train.max_steps=12", "checkpoint.keep_last=9", f"run.dir={run}")
     assert result.code == 0, result.err
     best = summary(run)["tested_step"]
@@ -157,6 +158,7 @@ def test_steps_and_the_best(tritune, evaluate, kinds, base, tmp_path):
     assert "2, 4, 6" in err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, base, tmp_path, monkeypatch):
     from tritune.trainer.stop import Stop
 
@@ -172,6 +174,7 @@ def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, b
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_path):
     """A new test file in place of the share; the run's own files are left as they were but for `evaluation.json`."""
     run, new = tmp_path / "run", tmp_path / "new.jsonl"
@@ -205,7 +208,10 @@ def test_refusals(tritune, evaluate, kinds, base, tmp_path):
         ((f"model.path={base}", "data.test=absent.jsonl"), "does not exist"),
         ((f"model.path={base}", test, "evaluation.splits=[tset]"), "no split tset"),
         ((test,), "model.path"),
-        ((f"model.path={base}", test, "objective=classify"), "data.labels"),
+        (
+            (f"model.path={base}", kinds["classify full"][0].replace("train", "test"), "objective=classify"),
+            "data.labels",
+        ),
         ((f"model.path={base}", test, "data.max_length=1000"), "context of 192"),
     ):
         code, out, err = evaluate(*argv)
@@ -215,6 +221,7 @@ def test_refusals(tritune, evaluate, kinds, base, tmp_path):
     assert not (run / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint(tritune, evaluate, kinds, base, tmp_path):
     import shutil
 

@@ -19,7 +19,13 @@ from tritune.trainer.evaluation.generate import generate, require_room
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
-PROMPTS = ["Once upon a time", "The cat", "One day, a little girl named Lily went to the park. She saw", "He", "Tom and"]
+PROMPTS = [
+    "Once upon a time",
+    "The cat",
+    "One day, a little girl named Lily went to the park. She saw",
+    "He",
+    "Tom and",
+]
 
 
 def random_model(family: str, **changes):
@@ -60,8 +66,8 @@ def test_greedy_batches_equal_single_prompts_and_transformers(model_and_tokenize
     model, tokenizer = model_and_tokenizer
     prompts, stops = ids_of(tokenizer), [2]
     config = GenerateConfig(max_new_tokens=24, batch_size=3)
-    said = generate(model.generate, tokenizer, prompts, config, stops, CPU)
-    alone = [generate(model.generate, tokenizer, [p], config, stops, CPU)[0] for p in prompts]
+    said = generate(model, model.generate, tokenizer, prompts, config, stops, CPU)
+    alone = [generate(model, model.generate, tokenizer, [p], config, stops, CPU)[0] for p in prompts]
     assert said == alone
     plain = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=stops, pad_token_id=0)
     for ids, answers in zip(prompts, said, strict=True):
@@ -80,7 +86,7 @@ def test_the_stories_go_on_as_they_should(shared):
     folder = shared / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<unk>"
-    said = generate(model.generate, tokenizer, ids_of(tokenizer, PROMPTS[::-1]), GenerateConfig(), [2, 1], CPU)
+    said = generate(model, model.generate, tokenizer, ids_of(tokenizer, PROMPTS[::-1]), GenerateConfig(), [2, 1], CPU)
     assert said[-1][0].text.startswith(", there was a little girl named Lily. She loved to play outside in the park.")
 
 
@@ -93,14 +99,14 @@ def test_a_stop_token_ends_an_answer_and_is_not_in_it():
     for k in (0, 3, 11):
         stop = whole[0][k]
         end = whole[0].index(stop)
-        first, second = generate(model.generate, tokenizer, prompts, config, [stop, 2], CPU)
+        first, second = generate(model, model.generate, tokenizer, prompts, config, [stop, 2], CPU)
         assert first[0].stopped
         assert first[0].num_tokens == end + 1
         assert first[0].text == tokenizer.decode(whole[0][:end], skip_special_tokens=True)
         rest = by_hand(model, prompts[1], 12, [stop, 2])
         assert second[0].num_tokens == len(rest)
         assert second[0].text == tokenizer.decode([t for t in rest if t not in (stop, 2)], skip_special_tokens=True)
-    cut = generate(model.generate, tokenizer, prompts, GenerateConfig(max_new_tokens=5), [], CPU)[0][0]
+    cut = generate(model, model.generate, tokenizer, prompts, GenerateConfig(max_new_tokens=5), [], CPU)[0][0]
     assert (cut.num_tokens, cut.stopped) == (5, False)
 
 
@@ -113,7 +119,7 @@ def test_a_models_own_generation_settings_do_not_leak_in():
         repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=3.0, top_k=5, max_length=3,
         min_new_tokens=16, num_beams=2, suppress_tokens=[expected[0][0]], pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
-    said = generate(model.generate, tokenizer, prompts, config, [2], CPU)
+    said = generate(model, model.generate, tokenizer, prompts, config, [2], CPU)
     assert [a[0].num_tokens for a in said] == [len(e) for e in expected]
     texts = [tokenizer.decode([t for t in e if t != 2], skip_special_tokens=True) for e in expected]
     assert [a[0].text for a in said] == texts
@@ -126,7 +132,7 @@ def test_samples_follow_the_seed():
 
     def draw(seed, config=config):
         torch.rand(7)  # what was drawn before does not matter
-        return generate(model.generate, tokenizer, prompts, config, [2], CPU, seed)
+        return generate(model, model.generate, tokenizer, prompts, config, [2], CPU, seed)
 
     first = draw(1)
     assert draw(1) == first
@@ -164,19 +170,19 @@ TALK = [
 ]
 
 
-def tokenizers(shared: Path) -> dict:
+def tokenizer_of(name: str, shared: Path):
     """Tokenizers with and without BOS, with and without a blank that they put before a text."""
     models = {"bytes": ModelConfig(tokenizer="bytes"), "stories": ModelConfig(path=f"{shared}/models/stories260K"),
               "tinystories": ModelConfig(path=f"{shared}/models/tinystories-656k"),
               "phi3": ModelConfig(path=f"{shared}/tokenizers/phi-3-mini")}  # fmt: skip
-    found = {name: load_tokenizer(config) for name, config in models.items()}
-    found["llama2"] = load_tokenizer(models["phi3"])  # Llama 2's: the same vocabulary, and BOS before every text
-    bos = found["llama2"].bos_token
-    found["llama2"].backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, found["llama2"].bos_token_id)]
-    )
-    assert found["llama2"]("a")["input_ids"][0] == found["llama2"].bos_token_id
-    return found
+    tokenizer = load_tokenizer(models["phi3" if name == "llama2" else name])
+    if name == "llama2":  # the same vocabulary, and BOS before every text
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+        assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
 
 
 def before_answer(record: Record, tokenizer) -> list[int]:
@@ -188,7 +194,7 @@ def before_answer(record: Record, tokenizer) -> list[int]:
 @pytest.mark.parametrize("template", ["own", "marked", "unmarked"])
 @pytest.mark.parametrize("name", ["bytes", "stories", "tinystories", "phi3", "llama2"])
 def test_a_chats_prompt_is_what_training_read(shared, tmp_path, name, template):
-    tokenizer = tokenizers(shared)[name]
+    tokenizer = tokenizer_of(name, shared)
     if template != "own":
         tokenizer.chat_template = {"marked": MARKED, "unmarked": UNMARKED}[template]
     elif not tokenizer.chat_template:
@@ -208,19 +214,20 @@ def test_a_chats_prompt_is_what_training_read(shared, tmp_path, name, template):
         assert read_prompts([talk[1]["content"]], with_system, tokenizer)[0].ids == trained
 
 
-@pytest.mark.parametrize("text", ["Which is it?", " blank before", "two\nlines", "trailing ", "<s>x", "123", "é ß 日本"])
 @pytest.mark.parametrize("name", ["bytes", "stories", "tinystories", "phi3", "llama2"])
-def test_the_plain_template_gives_what_training_read(shared, tmp_path, name, text):
+def test_the_plain_template_gives_what_training_read(shared, tmp_path, name):
     """A tokenizer without a template: training joins prompt and answer, and its export carries a template that does so."""
-    tokenizer = tokenizers(shared)[name]
+    tokenizer = tokenizer_of(name, shared)
     tokenizer.chat_template = None
-    trained = before_answer(Record("a:1", prompt=text, response="It is blue."), tokenizer)
+    texts = ["Which is it?", " blank before", "two\nlines", "trailing ", "<s>x", "123", "é ß 日本"]
+    trained = [before_answer(Record("a:1", prompt=t, response="It is blue."), tokenizer) for t in texts]
     tokenizer.chat_template = plain_template(tokenizer)
-    assert chat_ids(tokenizer, [{"role": "user", "content": text}], "a:1") == trained
+    talks = [[{"role": "user", "content": t}] for t in texts]
+    found = [chat_ids(tokenizer, talk, "a:1") for talk in talks]
+    assert [t for t, a, b in zip(texts, found, trained, strict=True) if a != b] == []
     tokenizer.save_pretrained(tmp_path)
     elsewhere = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": "user", "content": text}]
-    said = elsewhere.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    said = [elsewhere.apply_chat_template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks]
     assert said == trained
 
 
@@ -228,8 +235,8 @@ def test_rows_that_are_no_prompt(tmp_path):
     tokenizer = byte_tokenizer()
     path = tmp_path / "p.jsonl"
     config = Config(generate=GenerateConfig(file=str(path)))
-    for row in ({"question_text": "x"}, {"prompt": None}, {"prompt": 5.5}, {"messages": []}, {"messages": ["hello"]},
-                {"messages": [{"role": "assistant", "content": "only this"}]}, {"messages": [{"content": "no role"}]}):  # fmt: skip
+    talks = [[], ["hello"], [{"content": "no role"}], [{"role": "assistant", "content": "only this"}]]
+    for row in ({"question_text": "x"}, {"prompt": None}, {"prompt": 5.5}, *({"messages": t} for t in talks)):
         path.write_text(json.dumps({"prompt": "good"}) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(InputError, match=r"p\.jsonl:2"):
             read_prompts([], config, tokenizer)

@@ -33,6 +33,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def base_folder(where: Path, family: str) -> Path:
     """A random model with its tokenizer, saved as Hugging Face does; logits of a size at which faults show."""
     tokenizer = byte_tokenizer()
@@ -150,7 +154,7 @@ def check_whole(folder: Path, base: Path, run: Path, merged: bool) -> None:
     assert merged == (trained.config.method.name == "lora")
 
 
-@pytest.mark.parametrize("base", ["stories260K", *FAMILIES], indirect=True)
+@pytest.mark.parametrize("base", [slow("stories260K"), slow("qwen3"), "phi3", "gemma2"], indirect=True)
 def test_full(tritune, common, base, sft_file, tmp_path):
     run = tmp_path / "run"
     result = tritune(*common, *attention(base), f"model.path={base}", f"run.dir={run}")
@@ -164,7 +168,7 @@ def test_full(tritune, common, base, sft_file, tmp_path):
     assert said["max_difference"] <= said["allowed"]
 
 
-@pytest.mark.parametrize("base", ["stories260K", *FAMILIES], indirect=True)
+@pytest.mark.parametrize("base", ["stories260K", "qwen3", slow("phi3"), slow("gemma2")], indirect=True)
 def test_adapter_and_merged(tritune, common, base, sft_file, tmp_path, capfd):
     run = tmp_path / "run"
     lora = ["method=lora", "method.rank=4", "method.alpha=10", "method.modules_to_save=[embed_tokens,lm_head]"]
@@ -190,6 +194,7 @@ def test_adapter_and_merged(tritune, common, base, sft_file, tmp_path, capfd):
     assert (folder / "adapter_config.json").is_file(), "the other export is left as it was"
 
 
+@pytest.mark.slow
 def test_merged_by_hand(tritune, common, shared, tmp_path):
     """W + alpha / rank * B A in float64, from the checkpoint's own tensors."""
     base, run = shared / "models" / "stories260K", tmp_path / "run"
@@ -227,8 +232,11 @@ def test_shards_and_their_index(tritune, common, tmp_path):
     check_whole(run / "export", base, run, merged=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["full", "adapter", "merged"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("full", "float32"), ("adapter", "bfloat16"), slow("merged", "bfloat16"),
+     slow("full", "bfloat16"), slow("adapter", "float32"), slow("merged", "float32")],
+)  # fmt: skip
 def test_verb_writes_what_the_run_wrote(tritune, common, sft_file, tmp_path, capfd, form, dtype):
     """`tritune export run.dir=` afterwards: the same files, to the last bit of weights and the last setting."""
     base, run, again = base_folder(tmp_path / "base", "qwen3"), tmp_path / "run", tmp_path / "again"
@@ -250,6 +258,7 @@ def test_verb_writes_what_the_run_wrote(tritune, common, sft_file, tmp_path, cap
     assert [n for n, s in settings.items() if s != json.loads((second / n).read_text())] == []
 
 
+@pytest.mark.slow
 def test_float32_export_of_a_bfloat16_run_keeps_the_masters(tritune, common, tmp_path, capfd):
     base, run, again = base_folder(tmp_path / "base", "qwen3"), tmp_path / "run", tmp_path / "again"
     options = ["model.dtype=bfloat16", "export.dtype=float32", f"model.path={base}", f"run.dir={run}"]
@@ -295,6 +304,7 @@ def test_classifier(tritune, label_file, tmp_path, capfd, method):
     assert front["pipeline_tag"] == "text-classification"
 
 
+@pytest.mark.slow
 def test_a_full_classifiers_names_stand_in_its_config(tritune, label_file, tmp_path):
     """Labels that need care: the order is the run's, not the alphabet's, and JSON keeps them."""
     base, run = base_folder(tmp_path / "base", "qwen3"), tmp_path / "run"

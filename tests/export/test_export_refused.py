@@ -59,7 +59,8 @@ def one_message(err: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("method", "form"), [("full", "adapter"), ("full", "merged"), ("lora", "full")], ids=lambda v: v
+    ("method", "form"),
+    [("full", "adapter"), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("full", "merged"), ("lora", "full")))],
 )
 def test_a_form_that_the_method_does_not_make(tritune, common, tmp_path, capfd, method, form):
     run = tmp_path / "run"
@@ -95,6 +96,7 @@ def test_what_cannot_be_exported_is_refused_before_training(tritune, tiny, commo
     assert [p for p in ("tied", "random") if (tmp_path / p / "metrics.jsonl").exists()] == []
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_tied_output_head_is_right(tritune, common, base, tmp_path):
     """The same run as an adapter: PEFT adapts the head alone."""
     from peft import PeftModel
@@ -125,7 +127,7 @@ def test_merging_into_a_quantised_base(base):
         merged_state(model, torch.float32, said.append)
 
 
-@pytest.mark.parametrize("where", ["model", "export"])
+@pytest.mark.parametrize("where", ["export", pytest.param("model", marks=pytest.mark.slow)])
 def test_an_update_that_rounding_would_swallow(tritune, common, tmp_path, where):
     """bfloat16 keeps 8 bits: an update a thousand times smaller than the weights is gone after merging."""
     options = [*LORA, "optim.lr=1e-5", "method.alpha=0.01", "export.form=merged", f"{where}.dtype=bfloat16"]
@@ -167,7 +169,7 @@ def corrupt(monkeypatch):
     return begin
 
 
-@pytest.mark.parametrize("form", ["full", "adapter", "merged"])
+@pytest.mark.parametrize("form", ["adapter", *(pytest.param(f, marks=pytest.mark.slow) for f in ("full", "merged"))])
 def test_a_corrupted_write_is_caught(tritune, common, tmp_path, capfd, corrupt, form):
     run, target = tmp_path / "run", tmp_path / "out" / "export"
     method = ["method=full"] if form == "full" else LORA
@@ -198,6 +200,7 @@ def test_a_corrupted_write_at_the_end_of_a_run_fails_it(tritune, common, tmp_pat
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir(), "what was trained is kept"
 
 
+@pytest.mark.slow
 def test_auto_does_not_hide_a_corrupted_whole_model(tritune, common, tmp_path, corrupt):
     """The fallback of `auto` from adapter to merged must not become a way around the comparison."""
     corrupt()
@@ -206,7 +209,7 @@ def test_auto_does_not_hide_a_corrupted_whole_model(tritune, common, tmp_path, c
     assert not (tmp_path / "export").exists()
 
 
-@pytest.mark.parametrize("target", ["notes", "base", "run"])
+@pytest.mark.parametrize("target", ["base", *(pytest.param(t, marks=pytest.mark.slow) for t in ("notes", "run"))])
 def test_an_export_replaces_exports_and_nothing_else(tritune, common, tmp_path, base, target, capfd):
     """`export.dir` may be a slip of the hand: a folder of someone's files, the base model, the run itself."""
     import shutil
@@ -228,6 +231,7 @@ def test_an_export_replaces_exports_and_nothing_else(tritune, common, tmp_path, 
 # -- auto -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_falls_back_to_merged_where_stock_transformers_loads_the_base_wrongly(
     tritune, label_file, shared, tmp_path, capfd
 ):

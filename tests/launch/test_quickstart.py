@@ -61,6 +61,22 @@ def test_no_template_serves_two_splits_and_none_is_a_one_word_edit():
     assert len({tuple(words(t)) for t in every}) == len(every)
 
 
+def runs(text: str, length: int = 6) -> set[tuple[str, ...]]:
+    """Every `length` words in a row of a text; none reaches over a slot."""
+    parts = [words(part) for part in re.split(r"{\w+}", text)]
+    return {tuple(part[i : i + length]) for part in parts for i in range(len(part) - length + 1)}
+
+
+def test_no_held_out_sentence_was_read_before():
+    """Six words in a row of a test template stand neither in the corpus nor in a training template."""
+    read = {run for text in paragraphs(3000, 0) for run in runs(text)}
+    read |= {run for splits in MESSAGES.values() for template in splits["train"] for run in runs(template)}
+    held_out = [template for splits in MESSAGES.values() for template in splits["test"]]
+    assert len([t for t in held_out if runs(t)]) > 30
+    for template in held_out:
+        assert not runs(template) & read, f"{template!r}: {runs(template) & read}"
+
+
 def test_every_template_names_the_thing_and_there_are_enough():
     for category in CATEGORIES:
         counts = {split: len(templates) for split, templates in MESSAGES[category].items()}

@@ -380,8 +380,8 @@ def test_adapter_export_holds_the_tokenizer_and_replaces_what_was_there(tmp_path
     model, base = tiny(tmp_path)
     config = Config(model=ModelConfig(path=str(base)), method=LoraConfig(rank=2, alpha=4.0))
     apply_method(config.method, model, [], 0)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale.safetensors").write_text("old")
+    write(tmp_path / "out", config, model, byte_tokenizer())
+    (tmp_path / "out" / "stale.safetensors").write_text("of an earlier export")
     size = write(tmp_path / "out", config, model, byte_tokenizer())
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files

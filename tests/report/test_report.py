@@ -18,7 +18,6 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.objectives import Loss
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.report import write_report
-from tritune.trainer.report.page import _value
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -87,7 +86,9 @@ def check(path: Path) -> Page:
 
 @pytest.fixture
 def reported(tiny) -> list[str]:
-    return [o for o in tiny if not o.startswith(("report", "export"))] + ["data.test_share=0.2", "optim.lr=1e-2"]
+    return [o for o in tiny if not o.startswith(("report", "export"))] + [
+        "data.test_share=0.2", "optim.lr=1e-2", "generate.max_new_tokens=12",
+    ]  # fmt: skip
 
 
 def test_a_finished_run_with_its_own_figures(tritune, reported, tmp_path):
@@ -106,8 +107,8 @@ def test_a_finished_run_with_its_own_figures(tritune, reported, tmp_path):
             continue
         split = cells[0].partition(" ")[0] or split
         pair = summary["eval"][split]
-        assert cells[2] == _value(cells[1], pair["base"][cells[1]])
-        assert float(cells[3].replace(",", "")) == pytest.approx(pair["tuned"][cells[1]], rel=1e-3)
+        for cell, side in ((cells[2], "base"), (cells[3], "tuned")):  # four digits are shown
+            assert float(cell.replace(",", "")) == pytest.approx(pair[side][cells[1]], rel=6e-4)
         compared += 1
     assert compared == sum(len(p["tuned"]) for p in summary["eval"].values()) == 4
     assert f"{summary['parameters']['trainable']:,} of {summary['parameters']['total']:,}" in page.text
@@ -127,7 +128,25 @@ def test_a_finished_run_with_its_own_figures(tritune, reported, tmp_path):
     assert check(run / "report.html").text == before, "made anew, it says the same"
 
 
-@pytest.mark.parametrize("objective", ["sft", "classify", "pretrain"])
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 0))])
+def test_another_number_of_samples_when_a_run_goes_on(tritune, reported, tmp_path, count):
+    """It decides nothing about the curve, so it may change; base and tuned must still stand beside the same rows."""
+    reported = [*reported, "train.max_steps=2", f"run.dir={tmp_path}"]
+    assert tritune(*reported, "evaluation.samples=4").code == 0
+    first = json.loads((tmp_path / "samples.json").read_text())
+    result = tritune(*reported, f"evaluation.samples={count}")
+    assert result.code == 0, result.err
+    said = {s["prompt"]: s["base"] for s in first}
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert len(samples) == count
+    assert all(s["tuned"] is not None for s in samples)
+    assert [s["prompt"] for s in samples if s["base"] not in (None, said.get(s["prompt"]))] == []
+    check(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "objective", ["sft", *(pytest.param(o, marks=pytest.mark.slow) for o in ("classify", "pretrain"))]
+)
 def test_what_comes_from_data_and_model_is_escaped(tritune, reported, tmp_path, objective):
     data = tmp_path / f"{EVIL.replace('/', '')}.jsonl"
     rows = {
@@ -136,7 +155,10 @@ def test_what_comes_from_data_and_model_is_escaped(tritune, reported, tmp_path, 
         "pretrain": [{"text": f"{EVIL} and </pre></body> {i}" * 20} for i in range(60)],
     }[objective]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options = [o for o in reported if not o.startswith("data.train")] + [f"objective={objective}", f"data.train='{data}'"]
+    options = [o for o in reported if not o.startswith("data.train")] + [
+        f"objective={objective}",
+        f"data.train='{data}'",
+    ]
     result = tritune(*options, "train.max_steps=2", f"run.dir={tmp_path / 'run'}", f"report.question='{EVIL}'")
     assert result.code == 0, result.err
     page = check(tmp_path / "run" / "report.html")
@@ -160,7 +182,7 @@ def test_a_stopped_run(tritune, reported, tmp_path, monkeypatch):
     assert "Base against tuned" not in page.text
 
 
-@pytest.mark.parametrize("broken_at", [1, 3])
+@pytest.mark.parametrize("broken_at", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_failed_run(tritune, reported, tmp_path, monkeypatch, broken_at):
     """Its loss was never a number, or stopped being one."""
     whole = LanguageModel.__call__
@@ -244,6 +266,7 @@ def test_no_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps(tmp_path):
     evaluations = "".join(f'{{"step": {s}, "loss": 1.5, "accuracy": 0.5}}\n' for s in range(10, 100_001, 10))
     run = bare_run(tmp_path / "run", metrics_jsonl=metrics(100_000), evaluations_jsonl=evaluations, status_json=STATUS)

@@ -34,6 +34,7 @@ def secretive(tiny, label_file, monkeypatch) -> list[str]:
         *plain, f"data.train={data}", "objective=classify_token", "data.max_length=256", "data.test_share=0.3",
         f"objective.prompt='{ADDRESS} {{text}} {TOKEN}'", f"report.question='Is it at {ADDRESS}?'",
         f"tracking.name='{ADDRESS}'", "export.form=full", "checkpoint.every=1", "evaluation.samples=3",
+        "generate.max_new_tokens=8",
     ]  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, monkeyp
     assert PASSWORD not in first.err + second.err
 
 
+@pytest.mark.slow
 def test_another_secret_is_not_another_run_but_another_value_is(tritune, secretive, tmp_path):
     assert tritune(*secretive, f"run.dir={tmp_path}").code == 0
     changed = [o.replace("{text}", "so {text}") for o in secretive]
@@ -83,6 +85,7 @@ def test_a_failure_tells_no_secret(tritune, secretive, tmp_path, monkeypatch):
         assert PASSWORD not in text
 
 
+@pytest.mark.slow
 def test_evaluating_the_run_uses_the_prompt_it_was_trained_with_or_says_so(tritune, secretive, tmp_path, capfd):
     """`config.yaml` holds `***` where the prompt held a secret: figures of another prompt must not pass for the run's."""
     assert tritune(*secretive, f"run.dir={tmp_path}").code == 0

@@ -105,7 +105,7 @@ def conversations(
         model_stops: ids that end an answer by the model's own generation config.
     """
     stops = set(stop_token_ids(tokenizer, list(model_stops)))
-    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    begin = tokenizer.bos_token if adds_bos(tokenizer) else ""
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     examples = Examples()
     for record in records:
@@ -115,7 +115,8 @@ def conversations(
         if messages is not None:
             ids, mask = (template or ChatTemplate(tokenizer)).encode(messages, record.place)
         else:
-            prompt = begin + tokenizer(prompt_text + "\n", add_special_tokens=False)["input_ids"]
+            # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
+            prompt = tokenizer(f"{begin}{prompt_text}\n", add_special_tokens=False)["input_ids"]
             response = tokenizer(response_text, add_special_tokens=False)["input_ids"] if response_text else []
             end = [tokenizer.eos_token_id] if response and tokenizer.eos_token_id is not None else []
             ids, mask = prompt + response + end, [False] * len(prompt) + [True] * (len(response) + len(end))

@@ -65,7 +65,7 @@ def read_records(source: str, key: str, config: DataConfig, objective: str) -> I
     unseen = set(config.columns.values())
     for row in read_rows(source, key, config.text_unit):
         unseen -= row.fields.keys()
-        columns = _columns(row, config)
+        columns = columns_of(row, config)
         kind = kind or _kind(row, columns, config, objective)
         yield _record(row, kind, columns, config)
     if unseen and kind is not None:
@@ -97,7 +97,7 @@ def split_by_content(
     return rest, parts
 
 
-def _columns(row: Row, config: DataConfig) -> dict[str, str]:
+def columns_of(row: Row, config: DataConfig) -> dict[str, str]:
     """Our name -> the file's, for the columns that this row has."""
     found = {}
     for ours in COLUMNS:
@@ -132,7 +132,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
             rule = f"the column {wanted} is missing; this row has {', '.join(row.fields)}"
             raise InputError(row.place, rule, f"Map it: data.columns.{name}=<name in the file>")
     if kind is Kind.messages:
-        return Record(row.place, messages=_messages(row, columns["messages"]))
+        return Record(row.place, messages=messages_of(row, columns["messages"]))
     values = {name: _string(row, columns[name]) for name in _NEEDS[kind]}
     if kind is Kind.prompt_response and "input" in columns:
         extra = _string(row, columns["input"])
@@ -148,7 +148,7 @@ def _string(row: Row, column: str) -> str:
     return _require_unicode(str(value), row.place)
 
 
-def _messages(row: Row, column: str) -> list[dict[str, str]]:
+def messages_of(row: Row, column: str) -> list[dict[str, str]]:
     value: Any = row.fields[column]
     if not isinstance(value, list) or not value:
         raise InputError(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig, TextUnit
-from tritune.trainer.data.records import read_rows
+from tritune.trainer.config import ClassifyTokenConfig, Config, DataConfig, ObjectiveConfig, TextUnit
+from tritune.trainer.data.kinds import columns_of, messages_of
+from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -58,34 +59,38 @@ def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedToke
     Raises:
         InputError: a row has none of these, or the template fails on it.
     """
-    prompts = [_prompt({"prompt": text}, f"--prompt {i}", config, tokenizer) for i, text in enumerate(given, 1)]
+    prompts = [
+        _prompt(Row({"prompt": t}, f"--prompt {i}"), DataConfig(), config, tokenizer) for i, t in enumerate(given, 1)
+    ]
     if config.generate.file is not None:
         for row in read_rows(config.generate.file, "generate.file", TextUnit.line):
-            prompts.append(_prompt(row.fields, row.place, config, tokenizer))
+            prompts.append(_prompt(row, config.data, config, tokenizer))
     return prompts
 
 
-def _prompt(fields: dict[str, Any], place: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    names = {ours: config.data.columns.get(ours, ours) for ours in ("messages", "prompt", "input", "text")}
-    messages = fields.get(names["messages"])
-    text = fields.get(names["prompt"], fields.get(names["text"]))
-    if fields.get(names["input"]):
-        text = f"{text}\n\n{fields[names['input']]}"
+def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    columns = columns_of(row, data)
     chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.name == "sft"
-    if isinstance(messages, list) and messages:
+    if "messages" in columns:
+        turns = messages_of(row, columns["messages"])
         if not tokenizer.chat_template:
-            raise InputError(place, "it is a conversation and there is no chat template", "Give model.chat_template")
-        turns = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    elif isinstance(text, str):
-        turns = [{"role": "user", "content": text}]
+            rule = "it is a conversation and there is no chat template"
+            raise InputError(row.place, rule, "Give model.chat_template=<file>")
+        if turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
     else:
-        rule = f"it has {', '.join(fields)}, and a prompt is in messages, prompt or text"
-        raise InputError(place, rule, "Map it: data.columns.prompt=<name in the file>")
-    if not chat and not isinstance(messages, list):
-        return Prompt(fields, text_ids(tokenizer, str(text), config.objective), place)
+        text = row.fields.get(columns.get("prompt", columns.get("text", "")))
+        if not isinstance(text, str):
+            rule = f"it has {', '.join(row.fields)}, and a prompt is a text in messages, prompt or text"
+            raise InputError(row.place, rule, "Map it: data.columns.prompt=<name in the file>")
+        extra = row.fields.get(columns.get("input", ""))
+        text += f"\n\n{extra}" if extra else ""
+        if not chat:
+            return Prompt(row.fields, text_ids(tokenizer, text, config.objective), row.place)
+        turns = [{"role": "user", "content": text}]
     if config.generate.system is not None:
         turns = [{"role": "system", "content": config.generate.system}, *turns]
-    return Prompt(fields, chat_ids(tokenizer, turns, place), place)
+    return Prompt(row.fields, chat_ids(tokenizer, turns, row.place), row.place)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None) -> list[int]:

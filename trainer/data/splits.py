@@ -47,7 +47,8 @@ def read_splits(
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
     """
     records = _read(config, names)
-    labels = _labels(config, records.get("train", []))
+    labels = _labels(config, records.get("train"))
+    records = {n: r for n, r in records.items() if n in names}
     examples: dict[str, Examples] = {}
     for name, rows in records.items():
         examples[name] = _tokenize(rows, tokenizer, config, labels, model_stops)
@@ -83,14 +84,16 @@ def _read(config: Config, names: Sequence[str]) -> dict[str, list[Record]]:
             if not rows:
                 key = f"data.{name}_share={shares[name]}" if name in shares else "data.train"
                 raise InputError(key, f"of {total} rows none falls to {name}", "Give more rows, or another share")
-    return {n: r for n, r in records.items() if n in names}
+    return records
 
 
-def _labels(config: Config, train: list[Record]) -> list[str]:
+def _labels(config: Config, train: list[Record] | None) -> list[str]:
     """The label set: as given, or what occurs in the training rows, sorted."""
     if not config.objective.name.startswith("classify"):
         return []
-    labels = config.data.labels or sorted({r.label for r in train if r.label is not None})
+    if not config.data.labels and train is None:
+        raise InputError("data.labels", "the classes are not known without training rows", "Give data.labels=[...]")
+    labels = config.data.labels or sorted({r.label for r in train or [] if r.label is not None})
     if len(set(labels)) != len(labels):
         raise InputError(f"data.labels={labels}", "a label stands twice", "Name each once")
     if len(labels) < 2:

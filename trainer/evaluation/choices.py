@@ -41,22 +41,38 @@ def lay_out(split: Examples, choices: list[str], tokenizer: PreTrainedTokenizerB
     Raises:
         InputError: a row whose answer begins with none of the choices.
     """
-    encoded = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    variants = _encodings(choices, tokenizer)
     rows, right = Examples(), []
     for i in range(len(split)):
         start, end = int(split.starts[i]), int(split.starts[i + 1])
         ids = split.ids[start:end]
         first = int(np.flatnonzero(split.supervised[start:end])[0])
         answer = ids[first:].tolist()
-        found = [c for c, tokens in enumerate(encoded) if answer[: len(tokens)] == tokens]
-        if len(found) != 1:
-            said = tokenizer.decode(answer[:16])
-            rule = f"the answer {said!r} begins with {'none' if not found else 'several'} of {', '.join(choices)}"
+        said = str(tokenizer.decode(answer)).lstrip()
+        found = next((c for c, choice in enumerate(choices) if said.startswith(choice)), None)
+        if found is None:
+            rule = f"the answer {said[:40]!r} begins with none of {', '.join(choices)}"
             raise InputError(split.places[i], rule, "Mend the row or evaluation.choices")
-        right.append(found[0])
+        right.append(found)
+        # As in this row's answer: where a turn's mark stands before it, or a space.
+        encoded = max(variants, key=lambda encoded: _common(encoded[found], answer))
         for tokens in encoded:
             rows.add([*ids[:first], *tokens], [False] * first + [True] * len(tokens), split.places[i])
     return Choices(rows.freeze(), torch.tensor(right), len(choices))
+
+
+def _encodings(choices: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+    """The choices' tokens at the start of a text, and after a line end: tokenizers that mark words tell these apart."""
+    after = len(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    return [
+        [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices],
+        [tokenizer("\n" + choice, add_special_tokens=False)["input_ids"][after:] for choice in choices],
+    ]
+
+
+def _common(tokens: list[int], answer: list[int]) -> int:
+    """How many tokens the answer begins with."""
+    return next((i for i, (a, b) in enumerate(zip(tokens, answer, strict=False)) if a != b), len(tokens))
 
 
 @torch.no_grad()

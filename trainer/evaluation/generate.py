@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import GenerateConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.scorer import KeepFloat64
@@ -47,6 +47,7 @@ def require_room(prompts: Sequence[Sequence[int]], places: Sequence[str], max_ne
 
 @torch.no_grad()
 def generate(
+    model: PreTrainedModel,
     model_generate: Generate,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -57,6 +58,8 @@ def generate(
     float64: bool = False,
 ) -> list[list[Answer]]:
     """Return for each prompt `config.num_samples` answers, in the order of the prompts.
+
+    Only `config` decides how tokens are chosen: a model's own generation settings (a repetition penalty, say) do not.
 
     Prompts of like length share a batch, padded on the left. With a temperature, the draw of a batch depends on (seed, the
     prompts and `config.batch_size`): the same command gives the same answers.
@@ -79,7 +82,7 @@ def generate(
             ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[b, width - len(prompts[i]) :] = 1
         torch.manual_seed(seed + start)
-        with KeepFloat64() if float64 else nullcontext():
+        with KeepFloat64() if float64 else nullcontext(), _own_settings(model):
             out = model_generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )  # fmt: skip
@@ -88,6 +91,16 @@ def generate(
             mine = said[b * config.num_samples : (b + 1) * config.num_samples]
             answers[i] = [_answer(tokens, tokenizer, set(stops)) for tokens in mine]
     return answers
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model's generation config aside: transformers would fill from it whatever a call leaves open."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Answer:

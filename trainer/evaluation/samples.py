@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import GenerateConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
@@ -50,6 +50,7 @@ def pick(split: Examples, count: int, tokenizer: PreTrainedTokenizerBase, labels
 
 def answer(
     samples: list[Sample],
+    model: PreTrainedModel,
     model_generate: Generate,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerateConfig,
@@ -63,7 +64,9 @@ def answer(
     if room < 1:
         return ["(the prompt fills the model's context)"] * len(samples)
     settings = replace(config, max_new_tokens=room, num_samples=1, temperature=0.0)
-    said = generate(model_generate, tokenizer, [s.ids for s in samples], settings, stops, device, float64=float64)
+    said = generate(
+        model, model_generate, tokenizer, [s.ids for s in samples], settings, stops, device, float64=float64
+    )
     return [a[0].text + ("" if a[0].stopped else " ...") for a in said]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement, compare, probe_ids
 from tritune.trainer.export.write import write_adapter, write_whole
+
+EXPORT_FILES = ("README.md", "*.json", "*.safetensors", "chat_template.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
     """Write `directory` whole, or not at all; what stood there before stays until the new one was read back.
 
     Raises:
-        InputError: the form asked for is impossible for this model.
+        InputError: merging is impossible for this model, or something else stands in `directory`.
         ExportError: what was written does not compute what was trained.
     """
+    run = source.config.run.dir
+    require_replaceable(directory, source.config, Path(run) if run else None)
     form = choose_form(source, say)
     try:
         return _export(source, form, directory, say)
@@ -74,15 +79,40 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
         return _export(source, Form.merged, directory, say)
 
 
+def require_replaceable(directory: Path, config: Config, run: Path | None) -> None:
+    """Refuse to write an export where anything but an earlier export stands.
+
+    Raises:
+        InputError: the folder is the base model, the run, or holds other files.
+    """
+    target, value = directory.resolve(), f"export.dir={directory}"
+    remedy = "Give a folder of its own"
+    for path, name in ((config.model.path, "the base model"), (run, "the run")):
+        if path and Path(path).exists() and (target == Path(path).resolve() or target in Path(path).resolve().parents):
+            raise InputError(value, f"{name} is there, and an export replaces what it finds", remedy)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise InputError(value, "it is a file", remedy)
+    names = {p.name for p in directory.iterdir()}
+    card = directory / "README.md"
+    ours = card.is_file() and "Written by Tritune" in card.read_text(encoding="utf-8", errors="replace")
+    unknown = sorted(n for n in names if not fnmatch_any(n, EXPORT_FILES))
+    if names and (unknown or not ours):
+        rule = f"it holds {', '.join(unknown[:3]) or 'a model'}, which no export of ours left there"
+        raise InputError(value, rule, remedy)
+
+
+def fnmatch_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:
     """`export.form`, settled where it is `auto`."""
     wanted = source.config.export.form
     if not isinstance(source.config.method, LoraConfig):
         return Form.full
     if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
-        if wanted is Form.adapter:
-            remedy = "Use export.form=merged"
-            raise InputError("export.form=adapter", "its base has random weights and is nowhere to be loaded", remedy)
         if wanted is Form.auto:
             say("export    merged, since the base has random weights and an adapter would have nothing to go on")
         return Form.merged

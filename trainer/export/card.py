@@ -48,7 +48,7 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     task = {"type": metadata["pipeline_tag"]}
     results = []
     for split, pair in (source.facts.get("eval") or {}).items():
-        values = [{"type": k, "value": v} for k, v in (pair["tuned"] or {}).items()]
+        values = [{"type": k, "value": v} for k, v in (pair["tuned"] or {}).items() if v is not None]
         results.append({"task": task, "dataset": {"name": split, "type": "local"}, "metrics": values})
     if results:
         metadata["model-index"] = [{"name": name, "results": results}]
@@ -90,8 +90,8 @@ def _scores(results: dict[str, Any]) -> str:
     rows = []
     for split, pair in results.items():
         for figure, value in (pair["tuned"] or {}).items():
-            before = (pair["base"] or {}).get(figure)
-            rows.append(f"| {split} | {figure} | {'-' if before is None else f'{before:.4f}'} | {value:.4f} |")
+            shown = ["-" if v is None else f"{v:.4f}" for v in ((pair["base"] or {}).get(figure), value)]
+            rows.append(f"| {split} | {figure} | {shown[0]} | {shown[1]} |")
     head = "| split | figure | base | this model |\n| --- | --- | ---: | ---: |\n"
     return head + "\n".join(rows) if rows else "None were computed."
 

@@ -19,6 +19,7 @@ from transformers import (
 from tritune.trainer.config import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
+from tritune.trainer.model import cast_parameters
 
 if TYPE_CHECKING:
     from tritune.trainer.export import Source
@@ -87,7 +88,8 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
         largest = float(trained.abs().max())
         allowed = FLOAT32 * max(largest, 1.0)
         if not exact:
-            rounded = model.to(torch.bfloat16)(input_ids=ids.to(model.device)).logits.float().cpu()
+            cast_parameters(model, torch.bfloat16)
+            rounded = model(input_ids=ids.to(model.device)).logits.float().cpu()
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.config import Config, LoraConfig
 from tritune.trainer.export.merge import merged_state
-from tritune.trainer.methods.adapter_io import save_adapter, whole
-from tritune.trainer.open import LABELS
+from tritune.trainer.methods.adapter_io import LABELS, save_adapter, whole
 
 if TYPE_CHECKING:
     from tritune.trainer.export import Source

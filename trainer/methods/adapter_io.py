@@ -16,10 +16,12 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.methods.lora import add_lora, lora_layers, saved_modules
 
 PREFIX = "base_model.model."
+LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT's LoRA can do beyond ours. An adapter that uses it would compute something else here.
 _FOREIGN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
-            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
+            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
+            "use_qalora", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config", "velora_config")  # fmt: skip
 
 
 def save_adapter(
@@ -79,6 +81,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     settings = json.loads((directory / ADAPTER_CONFIG).read_text())
     foreign = [name for name in _FOREIGN if settings.get(name)]
+    if settings.get("init_lora_weights") not in (True, False, None, "gaussian"):  # pissa and its like change the base
+        foreign.append(f"init_lora_weights={settings['init_lora_weights']}")
     if settings.get("peft_type") != "LORA" or foreign:
         rule = f"it is a {settings.get('peft_type')} adapter" + (f" with {', '.join(foreign)}" if foreign else "")
         raise InputError(f"model.path={directory}", rule, "Plain LoRA adapters are read here; merge it with PEFT first")
@@ -92,11 +96,13 @@ def add_saved_adapter(directory: Path, settings: dict[str, Any], model: PreTrain
         InputError: a tensor of the file has no place in the model, or a place none in the file.
     """
     targets = settings["target_modules"]
+    # PEFT lists every name that a classifier's head can have.
+    absent = {"classifier", "score"} - set(dict(model.named_modules())) if heads else set()
     config = LoraConfig(
         rank=settings["r"], alpha=settings["lora_alpha"], bias=Bias(settings.get("bias", "none")),
         targets=[targets] if isinstance(targets, str) else targets,
         exclude=settings.get("exclude_modules") or [],
-        modules_to_save=[m for m in settings.get("modules_to_save") or [] if m not in heads],
+        modules_to_save=[m for m in settings.get("modules_to_save") or [] if m not in heads and m not in absent],
     )  # fmt: skip
     add_lora(config, model, heads, seed=0)
     places = dict(model.named_parameters(remove_duplicate=False))
@@ -111,9 +117,9 @@ def add_saved_adapter(directory: Path, settings: dict[str, Any], model: PreTrain
         with torch.no_grad():
             place.copy_(tensor)
     filled = {id(places[name]) for name in names.values()}  # a tied matrix has two names
-    absent = sorted(n for n, p in places.items() if p.requires_grad and id(p) not in filled)
-    if absent:
-        rule = f"{len(absent)} of its parameters are missing from the file: {', '.join(absent[:3])}"
+    left = sorted(n for n, p in places.items() if p.requires_grad and id(p) not in filled)
+    if left:
+        rule = f"{len(left)} of its parameters are missing from the file: {', '.join(left[:3])}"
         raise InputError(f"model.path={directory}", rule, "Give a whole adapter")
 
 

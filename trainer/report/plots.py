@@ -23,7 +23,7 @@ STYLE: Any = {
 def curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return (what it shows, `data:` address of an SVG) for each figure that the logs hold."""
     pictures = []
-    if steps:
+    if any(s.get("loss") is not None for s in steps):
         pictures.append(("Loss by step, training and held out", _loss(steps, evaluations)))
     for figure, title in (("accuracy", "Validation accuracy"), ("bits_per_byte", "Validation bits per byte")):
         points = [(e["step"], e[figure]) for e in evaluations if e.get(figure) is not None]
@@ -76,7 +76,7 @@ def _axes(title: str, wide: bool) -> tuple[Figure, Any]:
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    stride = -(-len(points) // MAX_POINTS)
+    stride = max(-(-len(points) // MAX_POINTS), 1)
     kept = [*points[::stride], *([points[-1]] if (len(points) - 1) % stride else [])]
     return [x for x, _ in kept], [y for _, y in kept]
 
