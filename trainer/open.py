@@ -85,7 +85,8 @@ def _open_plain(config: Config) -> Opened:
         kinds = settings.architectures or []
         classifier = any("SequenceClassification" in kind for kind in kinds)
         if classifier != (config.objective.name == "classify") and kinds:
-            rule = f"it is a {', '.join(kinds)}, and objective={config.objective.name} would give it a random head"
+            is_one = "a classifier" if classifier else "no classifier"
+            rule = f"it is {is_one} ({', '.join(kinds)}); objective={config.objective.name} would give it a random head"
             raise InputError(f"model.path={config.model.path}", rule, "Give the objective that it was trained for")
     if config.objective.name == "classify" and config.model.path:
         named: dict[Any, str] = settings.id2label or {}

@@ -30,14 +30,23 @@ if TYPE_CHECKING:
     from tritune.trainer.config import Config
 
 
+# The groups of a run's configuration that name what a verb reads.
+READS = {
+    "evaluate": ("model", "data", "objective"),
+    "generate": ("model", "objective", "generate"),
+    "export": ("model",),
+    "report": (),
+}
+
+
 def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> int:
     """Run one of the verbs below and return the exit status."""
     config_dir, overrides = split_argv(argv)
     try:
         run = _run_directory(overrides)
         kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
-        if verb is not report:  # which reads figures, and no file that a key names
-            _require_no_blanks(kept, {o.partition("=")[0] for o in overrides})
+        read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
+        _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
         config = load_config(overrides, config_dir, kept=kept, training=False)
         verb(config, run, **arguments)
     except INPUT_ERRORS as error:

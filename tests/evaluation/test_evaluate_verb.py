@@ -210,7 +210,7 @@ def test_refusals(tritune, evaluate, kinds, base, tmp_path):
         ((test,), "model.path"),
         (
             (f"model.path={base}", kinds["classify full"][0].replace("train", "test"), "objective=classify"),
-            "data.labels",
+            "random head",
         ),
         ((f"model.path={base}", test, "data.max_length=1000"), "context of 192"),
     ):
