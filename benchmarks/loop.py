@@ -43,7 +43,7 @@ class First(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         print("first step", time.time(), flush=True)
 model, data, out = sys.argv[1:4]
-args = SFTConfig(output_dir=out, max_steps=1, per_device_train_batch_size=16, max_length=128, report_to=[], use_cpu=True,
+args = SFTConfig(output_dir=out, max_steps=1, per_device_train_batch_size=16, max_length=256, report_to=[], use_cpu=True,
                  save_strategy="no", bf16=False)
 tokenizer = AutoTokenizer.from_pretrained(model)
 SFTTrainer(model=AutoModelForCausalLM.from_pretrained(model), args=args, processing_class=tokenizer, callbacks=[First()],
@@ -252,11 +252,12 @@ def first_step(trl_python: str | None, repeats: int = 3) -> dict[str, Any]:
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps(r) + "\n" for r in rows))
         make = [sys.executable, "-m", "tritune.trainer", *model_overrides("656k"), f"data.train={data}",
+                "model.config.max_position_embeddings=256", "data.max_length=256",
                 "train.max_steps=1", "backend.device=cpu", f"run.dir={folder / 'made'}", f"export.dir={model}",
                 "report.enabled=false"]  # fmt: skip
         subprocess.run(make, check=True, capture_output=True)
         ours = [sys.executable, "-m", "tritune.trainer", f"model.path={model}", f"data.train={data}",
-                "data.max_length=128", "train.batch_size=16", "train.max_steps=1", "backend.device=cpu",
+                "data.max_length=256", "train.batch_size=16", "train.max_steps=1", "backend.device=cpu",
                 "export.enabled=false", "report.enabled=false"]  # fmt: skip
         result: dict[str, Any] = {}
         times = []

@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 The base read everyday texts ({FOLDER}/data/corpus_train.jsonl): it knows their language and no task. LoRA taught it to sort
 support messages and to answer them ({FOLDER}/data/train.jsonl). In the table, `test` are messages worded as it was never
 shown ({FOLDER}/data/test.jsonl); `retention` are texts like the base's, on which it got worse: it forgets.
-Look at {FOLDER}/tuned/metrics.jsonl and evaluations.jsonl (by step), summary.json, and export/ (the adapter, for PEFT).""")
+
+Open {FOLDER}/tuned/report.html in a browser. Ask it yourself:
+tritune generate run.dir={FOLDER}/tuned --prompt "Where is the kettle I ordered?" """)
     return 0
 
 

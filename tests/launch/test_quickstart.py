@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,3 +162,28 @@ def test_writes_what_the_commands_read(tmp_path, monkeypatch):
     learned = set(quickstart.texts(tmp_path / "data"))
     assert not learned & {row["prompt"] for row in rows("test", 0)}
     assert not learned & set(paragraphs(20, quickstart.CORPUS["test"][1]))
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_fine_tuning_is_for(tmp_path):
+    """All of `make demo`, and the question that the README asks afterwards."""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "tritune.launch.quickstart"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, env=environment)
+    assert out.returncode == 0, out.stderr
+    tuned = tmp_path / "runs" / "quickstart" / "tuned"
+    found = json.loads((tuned / "summary.json").read_text())["eval"]
+    assert found["test"]["tuned"]["accuracy"] >= 0.9
+    assert found["test"]["base"]["accuracy"] < 0.3, "chance is 0.125; four bases of different seeds had 0.12 to 0.24"
+    assert found["retention"]["tuned"]["loss"] > found["retention"]["base"]["loss"], "the demo says that it forgets"
+    samples = json.loads((tuned / "samples.json").read_text())
+    assert len(samples) == 8
+    assert all(sample["base"] and sample["tuned"] for sample in samples)
+    page = (tuned / "report.html").read_text()
+    assert samples[0]["tuned"].splitlines()[0] in page
+    assert "<script" not in page
+    asked = [sys.executable, "-m", "tritune.launch.cli", "generate", "run.dir=runs/quickstart/tuned",
+             "--prompt", "Where is the kettle I ordered?"]  # fmt: skip
+    out = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["answers"][0]["text"].split("\n")[0] == "delivery"

@@ -96,7 +96,7 @@ def _value(figure: str, value: float | None) -> str:
         return "-"
     if figure in SHARES:
         return f"{value:.1%}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:.2e}"
+    return f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.2e}"
 
 
 def _data(data: dict[str, Any]) -> list[dict[str, Any]]:

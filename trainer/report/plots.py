@@ -53,6 +53,10 @@ def _loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
         held_out = [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]
         if held_out:
             axes.plot(*_columns(held_out), color=HELD_OUT, linewidth=1.6, marker="o", markersize=4, label="validation")
+        shown = [y for _, y in (*points, *held_out)]
+        if min(shown) > 0 and max(shown) > 20 * min(shown):  # or all but the start would lie on the axis
+            axes.set_yscale("log")
+            axes.set_title("Loss (logarithmic)")
         axes.legend(loc="upper right")
         return _address(figure)
 
