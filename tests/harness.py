@@ -108,6 +108,23 @@ def write_prompts(path: Path, count: int, seed: int) -> None:
             file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
 
 
+def save_small_llama(where: Path, positions: int) -> Path:
+    """A tied two-layer Llama with random weights, far from zero, saved with the byte tokenizer; returns `where`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from tritune.trainer.tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions,
+                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
+                "tie_word_embeddings": True}  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
 def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) -> None:
     """Return as soon as the run has logged `step`, or has ended."""
     deadline = time.monotonic() + timeout

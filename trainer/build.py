@@ -11,7 +11,7 @@ from tritune.kernels.dispatch import choose
 from tritune.trainer.backends import Backend, make_backend
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.compose import to_dict
-from tritune.trainer.config import Config, Dtype, Form, Resume
+from tritune.trainer.config import Config, Form, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, read_splits, require_length
@@ -33,6 +33,8 @@ from tritune.trainer.model import (
     load_model,
     model_stop_ids,
     set_generation,
+    storage_dtype,
+    widen_masters,
 )
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify, label_token_ids
@@ -90,9 +92,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
             require_mergeable(model)  # now, and not when training is over
         if not config.model.config and len(tokenizer) > vocab_size:
             require_trained_embeddings(model, len(tokenizer) - vocab_size)
-        for parameter in model.parameters():
-            if parameter.requires_grad and dtype is torch.bfloat16:
-                parameter.data = parameter.data.float()  # masters are never below float32
+        widen_masters(model)
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
     say(
@@ -124,13 +124,6 @@ def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokeniz
     """The rows to score for `evaluation.choices`, by split."""
     wanted = {*config.evaluation.splits, "validation"} - {"retention"} if config.evaluation.choices else set()
     return {n: lay_out(e, config.evaluation.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
-
-
-def storage_dtype(config: Config) -> torch.dtype:
-    """What parameters are held in: float32 masters where everything trains; a base that stays frozen, as it computes."""
-    if config.model.dtype is Dtype.float64:
-        return torch.float64
-    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.name != "full" else torch.float32
 
 
 def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:

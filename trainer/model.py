@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
-from tritune.trainer.config import ModelConfig
+from tritune.trainer.config import Config, Dtype, ModelConfig
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.tokenizer import stop_token_ids
 
@@ -147,6 +147,20 @@ def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     generation: GenerationConfig = model.generation_config  # type: ignore[assignment]
     generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
     generation.pad_token_id = tokenizer.pad_token_id
+
+
+def storage_dtype(config: Config) -> torch.dtype:
+    """What parameters are held in: float32 masters where everything trains; a base that stays frozen, as it computes."""
+    if config.model.dtype is Dtype.float64:
+        return torch.float64
+    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.name != "full" else torch.float32
+
+
+def widen_masters(model: nn.Module) -> None:
+    """Hold what trains in float32 where it came in less: masters are never below it."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype is torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

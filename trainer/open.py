@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.build import storage_dtype
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, DataConfig
-from tritune.trainer.data.prompts import plain_template
+from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods import apply_method
@@ -25,6 +24,8 @@ from tritune.trainer.model import (
     load_model,
     model_stop_ids,
     set_generation,
+    storage_dtype,
+    widen_masters,
 )
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 
@@ -156,11 +157,8 @@ def _assemble(config: Config, labels: list[str], what: str, trained: bool = Fals
     model = load_model(config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
     if trained:
         apply_method(config.method, model, heads, config.seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad and dtype is torch.bfloat16:
-                parameter.data = parameter.data.float()
-        if config.objective.name == "sft" and not tokenizer.chat_template:
-            tokenizer.chat_template = plain_template(tokenizer)
+        widen_masters(model)
+        name_rendering(tokenizer, config.objective)
     if not heads:
         set_generation(model, tokenizer)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data

@@ -75,7 +75,7 @@ class RunDir:
         return changes
 
     def write_config(self, config: Config) -> None:
-        _replace(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
+        replace_file(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
 
     def write_environment(self, device: str, world_size: int) -> None:
         found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
@@ -146,7 +146,9 @@ class RunDir:
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             path = self.path / name
             if path.is_file():
-                _replace(path, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step))
+                replace_file(
+                    path, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
+                )
 
     def close(self) -> None:
         for log in self._logs.values():
@@ -157,14 +159,14 @@ class RunDir:
 
 def write_whole_json(path: Path, content: Any) -> None:
     """Write JSON without secrets and without NaN (null instead), whole or not at all."""
-    _replace(path, json.dumps(_finite(redact_tree(content)), indent=1, allow_nan=False) + "\n")
+    replace_file(path, json.dumps(_finite(redact_tree(content)), indent=1, allow_nan=False) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

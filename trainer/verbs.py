@@ -136,6 +136,7 @@ def export(config: Config, run: Path | None) -> None:
     from tritune.trainer.export import export as write
     from tritune.trainer.open import open_model
     from tritune.trainer.rundir import export_path
+    from tritune.trainer.scorer import TokenScorer
 
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
@@ -147,8 +148,8 @@ def export(config: Config, run: Path | None) -> None:
     facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     if facts and facts.get("tested_step") != opened.step:
         facts = {"step": opened.step}  # its scores are another step's
-    source = Source(opened.config, opened.model, lambda ids: computes(input_ids=ids.to(computes.device)).logits,
-                    opened.tokenizer, opened.heads, opened.labels, facts)  # fmt: skip
+    source = Source(opened.config, opened.model, TokenScorer(computes, None, config.seed, 1).logits, opened.tokenizer,
+                    opened.heads, opened.labels, facts)  # fmt: skip
     write(source, export_path(config, run), _say)
 
 

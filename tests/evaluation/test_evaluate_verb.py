@@ -8,23 +8,15 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritune.launch.cli import main as cli
-from tritune.trainer.tokenizer import byte_tokenizer
 
 QUICK = ["backend.device=cpu", "report.enabled=false", "evaluation.samples=0", "optim.lr=1e-2", "optim.warmup_ratio=0"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    where, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
-    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 192, "pad_token_id": 0,
-                "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1, "tie_word_embeddings": True}  # fmt: skip
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    return harness.save_small_llama(tmp_path_factory.mktemp("base"), 192)
 
 
 @pytest.fixture

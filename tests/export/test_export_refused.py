@@ -6,17 +6,17 @@ import hashlib
 import json
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from tritune.launch.cli import main as cli
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import write
 from tritune.trainer.export.merge import merged_state
 from tritune.trainer.methods import apply_method
-from tritune.trainer.tokenizer import byte_tokenizer
 
 LORA = ["method=lora", "method.rank=4"]
 
@@ -24,14 +24,7 @@ LORA = ["method=lora", "method.rank=4"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A small tied Llama with random weights, saved with its tokenizer."""
-    where, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
-    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
-                "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1, "tie_word_embeddings": True}  # fmt: skip
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    return harness.save_small_llama(tmp_path_factory.mktemp("base"), 256)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, DataConfig, ObjectiveConfig, TextUnit
 from tritune.trainer.data.kinds import columns_of, messages_of
 from tritune.trainer.data.records import Row, read_rows
+from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -28,17 +29,19 @@ def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos(tokenizer) else "''")
 
 
+def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> None:
+    """Give a tokenizer without a chat template the one by which prompts and responses were trained."""
+    if objective.name == "sft" and not tokenizer.chat_template:
+        tokenizer.chat_template = plain_template(tokenizer)
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], place: str) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to speak.
 
     Raises:
         InputError: the template fails on it.
     """
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(place, f"the chat template fails on this prompt: {said}", "Mend it, or give another") from None
+    text = render(tokenizer, messages, place, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

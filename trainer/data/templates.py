@@ -72,12 +72,21 @@ class ChatTemplate:
         return end[: max(tokens)] if tokens else end[: end.rfind("\n") + 1]
 
     def _apply(self, messages: list[dict[str, str]], place: str, **options):
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            rule = f"the chat template fails on this row: {said}"
-            raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
+        return render(self.tokenizer, messages, place, **options)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], place: str, **options):
+    """`apply_chat_template`, whose failures name the row.
+
+    Raises:
+        InputError: the template fails on it.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        rule = f"the chat template fails on this row: {said}"
+        raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
 
 
 def _common_prefix(a: str, b: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config, Form, LoraConfig
-from tritune.trainer.data.prompts import plain_template
+from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement, compare, probe_ids
@@ -97,14 +97,10 @@ def require_replaceable(directory: Path, config: Config, run: Path | None) -> No
     names = {p.name for p in directory.iterdir()}
     card = directory / "README.md"
     ours = card.is_file() and "Written by Tritune" in card.read_text(encoding="utf-8", errors="replace")
-    unknown = sorted(n for n in names if not fnmatch_any(n, EXPORT_FILES))
+    unknown = sorted(n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in EXPORT_FILES))
     if names and (unknown or not ours):
         rule = f"it holds {', '.join(unknown[:3]) or 'a model'}, which no export of ours left there"
         raise InputError(value, rule, remedy)
-
-
-def fnmatch_any(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:
@@ -124,8 +120,7 @@ def _export(source: Source, form: Form, directory: Path, say: Callable[[str], No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if source.config.objective.name == "sft" and not source.tokenizer.chat_template:
-            source.tokenizer.chat_template = plain_template(source.tokenizer)
+        name_rendering(source.tokenizer, source.config.objective)
         source.tokenizer.save_pretrained(partial)
         size = (write_adapter if form is Form.adapter else write_whole)(partial, source, say)
         agreement = compare(partial, source, form, probe_ids(source.model, source.tokenizer))

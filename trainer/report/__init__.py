@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tritune.trainer.report.page import render
 from tritune.trainer.report.record import read_record
+from tritune.trainer.rundir import replace_file
 
 NAME = "report.html"
 
@@ -18,7 +19,5 @@ def write_report(directory: Path) -> Path:
     """
     text = render(read_record(directory))
     path = directory / NAME
-    temporary = directory / f".{NAME}.new"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, text)
     return path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritune.trainer.config import TrackingConfig
 from tritune.trainer.errors import reason
 from tritune.trainer.redact import redact
+from tritune.trainer.rundir import replace_file
 
 if TYPE_CHECKING:
     from tritune.trainer.tracking import Say
@@ -154,10 +155,5 @@ def _run_id(directory: Path) -> str:
     content = json.loads(path.read_text()) if path.is_file() else {}
     if "wandb_id" not in content:
         content["wandb_id"] = uuid.uuid4().hex[:12]
-        temporary = path.with_name(f".{path.name}.new")
-        with temporary.open("w") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, json.dumps(content) + "\n")
     return content["wandb_id"]
