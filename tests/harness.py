@@ -7,51 +7,14 @@ environment variables.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import signal
-import socket
-import sys
 import time
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = [
-    "tritune.trainer.__main__",
-    "tritune.trainer.build",
-    "tritune.trainer.finish",
-    "transformers.models.llama.modeling_llama",
-]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(PRELOAD)
+from tritune.launch import processes
+from tritune.launch.processes import Job, preload
 
-
-@dataclass
-class Job:
-    """The processes of one run; rank r writes to `logs[r]`."""
-
-    processes: list[BaseProcess]
-    logs: list[Path]
-
-    def wait(self, timeout: float = 240.0) -> list[int]:
-        """Return the exit status of every rank; a rank killed by signal n has status -n."""
-        deadline = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(deadline - time.monotonic(), 0.1))
-        if any(p.is_alive() for p in self.processes):
-            self.signal(signal.SIGKILL)
-            raise TimeoutError(f"not done after {timeout} s:\n{self.output()}")
-        return [p.exitcode for p in self.processes]  # type: ignore[misc]
-
-    def signal(self, number: int, ranks: list[int] | None = None) -> None:
-        for rank in range(len(self.processes)) if ranks is None else ranks:
-            if self.processes[rank].is_alive():
-                os.kill(self.processes[rank].pid, number)  # type: ignore[arg-type]
-
-    def output(self) -> str:
-        return "\n".join(f"[rank {r}]\n{log.read_text()}" for r, log in enumerate(self.logs))
+preload(on_cpu=True)
 
 
 def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:
@@ -61,19 +24,7 @@ def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, 
 
 def start_many(cells: list[list[str]], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:
     """Start processes once and train each of `cells` in them, one after the other; the first that fails ends them."""
-    logs.mkdir(parents=True, exist_ok=True)
-    ports = [_free_port() for _ in cells]
-    processes, paths = [], []
-    for rank in range(world_size):
-        variables = dict(env or {})
-        if world_size > 1:
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            variables |= {"MASTER_ADDR": "127.0.0.1"}
-        paths.append(logs / f"{time.monotonic_ns()}-rank{rank}.txt")
-        process = CONTEXT.Process(target=_rank, args=(cells, ports, variables, str(paths[-1])))
-        process.start()
-        processes.append(process)
-    return Job(processes, paths)
+    return processes.start(cells, logs, world_size, env)
 
 
 def run(overrides: list[str], logs: Path, world_size: int = 1, timeout: float = 240.0) -> Job:
@@ -130,35 +81,7 @@ def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) 
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         logged = rows(directory)
-        if (logged and logged[-1]["step"] >= step) or not any(p.is_alive() for p in job.processes):
+        if (logged and logged[-1]["step"] >= step) or not job.alive():
             return
         time.sleep(0.002)
     raise TimeoutError(f"step {step} was not reached in {timeout} s:\n{job.output()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _rank(cells: list[list[str]], ports: list[int], variables: dict[str, str], log: str) -> None:
-    os.environ.update(variables)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdin = open(os.devnull)  # noqa: SIM115
-    import torch
-
-    torch.set_num_threads(1)  # small models: more threads only wait for each other
-    from tritune.trainer.__main__ import main
-
-    code = 0
-    for overrides, port in zip(cells, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        code = main(overrides)
-        if code != 0:
-            break
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -20,6 +20,7 @@ class Batch:
         targets: int64 [M], the tokens they predict.
         labels: int64 [B], classes; -1 where there is none.
         num_tokens, num_bytes: real tokens; bytes spelled by the predicted ones (0 where not counted).
+        digest: checksum of the rows, summed, so that it is the same however a window is split over ranks.
         step, index: optimizer step and number of the micro-batch in its window over all ranks.
     """
 
@@ -31,6 +32,7 @@ class Batch:
     labels: Tensor
     num_tokens: int
     num_bytes: int
+    digest: int
     step: int
     index: int
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.kernels.dispatch import choose
-from tritune.trainer.backends import Backend, make_backend
+from tritune.trainer.activations import checkpoint_activations
+from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.compose import to_dict
-from tritune.trainer.config import Config, Form, Resume
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import Form, Resume
 from tritune.trainer.data.loader import TrainLoader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, read_splits, require_length
@@ -20,6 +23,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
+from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
 from tritune.trainer.metrics.meter import Meter
@@ -43,10 +47,12 @@ from tritune.trainer.optim import make_optimizer
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir, export_path
 from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
+from tritune.trainer.skeleton import load_skeleton
 from tritune.trainer.state import Due, TrainState
 from tritune.trainer.stop import Stop
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 from tritune.trainer.tracking import open_sinks, require_trackers
+from tritune.trainer.weights import Weights
 
 
 def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop) -> Run:
@@ -81,18 +87,19 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     with world.together("loading the model"):
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
-        dtype, vocab_size = storage_dtype(config), architecture.get_text_config().vocab_size
-        model = load_model(config.model, architecture, tokenizer, splits.labels if heads else None, config.seed, dtype)
+        labels, dtype = splits.labels if heads else None, storage_dtype(config)
+        added = len(tokenizer) - architecture.get_text_config().vocab_size
+        model, weights = _load(config, architecture, tokenizer, labels, dtype, say)
         if not heads:
             set_generation(model, tokenizer)
-        if not heads and architecture.model_type not in TESTED_FAMILIES:
-            require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
         keys = apply_method(config.method, model, heads, config.seed)
         if config.export.enabled and config.export.form is Form.merged:
             require_mergeable(model)  # now, and not when training is over
-        if not config.model.config and len(tokenizer) > vocab_size:
-            require_trained_embeddings(model, len(tokenizer) - vocab_size)
+        if not config.model.config and added > 0:
+            require_trained_embeddings(model, added)
         widen_masters(model)
+        if weights is not None:
+            weights.take(model)
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
     say(
@@ -101,15 +108,20 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     backend = make_backend(config.backend, world, config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
-    wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim))
+    checkpoint_activations(scorer, config.train, keys)
+    if config.train.compile:
+        compile_layers(scorer)
+    wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim), weights)
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
     loader = _make_loader(config, splits, state, tokenizer, backend)
     run = Run(
         config=config, world=world, backend=backend, objective=make_objective(config, splits.labels, tokenizer),
         model=wrapped, scorer=scorer, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples,
-        choices=choices, labels=splits.labels, stops=stop_token_ids(tokenizer, stops), loader=loader,
-        store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say),
+        choices=choices, labels=splits.labels, stops=stop_token_ids(tokenizer, stops),
+        parameters=(trainable, total), loader=loader,
+        store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
+                              config.checkpoint.asynchronous),
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
         sinks=[],
     )  # fmt: skip
@@ -118,6 +130,23 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     if world.rank == 0:
         run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
     return run
+
+
+def _load(
+    config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None,
+    dtype: torch.dtype, say: Callable[[str], None],
+) -> tuple[PreTrainedModel, Weights | None]:  # fmt: skip
+    """The model whole, or, where the backend shards it and its files allow it, a skeleton and where its values are."""
+    args = (config.model, architecture, tokenizer, labels, config.seed, dtype)
+    if shards_parameters(config.backend):
+        found = load_skeleton(*args)
+        if not isinstance(found, str):
+            return found
+        say(f"model     each rank loads it whole before it is sharded: {found}")
+    model = load_model(*args)
+    if labels is None and architecture.model_type not in TESTED_FAMILIES:
+        require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
+    return model, None
 
 
 def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Choices]:
@@ -164,8 +193,7 @@ def dry_run(run: Run) -> None:
             remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
             raise InputError(f"train.micro_batch_size={run.loader.micro_batch_size}", rule, remedy) from None
     _forward_and_backward(run, last=True)
-    for parameter in run.model.parameters():
-        parameter.grad = None
+    run.backend.forget()
 
 
 def _forward_and_backward(run: Run, last: bool) -> None:
@@ -178,6 +206,7 @@ def _resume_or_start(run: Run) -> None:
     found = run.store.newest()
     if found is not None:
         saved = run.store.load(found, run.backend.tensors())
+        run.backend.refresh()
         with run.world.together("checking what was saved"):
             if saved["data"] != run.splits["train"].digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
@@ -206,6 +235,7 @@ def _make_loader(
         train, state, seed=config.seed, batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size, total_steps=min(e for e in ends if e),
         pad_id=tokenizer.pad_token_id, dp_rank=backend.dp_rank, dp_size=backend.dp_size, device=backend.device,
+        order=config.verify.order,
     )  # fmt: skip
 
 

@@ -7,87 +7,22 @@ holds the rules that values must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-
-
-class Dtype(StrEnum):
-    """What forward and backward compute in. Master weights and moments are never below float32."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-
-
-class Attention(StrEnum):
-    sdpa = "sdpa"
-    eager = "eager"
-
-
-class Kind(StrEnum):
-    """What a row of the data is; `auto` reads it off the columns."""
-
-    auto = "auto"
-    messages = "messages"
-    prompt_response = "prompt_response"
-    text = "text"
-    text_label = "text_label"
-
-
-class TextUnit(StrEnum):
-    """What one document of a plain-text file is."""
-
-    file = "file"
-    paragraph = "paragraph"
-    line = "line"
-
-
-class Unsupervised(StrEnum):
-    """What happens to a row in which no token would be trained."""
-
-    refuse = "refuse"
-    drop = "drop"
-
-
-class Schedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Bias(StrEnum):
-    """Which biases LoRA trains: none, every one of the model, or those of the layers it adapts (PEFT's meanings)."""
-
-    none = "none"
-    all = "all"
-    lora_only = "lora_only"
-
-
-class Resume(StrEnum):
-    """`auto` continues the run in `run.dir` if there is one, `require` refuses to start a new one, `never` the reverse."""
-
-    auto = "auto"
-    require = "require"
-    never = "never"
-
-
-class Form(StrEnum):
-    """What is written at the end: the adapter alone (PEFT's layout), the model with it merged in, or the model that
-    trained whole. `auto` is `adapter` where one was trained, else `full`."""
-
-    auto = "auto"
-    adapter = "adapter"
-    merged = "merged"
-    full = "full"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+from tritune.trainer.config_backends import BackendConfig, FsdpConfig, HsdpConfig, ZeroConfig
+from tritune.trainer.config_choices import (
+    Activations,
+    Attention,
+    Bias,
+    Dtype,
+    Form,
+    Kind,
+    Resume,
+    Schedule,
+    TextUnit,
+    Unsupervised,
+)
 
 
 @dataclass
@@ -177,6 +112,9 @@ class TrainConfig:
     max_nonfinite: int = 3  # steps in a row with a NaN or infinite gradient before the run fails
     log_every: int = 1
     deterministic: bool = False  # refuse nondeterministic GPU kernels
+    activation_checkpointing: Activations = Activations.none
+    activation_offload: bool = False  # with full: layer inputs wait for backward in host memory
+    compile: bool = False  # torch.compile on each decoder layer
     patience: int | None = None  # evaluations without improvement before stopping early
     use_best: bool = False  # test and export the best checkpoint instead of the last
 
@@ -198,6 +136,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int | None = None  # steps; default: with each evaluation
     keep_last: int = 2
+    asynchronous: bool = False  # copy the state to host memory, and write it while training goes on
     step: int | None = None  # evaluate, generate, export: of this step; default: the newest, or the best with use_best
 
 
@@ -244,13 +183,6 @@ class TrackingConfig:
 
 
 @dataclass
-class BackendConfig:
-    name: str = "auto"
-    device: Device = Device.auto
-    timeout_seconds: int = 1800  # a collective that waits longer fails the run
-
-
-@dataclass
 class KernelsConfig:
     name: str = "auto"
     loss_chunk_tokens: int = 4096  # logits are made for this many tokens at a time, never stored whole
@@ -265,6 +197,22 @@ class RunConfig:
 @dataclass
 class LaunchConfig:
     num_procs: int | None = None  # processes on this machine; default: one per GPU, else one
+
+
+@dataclass
+class VerifyConfig:
+    """`tritune verify parity | resume`: what is compared with what."""
+
+    steps: int = 20
+    backends: list[str] = field(
+        default_factory=lambda: ["ddp", "fsdp", "fsdp+offload", "hsdp", "zero1", "zero2", "zero3", "zero3+offload"]
+    )
+    parameters_every: int = 1  # parity: steps between comparisons of parameters; each costs a checkpoint
+    order: int = 0  # of a step's micro-batches: 0 longest first, another number a random one; only rounding changes
+    orders: int = 10  # parity in bfloat16: random orders of the reference's micro-batches, whose spread is the measure
+    kill_at: int | None = None  # resume: step after which every rank is killed; default: half of verify.steps
+    to_backend: str | None = None  # resume: the backend that goes on; default: the same
+    to_procs: int | None = None  # resume: on so many processes; default: as many
 
 
 @dataclass
@@ -283,6 +231,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -312,7 +261,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "classify_token": ClassifyTokenConfig,
     },
     "optim": {"adamw": OptimConfig},
-    "backend": {"auto": BackendConfig},
+    "backend": {
+        "auto": BackendConfig,
+        "fsdp": FsdpConfig,
+        "hsdp": HsdpConfig,
+        "zero1": ZeroConfig,
+        "zero2": ZeroConfig,
+        "zero3": ZeroConfig,
+    },
     "kernels": {"auto": KernelsConfig},
 }
 GROUPS = (*SCHEMAS, "experiment")
@@ -324,7 +280,7 @@ COLUMNS = ("messages", "prompt", "input", "response", "text", "label")
 NAMES: dict[str, tuple[str, ...]] = {
     "method": ("full", "lora"),
     "objective": ("pretrain", "sft", "classify", "classify_token"),
-    "backend": ("auto", "single", "ddp"),
+    "backend": ("auto", "single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
     "kernels": ("auto", "reference"),
     "optim": ("adamw",),
 }

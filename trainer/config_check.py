@@ -16,10 +16,10 @@ from tritune.trainer.config import (
     SPLITS,
     ClassifyTokenConfig,
     Config,
-    Form,
     LoraConfig,
     TrainConfig,
 )
+from tritune.trainer.config_choices import Form
 
 
 def check(config: Config, world_size: int | None = None, training: bool = True) -> list[str]:

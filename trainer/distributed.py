@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tritune.trainer.config import BackendConfig, Device
+from tritune.trainer.config_backends import BackendConfig, Device
 from tritune.trainer.errors import InputError, PeerError
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. `size` 1 has no process group, and every collective is the identity."""
+    """The processes of a run. `size` 1 needs no process group: every collective here is then the identity.
+
+    Attributes:
+        local_size: how many of them share this machine.
+        group: None for all, through the default group.
+    """
 
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    group: Any = None
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over the ranks; the same tensor on each."""
         if self.size > 1:
             x = x.clone()
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def any(self, flag: int) -> int:
@@ -36,7 +44,7 @@ class World:
         if self.size == 1:
             return flag
         value = torch.tensor([flag], dtype=torch.int64)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return int(value)
 
     def gather(self, value: Any) -> list[Any]:
@@ -44,8 +52,14 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def apart(self) -> World:
+        """The same ranks over a group of their own, so that another thread's collectives never meet this one's."""
+        if self.size == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -106,7 +120,14 @@ def start(config: BackendConfig, deterministic: bool) -> World:
             "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
             timeout=timedelta(seconds=config.timeout_seconds),
         )
-    return World(rank, size, device)
+    return World(rank, size, device, local_size)
+
+
+def ensure_group(device: torch.device) -> None:
+    """Join a process group of one where there is none: sharding engines want one even then."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def world_size() -> int:
@@ -132,3 +153,9 @@ def seed_forward(seed: int, step: int, micro_batch: int) -> None:
     x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB + 1) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     torch.manual_seed((x ^ (x >> 31)) >> 1)
+
+
+def generator_digest(device: torch.device) -> str:
+    """Checksum of the state of the generator that drew the last masks; equal where the same forwards ran before it."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return f"{zlib.crc32(state.numpy().tobytes()):08x}"

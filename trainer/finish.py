@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
 from tritune.trainer.evaluation.evaluate import evaluate
 from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run
-from tritune.trainer.model import context_length, count_parameters
+from tritune.trainer.model import context_length
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.open import source_of
 from tritune.trainer.rundir import export_path
 from tritune.trainer.tracking import under
 
@@ -47,7 +51,7 @@ def finish(run: Run, base: Scores) -> None:
     with run.world.together("exporting the model"):
         if run.world.rank == 0:
             run.directory.write_json("samples.json", samples)
-            trainable, total = count_parameters(run.core)
+            trainable, total = run.parameters
             summary: dict[str, Any] = {
                 "status": "done",
                 "step": state.step,
@@ -82,13 +86,19 @@ def _use_best(run: Run) -> int:
     if found is None:
         raise CheckpointError(f"the best checkpoint, step {state.best_step}, is gone from {run.store.root}")
     run.store.load(found, run.backend.tensors())
+    run.backend.refresh()
     run.progress.say(f"best      step {state.best_step}, {run.config.evaluation.metric} {state.best:.4f}")
     return state.best_step
 
 
 def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """On rank 0. Where no rank has the masters, they are read from the checkpoint, whole, into host memory."""
     run.model.eval()
-    source = Source(run.config, run.core, run.scorer.logits, run.tokenizer, run.heads, run.labels, facts)
+    if run.backend.whole:
+        source = Source(run.config, run.core, run.scorer.logits, run.tokenizer, run.heads, run.labels, facts)
+    else:
+        config = replace(run.config, checkpoint=replace(run.config.checkpoint, step=facts["tested_step"]))
+        source = source_of(config, run.directory.path, World(0, 1, torch.device("cpu")), facts)
     done: Exported = export(source, export_path(run.config, run.directory.path), run.progress.say)
     return done.to_json()
 

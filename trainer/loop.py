@@ -13,7 +13,7 @@ from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import TrainLoader
-from tritune.trainer.distributed import World, seed_forward
+from tritune.trainer.distributed import World, generator_digest, seed_forward
 from tritune.trainer.errors import NonFiniteError
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
@@ -39,6 +39,7 @@ class Run:
         splits: tokenized rows by name: train, validation, test, retention.
         choices: of the splits among whose rows' answers one is chosen (`evaluation.choices`).
         labels: of a classifier; stops: ids that end an answer.
+        parameters: how many train, and all.
         sinks: where figures go beside the run directory; only on rank 0.
     """
 
@@ -55,6 +56,7 @@ class Run:
     choices: dict[str, Choices]
     labels: list[str]
     stops: list[int]
+    parameters: tuple[int, int]
     loader: TrainLoader
     store: CheckpointStore
     state: TrainState
@@ -80,6 +82,7 @@ def fit(run: Run) -> str | None:
         return None
     run.model.train()
     run.meter.start()
+    stopping = None
     began = time.perf_counter() - state.train_seconds
     for micro_batches in run.loader:  # one optimizer step
         # -- count first, then scale: the loss is a sum over the whole window divided by the whole window's weight
@@ -117,8 +120,9 @@ def fit(run: Run) -> str | None:
         if run.due.save(state.step) or improved or ending:
             save(run)
         if ending:
-            return stopping
-    return None
+            break
+    run.store.wait()
+    return stopping
 
 
 def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list) -> None:
@@ -136,6 +140,7 @@ def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list
     message = f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
     run.progress.say(f"{message} ({state.nonfinite} of {limit} in a row). Rows: {', '.join(places[:8])}")
     if state.nonfinite >= limit:
+        run.store.wait()
         raise NonFiniteError(
             f"{message}, nor were the {limit - 1} before it. Lower optim.lr, or look at the rows: {', '.join(places[:8])}"
         )
@@ -145,6 +150,7 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
     row = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
+    row |= {"batch": run.meter.batch, "rng": generator_digest(run.world.device)}
     if run.world.rank == 0:
         run.directory.append("metrics.jsonl", row)
         for sink in run.sinks:

@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
-from tritune.trainer.config import Config, Dtype, ModelConfig
+from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.tokenizer import stop_token_ids
 
@@ -91,14 +92,7 @@ def load_model(
     Raises:
         InputError: weights are missing from the checkpoint, or the family has no such head.
     """
-    architecture.pad_token_id = tokenizer.pad_token_id
-    architecture.use_cache = False
-    auto: Any = AutoModelForCausalLM
-    if labels is not None:
-        auto = AutoModelForSequenceClassification
-        architecture.num_labels = len(labels)
-        architecture.id2label = dict(enumerate(labels))
-        architecture.label2id = {label: i for i, label in enumerate(labels)}
+    auto = settle_architecture(architecture, tokenizer, labels)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": config.attention.value, "dtype": dtype}
     hf_logging.set_verbosity_error()  # its report of new and unused weights: we check these ourselves
@@ -140,6 +134,20 @@ def load_model(
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=not config.config)
     return model
+
+
+def settle_architecture(
+    architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+) -> Any:
+    """Put tokenizer and labels into the model's own config; return transformers' class for it."""
+    architecture.pad_token_id = tokenizer.pad_token_id
+    architecture.use_cache = False
+    if labels is None:
+        return AutoModelForCausalLM
+    architecture.num_labels = len(labels)
+    architecture.id2label = dict(enumerate(labels))
+    architecture.label2id = {label: i for i, label in enumerate(labels)}
+    return AutoModelForSequenceClassification
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, DataConfig
+from tritune.trainer.config_choices import Dtype
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
+from tritune.trainer.export import Source
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, LABELS, add_saved_adapter, read_settings
 from tritune.trainer.model import (
@@ -27,6 +29,8 @@ from tritune.trainer.model import (
     storage_dtype,
     widen_masters,
 )
+from tritune.trainer.piece import piece_of
+from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 
 
@@ -79,6 +83,23 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
     return opened
 
 
+def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) -> Source:
+    """What a run trained, to be exported: masters are written, and what they must compute is asked of the model as
+    training ran it.
+
+    Args:
+        facts: of the run's summary; left out where its scores are another step's.
+    """
+    opened = open_model(config, run, world, settle=False)
+    computes = opened.model
+    if config.model.dtype is Dtype.bfloat16:
+        computes = open_model(config, run, world).model
+    if facts and facts.get("tested_step") != opened.step:
+        facts = {"step": opened.step}
+    logits = TokenScorer(computes, None, config.seed, 1).logits
+    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts)
+
+
 def _open_plain(config: Config) -> Opened:
     labels = config.data.labels
     if config.model.path:
@@ -108,7 +129,7 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
         steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in saved)
         raise InputError(f"checkpoint.step={step}", f"{run} holds no checkpoint of it", f"It has {steps or 'none'}")
     path, manifest = found
-    tensors = {f"model.{n}": p.detach() for n, p in opened.model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{n}": piece_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
     expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
     load_tensors(path, tensors, expected, world)
     return replace(opened, step=step, what=f"{run}, step {step}")

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from tritune.trainer.config import OptimConfig, Schedule
+from tritune.trainer.config import OptimConfig
+from tritune.trainer.config_choices import Schedule
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -17,7 +18,10 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     keep: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
+            shape = getattr(
+                parameter, "ds_shape", parameter.shape
+            )  # ZeRO-3 keeps a partitioned parameter flat and empty
+            (keep if len(shape) < 2 or id(parameter) in embeddings else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cuda", "cpu") and torch.is_floating_point(p) for p in decay + keep)
     return AdamW(

@@ -120,7 +120,7 @@ def require_same_logits(scorer: TokenScorer) -> None:
     batch = Batch(
         input_ids=ids[None], lengths=torch.tensor([num_tokens]), sample_ids=torch.tensor([0]),
         predict=torch.arange(num_tokens - 1), targets=ids[1:], labels=torch.tensor([-1]),
-        num_tokens=num_tokens, num_bytes=0, step=0, index=0,
+        num_tokens=num_tokens, num_bytes=0, digest=0, step=0, index=0,
     )  # fmt: skip
     training = scorer.training
     scorer.eval()

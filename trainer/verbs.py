@@ -131,26 +131,16 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
 
 def export(config: Config, run: Path | None) -> None:
     """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
-    from tritune.trainer.config import Dtype
-    from tritune.trainer.export import Source
+    from tritune.trainer import distributed
     from tritune.trainer.export import export as write
-    from tritune.trainer.open import open_model
+    from tritune.trainer.open import source_of
     from tritune.trainer.rundir import export_path
-    from tritune.trainer.scorer import TokenScorer
 
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
-    world, opened = _open(config, run, settle=False)
-    # Masters are written; what they must compute is asked of the model as training ran it.
-    computes = opened.model
-    if config.model.dtype is Dtype.bfloat16:
-        computes = open_model(config, run, world).model
+    world = distributed.start(config.backend, config.train.deterministic)
     facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
-    if facts and facts.get("tested_step") != opened.step:
-        facts = {"step": opened.step}  # its scores are another step's
-    source = Source(opened.config, opened.model, TokenScorer(computes, None, config.seed, 1).logits, opened.tokenizer,
-                    opened.heads, opened.labels, facts)  # fmt: skip
-    write(source, export_path(config, run), _say)
+    write(source_of(config, run, world, facts), export_path(config, run), _say)
 
 
 def report(config: Config, run: Path | None) -> None:
@@ -162,12 +152,12 @@ def report(config: Config, run: Path | None) -> None:
     _say(f"report    {write_report(run)}")
 
 
-def _open(config: Config, run: Path | None, settle: bool = True):
+def _open(config: Config, run: Path | None):
     from tritune.trainer import distributed
     from tritune.trainer.open import open_model
 
     world = distributed.start(config.backend, config.train.deterministic)
-    return world, open_model(config, run, world, settle)
+    return world, open_model(config, run, world)
 
 
 def _run_directory(overrides: list[str]) -> Path | None:

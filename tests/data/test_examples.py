@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig, Unsupervised
+from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config_choices import Unsupervised
 from tritune.trainer.data.examples import blocks, conversations, documents, labelled
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import collate

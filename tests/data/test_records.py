@@ -9,7 +9,8 @@ import math
 import random
 
 import pytest
-from tritune.trainer.config import DataConfig, Kind, TextUnit
+from tritune.trainer.config import DataConfig
+from tritune.trainer.config_choices import Kind, TextUnit
 from tritune.trainer.data.kinds import Record, read_records, split_by_content
 from tritune.trainer.data.records import read_rows, require_source
 from tritune.trainer.errors import InputError

@@ -12,7 +12,8 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tritune.trainer.backends.local import Local
-from tritune.trainer.config import BackendConfig, Config, ModelConfig
+from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config_backends import BackendConfig
 from tritune.trainer.data.examples import conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.distributed import start

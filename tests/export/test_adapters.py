@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import load_config
-from tritune.trainer.config import BackendConfig
+from tritune.trainer.config_backends import BackendConfig
 from tritune.trainer.distributed import start
 from tritune.trainer.errors import InputError
 from tritune.trainer.open import open_model

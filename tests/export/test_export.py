@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import load_config
-from tritune.trainer.config import BackendConfig, ModelConfig
+from tritune.trainer.config import ModelConfig
+from tritune.trainer.config_backends import BackendConfig
 from tritune.trainer.distributed import start
 from tritune.trainer.open import open_model
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tritune.trainer.build import require_trained_embeddings
-from tritune.trainer.config import Bias, Config, Dtype, LoraConfig, MethodConfig, ModelConfig
+from tritune.trainer.config import Config, LoraConfig, MethodConfig, ModelConfig
+from tritune.trainer.config_choices import Bias, Dtype
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError

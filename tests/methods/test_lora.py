@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.kernels.dropout import token_keys
-from tritune.trainer.config import Bias, LoraConfig, MethodConfig
+from tritune.trainer.config import LoraConfig, MethodConfig
+from tritune.trainer.config_choices import Bias
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError

@@ -17,7 +17,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
     get_wsd_schedule,
 )
-from tritune.trainer.config import Bias, LoraConfig, OptimConfig, Schedule
+from tritune.trainer.config import LoraConfig, OptimConfig
+from tritune.trainer.config_choices import Bias, Schedule
 from tritune.trainer.methods import apply_method
 from tritune.trainer.optim import learning_rate, make_optimizer, warmup_steps
 

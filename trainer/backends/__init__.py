@@ -9,10 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tritune.trainer.backends.fsdp import Fsdp
 from tritune.trainer.backends.local import Local
-from tritune.trainer.backends.mixed import Mixed
-from tritune.trainer.config import BackendConfig, Dtype
+from tritune.trainer.config_backends import BackendConfig, FsdpConfig, ZeroConfig
+from tritune.trainer.config_choices import Dtype
 from tritune.trainer.distributed import World
+from tritune.trainer.piece import Piece
+from tritune.trainer.weights import Weights
 
 
 class Backend(Protocol):
@@ -23,8 +26,17 @@ class Backend(Protocol):
     dp_size: int
     device: torch.device
     world: World
+    whole: bool  # whether the model on this rank holds all masters; else a checkpoint is the way to read them
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module: ...
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], weights: Weights | None = None
+    ) -> nn.Module:
+        """Take the model over and return what is called in its place.
+
+        Args:
+            weights: where a model of meta tensors has its values; each rank reads its part. None: the model is whole.
+        """
+        ...
 
     def sync(self, *, last: bool) -> AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients are reduced in the last one."""
@@ -41,13 +53,32 @@ class Backend(Protocol):
 
     def sum(self, x: Tensor) -> Tensor: ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that trains, and its optimizer state, by name, as views: a checkpoint is written from and read
-        into these."""
+    def forget(self) -> None:
+        """Drop the gradients."""
+        ...
+
+    def tensors(self) -> dict[str, Piece]:
+        """This rank's part of everything that trains, masters and moments, by name: a checkpoint is written from and
+        read into these views. The names are the same on all ranks."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring what computes in line with `tensors()`, after they were read."""
         ...
 
 
 def make_backend(config: BackendConfig, world: World, dtype: Dtype) -> Backend:
     """`auto` is `single` for one process and `ddp` for several."""
     name = config.name if config.name != "auto" else ("ddp" if world.size > 1 else "single")
-    return Mixed(name, world) if dtype is Dtype.bfloat16 else Local(name, world)
+    if isinstance(config, ZeroConfig):
+        from tritune.trainer.backends.zero import Zero  # deepspeed takes a second to import
+
+        return Zero(config, world, dtype)
+    if isinstance(config, FsdpConfig) or dtype is Dtype.bfloat16:
+        return Fsdp(name, config, world, dtype)
+    return Local(name, world)
+
+
+def shards_parameters(config: BackendConfig) -> bool:
+    """Whether each rank computes from a part of the parameters, so that none need load them whole."""
+    return isinstance(config, FsdpConfig) or config.name == "zero3"

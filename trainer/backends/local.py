@@ -12,16 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tritune.trainer.distributed import World
+from tritune.trainer.piece import Piece, piece_of
+from tritune.trainer.weights import Weights
 
 
 class Local:
     """See `Backend`. With one rank there is no wrapper at all."""
 
     def __init__(self, name: str, world: World) -> None:
-        self.name, self.world = name, world
+        self.name, self.world, self.whole = name, world, True
         self.dp_rank, self.dp_size, self.device = world.rank, world.size, world.device
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], weights: Weights | None = None
+    ) -> nn.Module:
         model.to(self.device)
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
@@ -58,13 +62,20 @@ class Local:
     def sum(self, x: Tensor) -> Tensor:
         return self.world.sum(x)
 
-    def tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def forget(self) -> None:
+        for parameter in self._trainable.values():
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Piece]:
+        found: dict[str, Piece] = {}
         for name, parameter in self._trainable.items():
-            found[f"model.{name}"] = parameter.detach()
+            found[f"model.{name}"] = piece_of(parameter)
             for key, value in self.optimizer.state[parameter].items():
-                found[f"optim.{name}.{key}"] = value
+                found[f"optim.{name}.{key}"] = piece_of(value)
         return found
+
+    def refresh(self) -> None:
+        """What computes is what was read."""
 
     def _make_moments(self) -> None:
         """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter.

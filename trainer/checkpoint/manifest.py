@@ -17,7 +17,7 @@ from typing import Any
 from tritune.trainer.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 2: tensors are stored flat; their shapes are here
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "I16": 2, "BOOL": 1}
 
 

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from tritune.trainer.checkpoint.background import Background
 from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
+from tritune.trainer.piece import Piece
 
 STATE = "state.json"
 PARTIAL = ".partial-"  # being written, or being deleted; swept at the next start
@@ -27,49 +29,71 @@ class CheckpointStore:
 
     Args:
         say: prints a line where the user looks; called on rank 0.
+        asynchronous: copy the state to host memory and write it in a thread of its own, over a process group of its own.
     """
 
-    def __init__(self, root: Path, keep_last: int, world: World, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, keep_last: int, world: World, say: Callable[[str], None], asynchronous: bool = False
+    ) -> None:
         self.root, self.keep_last, self.world, self.say = root, keep_last, world, say
+        self._background = Background(world) if asynchronous else None
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best_step: int | None) -> None:
-        """Write and commit a checkpoint, then prune.
+    def save(self, step: int, tensors: dict[str, Piece], state: dict[str, Any], best_step: int | None) -> None:
+        """Write and commit a checkpoint, then prune; where asynchronous, begin to.
 
         Raises:
-            CheckpointError: it could not be written (a full disk, say). The partial one is removed, older ones stay.
+            CheckpointError: it, or the one begun before it, could not be written (a full disk, say). The partial one is
+                removed, older ones stay.
         """
+        if self._background is None:
+            self._save(self.world, tensors, step, state, best_step)
+        else:
+            self._background.start(partial(self._save, step=step, state=state, best_step=best_step), tensors)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: what was begun could not be written.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def _save(
+        self, world: World, tensors: dict[str, Piece], step: int, state: dict[str, Any], best_step: int | None
+    ) -> None:
         final = self.root / step_name(step)
         if final.exists():  # this very step is saved already: the state at a step is one and the same
             return
-        partial = self.root / (PARTIAL + final.name)
+        unfinished = self.root / (PARTIAL + final.name)
         try:
-            with self.world.together("preparing a checkpoint"):
-                if self.world.rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    partial.mkdir(parents=True)
-            with self.world.together("writing a checkpoint"):
-                described = {n: describe(partial / n) for n in save_tensors(partial, tensors, self.world)}
-            files = {name: entry for part in self.world.gather(described) for name, entry in part.items()}
-            with self.world.together("committing a checkpoint"):
-                if self.world.rank == 0:
+            with world.together("preparing a checkpoint"):
+                if world.rank == 0:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    unfinished.mkdir(parents=True)
+            with world.together("writing a checkpoint"):
+                described = {n: describe(unfinished / n) for n in save_tensors(unfinished, tensors, world)}
+            files = {name: entry for part in world.gather(described) for name, entry in part.items()}
+            with world.together("committing a checkpoint"):
+                if world.rank == 0:
                     for name, entry in files.items():
-                        if not (partial / name).is_file() or (partial / name).stat().st_size != entry["size"]:
+                        if not (unfinished / name).is_file() or (unfinished / name).stat().st_size != entry["size"]:
                             raise CheckpointError(
                                 f"{name} was written by its rank and is not here: run.dir must be on a file system "
                                 "that all ranks share"
                             )
-                    write_json(partial / STATE, state)
-                    files[STATE] = describe(partial / STATE)
-                    write_manifest(partial, step, files, describe_tensors(tensors))
-                    sync_directory(partial)
-                    partial.rename(final)
+                    write_json(unfinished / STATE, state)
+                    files[STATE] = describe(unfinished / STATE)
+                    write_manifest(unfinished, step, files, describe_tensors(tensors))
+                    sync_directory(unfinished)
+                    unfinished.rename(final)
                     sync_directory(self.root)
         except Exception as error:
-            if self.world.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            if world.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(f"step {step} could not be saved to {self.root}: {error}") from error
-        with self.world.together("pruning checkpoints"):
-            if self.world.rank == 0:
+        with world.together("pruning checkpoints"):
+            if world.rank == 0:
                 self._prune(best_step)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -86,8 +110,9 @@ class CheckpointStore:
                 answer = self._newest()
         return self.world.gather(answer)[0]
 
-    def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Piece]) -> dict[str, Any]:
         """Read tensors in place and return the JSON state."""
+        self.wait()
         path, manifest = found
         with self.world.together(f"reading {path.name}"):
             load_tensors(path, tensors, manifest["tensors"], self.world)
@@ -95,6 +120,7 @@ class CheckpointStore:
 
     def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint of a step, verified; None if there is none."""
+        self.wait()
         path = self.root / step_name(step)
         answer: tuple[Path, dict[str, Any]] | None = None
         with self.world.together(f"verifying {path.name}"):

@@ -13,27 +13,60 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
+from tritune.trainer.piece import Piece
 
 
-def save_tensors(directory: Path, tensors: dict[str, Tensor], world: World) -> list[str]:
-    """Write every rank's part; return the names of the files that this rank wrote.
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        values = self.state_dict[index.fqn].values
+        # The parameters of one ZeRO group have one step, and safetensors refuses names that share memory.
+        return values.clone() if values.numel() == 1 else values
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        stored = self.metadata.state_dict_metadata  # type: ignore[union-attr]
+        chunks = {name: piece.chunks() for name, piece in self.state_dict.items()}
+        return LoadPlan([i for n, c in chunks.items() for i in create_read_items_for_chunk_list(n, stored[n], c)])
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].values
+
+
+def save_tensors(directory: Path, tensors: dict[str, Piece], world: World) -> list[str]:
+    """Write every rank's part, flattened; return the names of the files that this rank wrote.
+
+    Flat, because a rank's file has one place for each name, and a run of elements is a box of several dimensions only
+    where it ends with a row.
 
     Raises:
-        TypeError: a value is no tensor. DCP's safetensors storage would save it without a word, unreadable.
+        TypeError: a value is no piece. DCP's safetensors storage would save it without a word, unreadable.
     """
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; only tensors are written here")
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        if not isinstance(value, Piece):
+            raise TypeError(f"{name} is a {type(value).__name__}; only pieces of tensors are written here")
+    writer, alone = HuggingFaceStorageWriter(str(directory), save_distributed=True), world.size == 1
     with _plain_errors():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=_SavePlanner(False, False),
+            no_dist=alone,
+            process_group=world.group,
+        )
     prefix = f"shard-{world.rank + 1:05d}-"
     return sorted(p.name for p in directory.iterdir() if p.name.startswith(prefix))
 
 
-def load_tensors(directory: Path, tensors: dict[str, Tensor], expected: dict[str, Any], world: World) -> None:
+def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str, Any], world: World) -> None:
     """Read into `tensors` in place.
 
     Args:
@@ -54,8 +87,15 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor], expected: dict[str
             raise CheckpointError(
                 f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
             )
+    reader, alone = HuggingFaceStorageReader(str(directory)), world.size == 1
     with torch.no_grad(), _plain_errors():
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=world.size == 1)
+        dcp.load(
+            dict(tensors),
+            storage_reader=reader,
+            planner=_LoadPlanner(),
+            no_dist=alone,
+            process_group=world.group,
+        )
 
 
 @contextmanager
@@ -70,5 +110,5 @@ def _plain_errors() -> Iterator[None]:
         raise CheckpointError(reasons) from error
 
 
-def describe_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
+def describe_tensors(tensors: dict[str, Piece]) -> dict[str, Any]:
+    return {name: {"shape": list(piece.shape), "dtype": str(piece.dtype)} for name, piece in tensors.items()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, Config, Unsupervised
+from tritune.trainer.config import ClassifyTokenConfig, Config
+from tritune.trainer.config_choices import Unsupervised
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.templates import ChatTemplate
 from tritune.trainer.errors import InputError

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tritune.trainer.config import COLUMNS, DataConfig, Kind
+from tritune.trainer.config import COLUMNS, DataConfig
+from tritune.trainer.config_choices import Kind
 from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.errors import InputError
 

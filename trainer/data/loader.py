@@ -8,6 +8,7 @@ another number of ranks sees exactly the samples it would have seen.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -59,13 +60,14 @@ def collate(examples: Examples, rows: Sequence[int] | np.ndarray, pad_id: int, s
     lengths = [int(examples.lengths[r]) for r in rows] or [1]
     width = max(lengths)
     input_ids = np.full((len(lengths), width), pad_id, dtype=np.int64)
-    predict, targets = [], []
+    predict, targets, digest = [], [], 0
     for b, r in enumerate(rows):
         start, n = examples.starts[r], lengths[b]
         input_ids[b, :n] = examples.ids[start : start + n]
         wanted = np.flatnonzero(examples.supervised[start + 1 : start + n])  # position t predicts token t + 1
         predict.append(b * width + wanted)
         targets.append(input_ids[b, wanted + 1])
+        digest += zlib.crc32(input_ids[b, :n].tobytes() + wanted.tobytes(), int(r))
     empty = np.zeros(0, np.int64)
     filler = len(rows) == 0
     return Batch(
@@ -77,22 +79,28 @@ def collate(examples: Examples, rows: Sequence[int] | np.ndarray, pad_id: int, s
         labels=torch.tensor([-1] if filler else [int(examples.labels[r]) for r in rows]),
         num_tokens=0 if filler else sum(lengths),
         num_bytes=int(sum(examples.num_bytes[r] for r in rows)),
+        digest=digest,
         step=step,
         index=index,
     )
 
 
 class TrainLoader:
-    """Yields a list of micro-batches per optimizer step, from the state's cursor to the last step."""
+    """Yields a list of micro-batches per optimizer step, from the state's cursor to the last step.
+
+    Args:
+        order: 0 for the longest micro-batch first; another number takes this rank's in a random order of that number, which
+            changes nothing but the rounding of their sum.
+    """
 
     def __init__(
         self, examples: Examples, state: TrainState, *, seed: int, batch_size: int, micro_batch_size: int | None,
-        total_steps: int, pad_id: int, dp_rank: int, dp_size: int, device: torch.device,
+        total_steps: int, pad_id: int, dp_rank: int, dp_size: int, device: torch.device, order: int = 0,
     ) -> None:  # fmt: skip
         self.examples, self.state = examples, state
         self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
         self.total_steps, self.pad_id = total_steps, pad_id
-        self.dp_rank, self.dp_size, self.device = dp_rank, dp_size, device
+        self.dp_rank, self.dp_size, self.device, self.order = dp_rank, dp_size, device, order
         self.steps_per_epoch = -(-len(examples) // batch_size)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -113,6 +121,8 @@ class TrainLoader:
     def _window(self, rows: np.ndarray) -> list[Batch]:
         dealt = deal(rows, self.examples.lengths, self.micro_batch_size, self.dp_rank, self.dp_size)
         step = self.state.step + 1
+        if self.order:
+            dealt = [dealt[i] for i in np.random.default_rng([self.order, step]).permutation(len(dealt))]
         return [collate(self.examples, group, self.pad_id, step, i).to(self.device) for i, group in dealt]
 
 

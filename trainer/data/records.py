@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.config import DataConfig, TextUnit
+from tritune.trainer.config import DataConfig
+from tritune.trainer.config_choices import TextUnit
 from tritune.trainer.errors import InputError
 
 FORMATS = ".jsonl, .json (lines), .csv, .tsv, .parquet, .txt, a folder saved by datasets, or hf://name[@config]:split"

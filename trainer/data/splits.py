@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import SPLITS, Config, DataConfig, Kind
+from tritune.trainer.config import SPLITS, Config, DataConfig
+from tritune.trainer.config_choices import Kind
 from tritune.trainer.data.examples import Examples, blocks, conversations, documents, labelled
 from tritune.trainer.data.kinds import Record, read_records, split_by_content
 from tritune.trainer.errors import InputError

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config import Config, Form, LoraConfig
+from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config_choices import Form
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card

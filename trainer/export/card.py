@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from tritune.trainer import __version__
-from tritune.trainer.config import Config, Form, LoraConfig
+from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config_choices import Form
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:

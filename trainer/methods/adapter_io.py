@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from tritune.trainer.config import Bias, LoraConfig
+from tritune.trainer.config import LoraConfig
+from tritune.trainer.config_choices import Bias
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.lora import add_lora, lora_layers, saved_modules
 

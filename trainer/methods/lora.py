@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from tritune.kernels.lora import lora_update_reference
-from tritune.trainer.config import Bias, LoraConfig
+from tritune.trainer.config import LoraConfig
+from tritune.trainer.config_choices import Bias
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.sites import TokenKeys, site_of
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from tritune.kernels.dropout import dropout_reference
@@ -17,6 +19,17 @@ class TokenKeys:
     def set(self, keys: Tensor) -> None:
         """`keys`: int32, one per token, of the shape of the layers' inputs without the last dimension."""
         self._keys = keys
+
+    def get(self) -> Tensor | None:
+        return self._keys
+
+    def replay(self, function: Callable[..., Any], keys: Tensor | None, *args, **kwargs) -> Any:
+        """Call `function` as at the time when `keys` were set; activation checkpointing does so in backward."""
+        current, self._keys = self._keys, keys
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._keys = current
 
     def dropout(self, x: Tensor, site: int, p: float) -> Tensor:
         """Drop elements of `x` [..., D] by the tokens' keys.

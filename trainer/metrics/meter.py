@@ -14,6 +14,9 @@ from tritune.trainer.distributed import World
 class Meter:
     """Collects one optimizer step at a time; `step()` turns it into the figures of a row.
 
+    Attributes:
+        batch: checksum of the last step's rows over all ranks, in hexadecimal.
+
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
 
@@ -21,7 +24,7 @@ class Meter:
         self.world = world
         self._since, self._tokens = time.perf_counter(), 0
         self._sums: Tensor | float = 0.0
-        self._num_tokens, self._num_labels = 0, 0
+        self._num_tokens, self._num_labels, self._digest = 0, 0, 0
 
     def start(self) -> None:
         """Training begins now: what went before does not count in the first rate."""
@@ -31,16 +34,20 @@ class Meter:
         self._sums = sums.detach().double() + self._sums
         self._num_tokens += batch.num_tokens
         self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
+        self._digest += batch.digest
 
     def step(self, weight: Tensor) -> tuple[float, int, int]:
         """Return the step's loss, its tokens and its label tokens over all ranks."""
-        counts = torch.tensor([self._num_tokens, self._num_labels], dtype=torch.float64, device=weight.device)
+        counts = torch.tensor(
+            [self._num_tokens, self._num_labels, self._digest], dtype=torch.float64, device=weight.device
+        )
         assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
         total = self.world.sum(torch.cat([self._sums, counts]))
-        loss = float((total[:-2] / weight).sum())
-        tokens, labels = int(total[-2]), int(total[-1])
+        loss = float((total[:-3] / weight).sum())
+        tokens, labels, digest = (int(x) for x in total[-3:])
+        self.batch = f"{digest & 0xFFFFFFFF:08x}"  # checksums of 32 bits add up exactly in float64
         self._tokens += tokens
-        self._sums, self._num_tokens, self._num_labels = 0.0, 0, 0
+        self._sums, self._num_tokens, self._num_labels, self._digest = 0.0, 0, 0, 0
         return loss, tokens, labels
 
     def rate(self) -> dict[str, Any]:

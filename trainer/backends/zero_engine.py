@@ -1,0 +1,191 @@
+"""DeepSpeed's engine, and the private names of it that we need: all of them are in this file (tested with 0.19.8).
+
+State is read and written through rank-local fragments: no collective, no whole tensor. What is private and why:
+- stage 1 with float32 accumulation of bf16 gradients would take another class, `BF16_Optimizer`: one sanity check decides;
+- `zero.Init` broadcasts each parameter whole; here every rank has, or reads, its own part;
+- fragments: `_hp_mapping` on stages 1 and 2, `grad_position` into flat partitions on 3.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tritune.trainer.piece import Piece, fill, piece_of
+from tritune.trainer.weights import Weights
+
+logging.getLogger("DeepSpeed").setLevel(
+    logging.ERROR
+)  # some forty lines a rank at start; its exceptions speak for themselves
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+
+
+class _Engine(DeepSpeedEngine):
+    """The engine, with one optimizer class for stages 1 and 2."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer):
+        super()._do_optimizer_sanity_check(basic_optimizer)
+        return "zero_optimization"
+
+
+class _Partitioner(deepspeed.zero.Init):
+    """`zero.Init` without its broadcast of every whole parameter from rank 0."""
+
+    def _zero_init_param(self, param):
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def make_engine(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]) -> DeepSpeedEngine:
+    """What `deepspeed.initialize` does, for `_Engine`."""
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    return _Engine(
+        args=None, model=model, optimizer=optimizer, config=settings, config_class=DeepSpeedConfig(settings),
+        dont_change_device=False,
+    )  # fmt: skip
+
+
+def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | None, weights: Weights) -> None:
+    """Stage 3: leave each rank its part of every parameter; meta parameters get theirs from `weights`.
+
+    One parameter at a time is whole for a moment, and on CPU as untouched memory only.
+
+    Args:
+        dtype: to compute in; None keeps each parameter's own.
+    """
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    convert = _Partitioner(config_dict_or_path=settings)
+    names = {id(p): n.removeprefix("model.") for n, p in model.named_parameters()}
+    done: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for module in list(model.modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in done:
+                done[id(parameter)] = _partitioned(parameter, convert, dtype, names[id(parameter)], weights)
+            setattr(module, key, done[id(parameter)])
+
+
+def _partitioned(
+    parameter: nn.Parameter, convert: _Partitioner, dtype: torch.dtype | None, name: str, weights: Weights
+) -> nn.Parameter:
+    read = parameter.device.type == "meta"
+    whole = torch.empty_like(parameter, device=convert.local_device) if read else parameter.detach()
+    new: Any = nn.Parameter(whole.to(dtype or whole.dtype), requires_grad=parameter.requires_grad)
+    convert._convert_to_zero_parameters([new])
+    if read:
+        fill({name: _run(new, new.ds_tensor, convert.rank)}, weights.read)
+    return new
+
+
+def _run(parameter: Any, values: Tensor, rank: int) -> Piece:
+    """The piece that a rank's partition of a stage 3 parameter is; the last partitions may end in padding."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(rank * size, parameter.ds_numel)
+    return Piece(parameter.ds_shape, start, values[: min(size, parameter.ds_numel - start)])
+
+
+def make_moments(engine: DeepSpeedEngine) -> None:
+    """Let the optimizer make its state: a step with zero gradients and lr 0 changes no parameter (see `Local`)."""
+    optimizer = engine.optimizer
+    base: Optimizer = optimizer.optimizer
+    for index, flat in enumerate(_flat_masters(engine)):
+        group = base.param_groups[optimizer.sub_group_to_group_id[index] if _stage(engine) == 3 else index]
+        kept = group["lr"], group["params"], flat.grad
+        group["lr"], group["params"], flat.grad = 0.0, [flat], torch.zeros_like(flat)
+        others = [g for g in base.param_groups if g is not group]
+        hidden = [g["params"] for g in others]
+        for other in others:
+            other["params"] = []
+        base.step()
+        for other, params in zip(others, hidden, strict=True):
+            other["params"] = params
+        group["lr"], group["params"], flat.grad = kept
+        for value in base.state[flat].values():
+            value.zero_()
+
+
+def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Piece]:
+    """Masters and optimizer state of `parameters`, this rank's part of each."""
+    optimizer = engine.optimizer
+    if _stage(engine) < 3:
+        # Only the first parameter group is linked after the first step; without this the owners of the others raise.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    find = _partition_of if _stage(engine) == 3 else _fragment_of
+    found: dict[str, Piece] = {}
+    for name, parameter in parameters.items():
+        master, state = find(engine, parameter)
+        found[f"model.{name}"] = master
+        for key, values in state.items():
+            found[f"optim.{name}.{key}"] = replace(master, values=values) if values.ndim else piece_of(values)
+    return found
+
+
+def _fragment_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Piece, dict[str, Tensor]]:
+    """Stages 1 and 2: what of a parameter lies in this rank's partition of its group, which may be nothing."""
+    link, states = parameter._hp_mapping, engine.optimizer.optimizer.state
+    if link is None:
+        state = states[_flat_masters(engine)[0]]
+        nothing = Piece(parameter.shape, 0, torch.empty(0, dtype=torch.float32))
+        return nothing, {key: nothing.values if v.ndim else v for key, v in state.items()}
+    state = states[_flat_masters(engine)[link.param_group_index]]
+    values = {key: link.get_optim_state_fragment(key) if v.ndim else v for key, v in state.items()}
+    return Piece(parameter.shape, link.lp_fragment_address.start, link.hp_fragment.detach()), values
+
+
+def _partition_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Piece, dict[str, Tensor]]:
+    """Stage 3: this rank's partition of a parameter, in the flat partition of its sub-group."""
+    optimizer = engine.optimizer
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    master = _run(parameter, flat.detach().narrow(0, offset, size), optimizer._get_param_partition_rank(parameter))
+    state, length = optimizer.optimizer.state[flat], master.values.numel()
+    return master, {key: v.narrow(0, offset, length) if v.ndim else v for key, v in state.items()}
+
+
+def update_copies(engine: DeepSpeedEngine) -> None:
+    """Make the parameters that compute follow the masters."""
+    optimizer = engine.optimizer
+    if _stage(engine) < 3:
+        optimizer.update_lp_params()
+        return
+    optimizer._partition_all_parameters()
+    for index in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def discard_gradients(engine: DeepSpeedEngine) -> None:
+    """Forget what was accumulated since the last step, as the engine does where it refuses one."""
+    optimizer = engine.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    if _stage(engine) == 3:
+        optimizer.averaged_gradients = {}
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        return
+    optimizer.micro_step_id = -1
+    optimizer._epilogue_ran_this_backward = False
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+    for group in range(len(optimizer.bit16_groups)):
+        optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+
+
+def _stage(engine: DeepSpeedEngine) -> int:
+    return engine.zero_optimization_stage()
+
+
+def _flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    optimizer = engine.optimizer
+    if _stage(engine) == 3:
+        return optimizer.fp32_partitioned_groups_flat
+    return optimizer.single_partition_of_fp32_groups

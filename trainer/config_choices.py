@@ -1,0 +1,85 @@
+"""The words that configuration keys take, where there are few: one enumeration a key."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Dtype(StrEnum):
+    """What forward and backward compute in. Master weights and moments are never below float32."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class Kind(StrEnum):
+    """What a row of the data is; `auto` reads it off the columns."""
+
+    auto = "auto"
+    messages = "messages"
+    prompt_response = "prompt_response"
+    text = "text"
+    text_label = "text_label"
+
+
+class TextUnit(StrEnum):
+    """What one document of a plain-text file is."""
+
+    file = "file"
+    paragraph = "paragraph"
+    line = "line"
+
+
+class Unsupervised(StrEnum):
+    """What happens to a row in which no token would be trained."""
+
+    refuse = "refuse"
+    drop = "drop"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class Bias(StrEnum):
+    """Which biases LoRA trains: none, every one of the model, or those of the layers it adapts (PEFT's meanings)."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
+class Resume(StrEnum):
+    """`auto` continues the run in `run.dir` if there is one, `require` refuses to start a new one, `never` the reverse."""
+
+    auto = "auto"
+    require = "require"
+    never = "never"
+
+
+class Form(StrEnum):
+    """What is written at the end: the adapter alone (PEFT's layout), the model with it merged in, or the model that
+    trained whole. `auto` is `adapter` where one was trained, else `full`."""
+
+    auto = "auto"
+    adapter = "adapter"
+    merged = "merged"
+    full = "full"
+
+
+class Activations(StrEnum):
+    """What a decoder layer keeps for backward: everything; its input, the rest being computed again; or its input and
+    what matrix products and attention gave, which is what costs most to compute again."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
