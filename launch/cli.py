@@ -18,6 +18,7 @@ verbs:
   generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
   export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
   report    write report.html of a run (run.dir=DIR) anew
+  verify    parity: your configuration on each backend against one process; resume: killed and gone on, against unbroken
   config    print the resolved configuration and its faults; nothing is loaded
 
 Every verb takes the same Hydra overrides:
@@ -25,7 +26,8 @@ Every verb takes the same Hydra overrides:
   run.dir=DIR            where it goes; the same command goes on with a run that was stopped
   model.path=PATH        hub id or folder          data.train=FILE    .jsonl .csv .parquet .txt or hf://name:split
   method=full|lora       what trains               objective=pretrain|sft|classify|classify_token
-  backend=auto|ddp       where the state lives     launch.num_procs=N processes on this machine
+  backend=NAME           where the state lives: auto, single, ddp, fsdp, hsdp, zero1, zero2, zero3
+  launch.num_procs=N     processes on this machine
   train.batch_size=N     sequences per step over all ranks; train.micro_batch_size=N only splits it
   tracking.wandb=true    W&B, offline without a key; tracking.tensorboard=true; both are off unless asked
   --config-dir DIR       a folder of your own groups, e.g. DIR/experiment/mine.yaml
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"tritune {__version__}")
         return 0
-    verbs = {"train": _train, "config": _config, "generate": _generate}
+    verbs = {"train": _train, "verify": _verify, "config": _config, "generate": _generate}
     verbs |= {name: partial(_read, name) for name in ("evaluate", "export", "report")}
     if argv[0] not in verbs:
         import difflib
@@ -62,6 +64,12 @@ def _train(argv: list[str]) -> int:
     from tritune.launch.torchrun import train
 
     return train(argv)
+
+
+def _verify(argv: list[str]) -> int:
+    from tritune.launch.verify import verify
+
+    return verify(argv)
 
 
 def _read(name: str, argv: list[str]) -> int:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     return run(config, run_path(config, argv), leader, given)
 
 
-def checked_config(overrides: list[str], config_dir: str | None, processes: int) -> Config:
+def checked_config(overrides: list[str], config_dir: str | None, processes: int | None) -> Config:
     """The configuration, once its files are known to be there: all that can be refused within a second.
 
     Raises:

@@ -64,3 +64,15 @@ class ZeroConfig(BackendConfig):
     bucket_elements: int = 50_000_000  # elements reduced, or gathered, in one collective
     overlap: bool = True  # reduce while backward goes on, where there are streams for it
     persistence_elements: int = 100_000  # stage 3: parameters up to this size stay gathered
+
+
+def hsdp_shards(config: HsdpConfig, size: int, local_size: int) -> int | None:
+    """Ranks that share one copy: as configured; else those of a machine; on one machine its largest share that leaves two.
+
+    None where `size` ranks make no such groups. Of one or two ranks there is one group.
+    """
+    shards = config.shards
+    if shards is None:
+        shares = [n for n in range(2, size // 2 + 1) if size % n == 0]
+        shards = local_size if local_size < size else (size if size <= 2 else max(shares, default=0))
+    return shards if shards and size % shards == 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -19,7 +20,8 @@ from tritune.trainer.config import (
     LoraConfig,
     TrainConfig,
 )
-from tritune.trainer.config_choices import Form
+from tritune.trainer.config_backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
+from tritune.trainer.config_choices import Activations, Dtype, Form
 
 
 def check(config: Config, world_size: int | None = None, training: bool = True) -> list[str]:
@@ -140,6 +142,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
     rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
     _check_results(c, rule)
+    _check_backend(c, rule, world_size)
     has_validation = bool(c.data.validation or c.data.validation_share)
     for key in ("patience", "use_best"):
         rule(
@@ -205,6 +208,55 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(0 < c.generate.top_p <= 1, "generate.top_p", "a share of the probability, in (0, 1]. Use e.g. 0.95")
     rule(c.generate.top_k >= 0, "generate.top_k", "a count of tokens. Use 0 for no limit")
     rule(c.generate.batch_size >= 1, "generate.batch_size", "a forward needs a row. Use 1 or more")
+
+
+def _check_backend(c: Config, rule: Callable[[bool, str, str], None], world_size: int | None) -> None:
+    """What each backend can do, and with what."""
+    b, exact = c.backend, c.model.dtype is Dtype.float64
+    keeps = c.train.activation_checkpointing
+    rule(
+        not c.train.activation_offload or keeps is Activations.full,
+        "train.activation_offload",
+        "it moves what full checkpointing keeps, a layer's input. Set train.activation_checkpointing=full",
+    )
+    rule(
+        not (exact and keeps is not Activations.none),
+        "train.activation_checkpointing",
+        "model.dtype=float64 exists for proofs and computes nothing again. Use none, or float32",
+    )
+    rule(
+        not (exact and c.train.compile),
+        "train.compile",
+        "model.dtype=float64 steps in where a model narrows to float32, which no compiled layer does. Use float32",
+    )
+    if isinstance(b, ZeroConfig):
+        rule(not exact, "model.dtype", "DeepSpeed keeps no float64 masters. Use backend=fsdp or ddp, or float32")
+        rule(
+            not (c.train.compile and b.name == "zero3"),
+            "train.compile",
+            "ZeRO-3 gathers parameters in hooks inside a layer, where a compiled layer has none. Use backend=fsdp or zero2",
+        )
+        rule(
+            b.offload is not Offload.all or b.name == "zero3",
+            "backend.offload",
+            f"{b.name} keeps all parameters on each rank to compute with. Use optimizer, or backend=zero3",
+        )
+        rule(
+            b.bucket_elements >= 2 and b.bucket_elements % 2 == 0,
+            "backend.bucket_elements",
+            "DeepSpeed aligns buckets to two elements. Use an even number from 2, e.g. 50000000",
+        )
+        rule(b.persistence_elements >= 0, "backend.persistence_elements", "a size is not negative. Use 0 for none")
+    if isinstance(b, FsdpConfig):
+        rule(b.prefetch >= 0, "backend.prefetch", "a count of layers. Use 0 for none")
+    if isinstance(b, HsdpConfig) and world_size is not None:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        rule(
+            hsdp_shards(b, world_size, local_size) is not None,
+            "backend.shards",
+            f"{world_size} ranks cannot be split into equal groups of it, or of several ranks each. Give a divisor of "
+            f"{world_size}, use another number of processes, or backend=fsdp",
+        )
 
 
 def derived_accumulation(train: TrainConfig, world_size: int) -> int:

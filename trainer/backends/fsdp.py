@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import Local, trainable
-from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig
+from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.distributed import World, ensure_group
 from tritune.trainer.layers import decoder_layers
@@ -83,7 +83,7 @@ class Fsdp(Local):
             return init_device_mesh(kind, (size,))
         shards = 1
         if isinstance(self.config, HsdpConfig):
-            shards = hsdp_shards(self.config, size, self.world.local_size)
+            shards = hsdp_shards(self.config, size, self.world.local_size) or 1  # None was refused with the config
         return init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
     def _prefetch(self, layers: list[FSDPModule]) -> None:
@@ -107,8 +107,3 @@ class Fsdp(Local):
 def hub_name(name: str) -> str:
     """A parameter's name in the Hugging Face model: the scorer around it adds `model.`."""
     return name.removeprefix("model.")
-
-
-def hsdp_shards(config: HsdpConfig, size: int, local_size: int) -> int:
-    """Ranks that share one copy: as configured, else those of one machine, or half of them where it is the only one."""
-    return config.shards or (local_size if local_size < size else max(size // 2, 1))

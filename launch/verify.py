@@ -1,0 +1,185 @@
+"""`tritune verify parity | resume`: proofs for the user's own configuration, by running it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritune.launch import processes
+from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, INPUT_ERRORS, InputError
+
+if TYPE_CHECKING:
+    from tritune.launch.processes import Job
+    from tritune.trainer.config import Config
+    from tritune.trainer.verify.cells import Cell
+
+PROOFS = ("parity", "resume")
+
+
+def verify(argv: list[str]) -> int:
+    """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
+    from tritune.trainer.__main__ import checked_config, run_path
+    from tritune.trainer.compose import split_argv
+    from tritune.trainer.redact import redact
+
+    try:
+        if not argv or argv[0] not in PROOFS:
+            raise InputError(
+                f"verify {' '.join(argv[:1])}".strip(), f"there is {', '.join(PROOFS)}", "Write one of them"
+            )
+        config_dir, overrides = split_argv(argv[1:])
+        config = checked_config(overrides, config_dir, None)
+        directory = run_path(config, overrides)
+        on_cpu = config.backend.device.value == "cpu" or not _gpus()
+        count = config.launch.num_procs or _gpus() or 2
+        processes.preload(on_cpu)
+        proof = _parity if argv[0] == "parity" else _resume
+        where = directory / argv[0]
+        shutil.rmtree(where, ignore_errors=True)  # an earlier proof's runs
+        given = [] if config_dir is None else ["--config-dir", config_dir]
+        return proof(config, given, overrides, directory, count)
+    except INPUT_ERRORS as error:
+        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_INPUT
+
+
+def _parity(config: Config, given: list[str], overrides: list[str], directory: Path, count: int) -> int:
+    from tritune.trainer.verify.cells import parity_cells
+    from tritune.trainer.verify.certificate import step_lines, summary_table, worst, write_certificate
+    from tritune.trainer.verify.compare import compare_bfloat16, compare_float32, spread
+
+    references, candidates = parity_cells(config, overrides, directory / "parity", count)
+    for reference in references:
+        code, said = _run(reference, given)
+        if code != EXIT_DONE:
+            print(said, file=sys.stderr)
+            return code
+    bounds = None
+    if len(references) > 1:
+        bounds = spread(references[0].directory, [r.directory for r in references if ", order" in r.name])
+    cells: dict[str, dict[str, Any]] = {}
+    ran: list[Cell] = []
+    for cell in candidates:
+        code, said = _run(cell, given)
+        cells[cell.name] = {"processes": cell.processes, "verdict": "" if code == EXIT_DONE else _why(code, said)}
+        if code == EXIT_DONE:
+            ran.append(cell)
+    for cell in ran:
+        if bounds is None:
+            steps = compare_float32(cell.directory, references[0].directory)
+        else:
+            others = [references[0].directory, *(o.directory for o in ran if o is not cell)]
+            steps = compare_bfloat16(cell.directory, others, bounds)
+        bad = [s.step for s in steps if not s.holds]
+        verdict = (
+            "holds" if not bad else f"does not hold at step {bad[0]}" + (f" and {len(bad) - 1} more" if bad[1:] else "")
+        )
+        cells[cell.name] |= {"verdict": verdict, "worst": worst(steps), "steps": [s.to_json() for s in steps]}
+        print(f"\n{cell.name} on {cell.processes} process(es): {verdict}", *step_lines(steps), sep="\n")
+    holds = bool(ran) and all(c["verdict"] == "holds" or c["verdict"].startswith("refused") for c in cells.values())
+    content = {"holds": holds, "criterion": _criterion(bounds), "reference": _rows(references[0]), "backends": cells}
+    if bounds is not None:
+        content["bounds"] = [{"loss": loss, "grad_norm": norm} for loss, norm in bounds]
+        content["float32"] = _rows(references[-1])
+    write_certificate(directory / "parity.json", "parity", config, overrides, content)
+    print("", _criterion(bounds), "", *summary_table(cells), "", sep="\n")
+    print(f"parity {'holds' if holds else 'does not hold'}: {directory / 'parity.json'}")
+    return EXIT_DONE if holds else EXIT_FAILED
+
+
+def _resume(config: Config, given: list[str], overrides: list[str], directory: Path, count: int) -> int:
+    from tritune.trainer.verify.cells import kill_step, resume_cells
+    from tritune.trainer.verify.certificate import step_lines, write_certificate
+    from tritune.trainer.verify.compare import bit_equal, compare_float32, parameter_difference, read_rows
+
+    unbroken, killed, resumed = resume_cells(config, overrides, directory / "resume", count)
+    code, said = _run(unbroken, given)
+    if code == EXIT_DONE:
+        code, said = _run(killed, given, kill_at=kill_step(config))
+    reached = read_rows(killed.directory)[-1]["step"] if code == EXIT_DONE else 0
+    if code == EXIT_DONE:
+        code, said = _run(resumed, given)
+    if code != EXIT_DONE:
+        print(said, file=sys.stderr)
+        return code
+    same = (killed.overrides, killed.processes) == (
+        [o for o in resumed.overrides if o != "run.resume=require"], resumed.processes,
+    )  # fmt: skip
+    steps = compare_float32(resumed.directory, unbroken.directory)
+    last = config.verify.steps
+    ours, theirs = read_rows(resumed.directory), read_rows(unbroken.directory)
+    found = {
+        "same_backend_and_processes": same,
+        "killed_after": reached,
+        "losses_equal": [r["loss"] for r in ours] == [r["loss"] for r in theirs],
+        "batches_equal": [r["batch"] for r in ours] == [r["batch"] for r in theirs],
+        "rng_equal": [r["rng"] for r in ours] == [r["rng"] for r in theirs],
+        "weights": parameter_difference(resumed.directory, unbroken.directory, last),
+        "moments": parameter_difference(resumed.directory, unbroken.directory, last, "optim."),
+        "bit_equal": bit_equal(resumed.directory, unbroken.directory, last),
+    }
+    exact = found["bit_equal"] and found["losses_equal"] and found["rng_equal"]
+    holds = bool(found["batches_equal"] and (exact if same else all(s.holds for s in steps)))
+    content = {"holds": holds, **found, "steps": [s.to_json() for s in steps]}
+    write_certificate(directory / "resume.json", "resume", config, overrides, content)
+    print(*step_lines(steps), *(f"{name.replace('_', ' '):28} {value}" for name, value in found.items()), "", sep="\n")
+    print(f"resume {'holds' if holds else 'does not hold'}: {directory / 'resume.json'}")
+    return EXIT_DONE if holds else EXIT_FAILED
+
+
+def _run(cell: Cell, given: list[str], kill_at: int | None = None) -> tuple[int, str]:
+    """Run a cell to its end, or kill all its ranks once `kill_at` is logged; return its exit status and what it said."""
+    began = time.monotonic()
+    job = processes.start([[*given, *cell.overrides]], cell.directory / "output", cell.processes)
+    metrics = cell.directory / "metrics.jsonl"
+    while job.alive():
+        if kill_at is not None and metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
+            job.signal(signal.SIGKILL)
+            kill_at = None
+            break
+        _pause(job)
+    codes = job.wait()
+    print(f"verify    {cell.name} on {cell.processes} process(es): {time.monotonic() - began:.1f} s", flush=True)
+    if any(code == -signal.SIGKILL for code in codes):
+        return EXIT_DONE, ""
+    return max(codes, key=abs), job.output()
+
+
+def _pause(job: Job) -> None:
+    job.processes[0].join(0.01)
+
+
+def _why(code: int, said: str) -> str:
+    faults = [line for line in said.splitlines() if line.startswith(("tritune:", "  - "))]
+    text = (faults[-1] if faults else "see its output").removeprefix("tritune:").strip(" -")
+    return f"{'refused' if code == EXIT_INPUT else 'failed'}: {text}"
+
+
+def _criterion(bounds: Any) -> str:
+    from tritune.trainer.verify.compare import GRAD_NORM, LOSS, PARAMETERS
+
+    if bounds is None:
+        return (
+            f"Against one process, every step: loss within {LOSS:g} and gradient norm within {GRAD_NORM:g}, relative; "
+            f"the same rows; at the end each parameter within {PARAMETERS:g}."
+        )
+    return (
+        "Against one process and every other backend, every step: at most twice the 95th percentile of how far random orders "
+        "of the same micro-batches move one process; for the gradient norm plus 2^-8 of it; the same rows."
+    )
+
+
+def _rows(cell: Cell) -> list[dict[str, Any]]:
+    from tritune.trainer.verify.compare import read_rows
+
+    return [{k: row[k] for k in ("step", "loss", "grad_norm", "batch")} for row in read_rows(cell.directory)]
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,131 @@
+"""What `verify` runs: the user's own configuration, cut to a few steps, once for each backend."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritune.trainer.config import NAMES, Config
+from tritune.trainer.config_choices import Dtype
+from tritune.trainer.errors import InputError
+
+# What a proof leaves out: it costs time, or it would write elsewhere, and no step depends on it.
+LEFT_OUT = [
+    "train.patience=null", "train.use_best=false", "train.log_every=1", "evaluation.base=false", "evaluation.splits=[]",
+    "evaluation.samples=0", "evaluation.choices=[]", "evaluation.metric=loss", "export.enabled=false",
+    "report.enabled=false", "tracking.wandb=false", "tracking.tensorboard=false", "checkpoint.asynchronous=false",
+    "run.resume=never",
+]  # fmt: skip
+_OFFLOAD = {"fsdp": "true", "hsdp": "true", "zero1": "optimizer", "zero2": "optimizer", "zero3": "all"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its name in tables, its overrides, how many processes, and where it writes."""
+
+    name: str
+    overrides: list[str]
+    processes: int
+    directory: Path
+
+
+def parse(entry: str, processes: int) -> tuple[str, bool, int]:
+    """`fsdp+offload@4` -> ("fsdp", True, 4); without `@`, `processes`.
+
+    Raises:
+        InputError: there is no such backend, or it has nothing to offload.
+    """
+    match = re.fullmatch(r"(\w+)(\+offload)?(?:@(\d+))?", entry)
+    names = [n for n in NAMES["backend"] if n != "auto"]
+    if match is None or match[1] not in names or (match[2] and match[1] not in _OFFLOAD):
+        rule = "a backend is written NAME, NAME+offload or NAME@PROCESSES"
+        raise InputError(
+            f"verify.backends: {entry}", rule, f"Names: {', '.join(names)}; all but single and ddp offload"
+        )
+    if match[1] == "single":
+        return "single", False, 1
+    return match[1], bool(match[2]), int(match[3] or processes)
+
+
+def base_overrides(config: Config, overrides: list[str], steps: int) -> list[str]:
+    """The user's overrides without the backend's, and what every cell shares."""
+    kept = [o for o in overrides if not re.match(r"(backend|run|launch)(\.|=)", o)]
+    kept += [
+        f"backend.device={config.backend.device.value}",
+        f"backend.timeout_seconds={config.backend.timeout_seconds}",
+    ]
+    every = f"evaluation.every={steps}"
+    return [*kept, *LEFT_OUT, every, f"train.max_steps={steps}", "train.epochs=null", "train.accumulation=null"]
+
+
+def backend_overrides(config: Config, overrides: list[str], entry: str, processes: int) -> tuple[list[str], int]:
+    """The overrides that choose a backend, with the user's own settings of it where it is the configured one."""
+    name, offload, count = parse(entry, processes)
+    chosen = [f"backend={name}"]
+    if name == config.backend.name:
+        chosen += [
+            o for o in overrides if o.startswith("backend.") and not (offload and o.startswith("backend.offload"))
+        ]
+    return chosen + ([f"backend.offload={_OFFLOAD[name]}"] if offload else []), count
+
+
+def micro_batch_size(config: Config, processes: int) -> int:
+    """As configured, else what makes one micro-batch a rank; the same in every cell, as dropout inside a model wants."""
+    return config.train.micro_batch_size or -(-config.train.batch_size // processes)
+
+
+def reference_names(config: Config) -> list[str]:
+    """The runs on one process: in float32, and in bf16 that and as many random orders of micro-batches as are asked for."""
+    if config.model.dtype is not Dtype.bfloat16:
+        return ["single"]
+    return ["single", *(f"single, order {k}" for k in range(1, config.verify.orders + 1)), "single, float32"]
+
+
+def parity_cells(
+    config: Config, overrides: list[str], directory: Path, processes: int
+) -> tuple[list[Cell], list[Cell]]:
+    """References and candidates."""
+    v = config.verify
+    shared = base_overrides(config, overrides, v.steps)
+    shared += [f"checkpoint.every={v.parameters_every}", f"checkpoint.keep_last={v.steps + 1}"]
+    shared += [f"train.micro_batch_size={micro_batch_size(config, processes)}"]
+
+    def cell(name: str, more: list[str], count: int) -> Cell:
+        where = directory / re.sub(r"\W+", "-", name)
+        return Cell(name, [*shared, *more, f"run.dir={json.dumps(str(where))}"], count, where)
+
+    references = []
+    for number, name in enumerate(reference_names(config)):
+        more = ["backend=single"]
+        if name == "single, float32":
+            more.append("model.dtype=float32")
+        elif number:
+            more.append(f"verify.order={number}")
+        references.append(cell(name, more, 1))
+    return references, [cell(e, *backend_overrides(config, overrides, e, processes)) for e in v.backends]
+
+
+def resume_cells(config: Config, overrides: list[str], directory: Path, processes: int) -> tuple[Cell, Cell, Cell]:
+    """The run that is never stopped, the one that is killed, and the one that goes on from it, in the same directory."""
+    v = config.verify
+    own = config.backend.name if config.backend.name != "auto" else ("ddp" if processes > 1 else "single")
+    mine, count = backend_overrides(config, overrides, own, processes)
+    theirs, then = (mine, count) if v.to_backend is None else backend_overrides(config, overrides, v.to_backend, count)
+    then = v.to_procs or then
+    shared = base_overrides(config, overrides, v.steps)
+    shared += [f"checkpoint.every={max(2 * kill_step(config) // 5, 1)}", f"checkpoint.keep_last={v.steps}"]
+    shared += [f"train.micro_batch_size={micro_batch_size(config, max(count, then))}"]
+    unbroken, killed = directory / "unbroken", directory / "killed"
+    again = ["run.resume=require", f"run.dir={json.dumps(str(killed))}"]
+    return (
+        Cell("unbroken", [*shared, *mine, f"run.dir={json.dumps(str(unbroken))}"], count, unbroken),
+        Cell("killed", [*shared, *mine, f"run.dir={json.dumps(str(killed))}"], count, killed),
+        Cell("resumed", [*shared, *theirs, *again], then, killed),
+    )
+
+
+def kill_step(config: Config) -> int:
+    """The step after which the run is killed."""
+    return config.verify.kill_at or max(config.verify.steps // 2, 1)
