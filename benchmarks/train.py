@@ -6,10 +6,14 @@ Each cell is a run of `tritune.trainer` in fresh processes, on a random Llama th
 generated text; only the checkpoint at its end is left out (`saving.py` measures it). Every cell computes the same step of
 `--batch` x `--length` tokens in micro-batches of one size, so a rank's activations are the same at any number of ranks.
 
-Measured: tokens per second of whole optimizer steps, the median without the first three; and in every rank, over what it
-held just before the model was loaded, the peak of its memory until the last step (`peak`), and what it held after each
-step (`held`, median). On CPU that is RssAnon sampled every 5 ms, in float32; where there are GPUs the same command uses
-them, at most one rank each, in bfloat16, and PyTorch's own count, `max_memory_allocated`, stands beside it.
+Measured: tokens per second of whole optimizer steps, the median without the first three and the last two; and in every
+rank, over what it held just before the model was loaded, the peak of its memory in the last two steps (`peak`), and what it
+held after each of them (`held`). On CPU that is RssAnon sampled every 5 ms, in float32; in those two steps each sample first
+makes glibc give back what is free, of which it keeps up to several times the state (`Peak.trim`). Where there are GPUs the
+same command uses them, at most one rank each, in bfloat16, and counts by `max_memory_allocated`.
+
+Each backend at each number of ranks also trains a model of next to no parameters first. What that rank's memory rises by is
+the libraries' own (threads, kernels compiled, communication) and is taken off `peak` and `held`; the record has it.
 
 `state` is the arithmetic: bytes that a rank holds as parameters, gradients, masters and moments, with P parameters, T of
 them trained, F = P - T frozen, over N ranks (on hsdp N is the ranks of one shard group):
@@ -44,16 +48,21 @@ from typing import Any
 
 import torch
 from record import MIB, RESULTS, Peak, run_ranks, write_record
-from tritune.launch.processes import preload
+from tritune.launch.processes import CONTEXT, PRELOAD, preload
 
 SIZES = {  # vocabulary, hidden, intermediate, layers, heads; embeddings are tied
+    "empty": (512, 16, 16, 2, 1),
     "2m": (2048, 192, 512, 4, 4),
+    "5m": (2048, 320, 832, 4, 5),
+    "10m": (4096, 384, 1024, 5, 6),
     "20m": (8192, 512, 1408, 5, 8),
+    "50m": (8192, 640, 1728, 9, 10),
     "160m": (16384, 1024, 2816, 12, 16),
     "1b": (32000, 2048, 5632, 22, 16),
 }
 BACKENDS = ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
-SKIPPED_STEPS = 3
+DEEPSPEED_LATE = ["torch._inductor.compile_fx", "functorch.compile", "torch.export.pt2_archive"]
+SKIPPED_STEPS, MEMORY_STEPS = 3, 2  # at the beginning, at the end: not timed
 
 
 def train(overrides: list[str]) -> dict[str, Any]:
@@ -68,16 +77,20 @@ def train(overrides: list[str]) -> dict[str, Any]:
         peak.start()
         return load(*args)
 
-    def log_measured(*args: Any) -> None:
-        log(*args)
-        held.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else peak.now()["anon"])
+    def log_measured(run: Any, *args: Any) -> None:
+        log(run, *args)
+        ahead = run.loader.total_steps - run.state.step
+        if ahead == MEMORY_STEPS:
+            peak.trim()
+        elif ahead < MEMORY_STEPS:
+            held.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else peak.now()["anon"])
 
     build._load, loop.log_step = load_measured, log_measured
     loop.save = lambda run: peak.stop()
     code = main(overrides)
     if code:
         raise SystemExit(code)
-    return {"peak": peak.stop(), "held": statistics.median(held[SKIPPED_STEPS:])}
+    return {"peak": peak.stop(), "held": max(held)}
 
 
 def state_bytes(backend: str, total: int, trained: int, ranks: int, bf16: bool) -> int:
@@ -119,34 +132,38 @@ def write_text(path: Path, num_bytes: int) -> None:
     path.write_text(" ".join(rng.choices(words, k=num_bytes // 4)) + "\n")
 
 
-def measure(cell: dict[str, Any], args: argparse.Namespace, folder: Path, total: int, gpus: int) -> dict[str, Any]:
+def micro_batch(args: argparse.Namespace) -> int:
+    return max(args.batch // max(args.ranks), 1)
+
+
+def measure(cell: dict[str, Any], args: argparse.Namespace, folder: Path, model: str, gpus: int) -> dict[str, Any]:
     """Run one cell; return it with its figures."""
     ranks, backend, directory = cell["ranks"], cell["backend"], folder / "run"
+    vocab, hidden, intermediate, layers, _ = SIZES[model]
+    bucket = (vocab * hidden + layers * hidden * (4 * hidden + 3 * intermediate)) // 40 * 2
     name = "single" if backend == "ddp" and ranks == 1 else backend
-    micro = max(args.batch // max(args.ranks), 1)
     overrides = [
-        f"model.path={folder / 'model'}", f"data.train={folder / 'text.txt'}", "objective=pretrain",
-        f"data.max_length={args.length}", f"train.batch_size={args.batch}", f"train.micro_batch_size={micro}",
+        f"model.path={folder / model}", f"data.train={folder / 'text.txt'}", "objective=pretrain",
+        f"data.max_length={args.length}", f"train.batch_size={args.batch}", f"train.micro_batch_size={micro_batch(args)}",
         f"train.max_steps={args.steps}", f"train.activation_checkpointing={cell['checkpointing']}",
         f"backend={name}", f"method={cell['method']}", "evaluation.base=false", "evaluation.samples=0",
         "evaluation.splits=[]", "checkpoint.every=1000000", "export.enabled=false", "report.enabled=false",
         f"run.dir={directory}",
     ]  # fmt: skip
     overrides += ["model.dtype=bfloat16"] if gpus else ["backend.device=cpu"]
-    overrides += [f"backend.bucket_elements={total // 20}"] if name.startswith("zero") else []
+    overrides += [f"backend.bucket_elements={bucket}"] if name.startswith("zero") else []
     figures = run_ranks(train, (overrides,), ranks, folder / "logs", timeout=1200.0)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    trained = json.loads((directory / "summary.json").read_text())["parameters"]["trainable"]
-    whole = json.loads((directory / "summary.json").read_text())["parameters"]["total"]
+    sizes = json.loads((directory / "summary.json").read_text())["parameters"]
     shutil.rmtree(directory)
     return cell | {
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in rows[SKIPPED_STEPS:]),
-        "parameters": {"trainable": trained, "total": whole},
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in rows[SKIPPED_STEPS:-MEMORY_STEPS]),
+        "parameters": sizes,
         "peak_bytes": [f["peak"]["cuda" if gpus else "anon"] for f in figures],
         "held_bytes": [f["held"] for f in figures],
         "peak_host_bytes": [f["peak"]["anon"] for f in figures],
         "file_bytes": [f["peak"]["file"] for f in figures],
-        "state_bytes": state_bytes(name, whole, trained, ranks, bool(gpus)),
+        "state_bytes": state_bytes(name, sizes["total"], sizes["trainable"], ranks, bool(gpus)),
     }
 
 
@@ -155,10 +172,11 @@ def table(record: dict[str, Any]) -> str:
     numbers = sorted({c["ranks"] for c in record["cells"]})
     where = ", ".join(record["machine"]["gpus"]) or f"{record['machine']['cores']} CPU cores"
     lines = [
-        f"{record['parameters']:,} parameters, {record['dtype']}, {where}, steps of {record['batch']} x {record['length']} tokens, "
-        f"micro-batches of {record['micro_batch']}; {record['date']}. tokens/s of the run / MiB of a rank at its peak / MiB held "
-        "after a step / MiB of parameters, gradients, masters and moments by the arithmetic in `benchmarks/train.py`. "
-        "The largest of the ranks.",
+        f"{record['parameters']:,} parameters, {record['dtype']}, {where}, steps of {record['batch']} x "
+        f"{record['length']} tokens, micro-batches of {record['micro_batch']}; {record['date']}.",
+        "",
+        "Tokens/s of the run / MiB of a rank at its peak / MiB held after a step / MiB of parameters, gradients, masters and "
+        "moments by the arithmetic in `benchmarks/train.py`. The largest of the ranks; what a rank without a model takes is off.",
     ]  # fmt: skip
     for method in dict.fromkeys(c["method"] for c in record["cells"]):
         lines += ["", f"**{method}**", "", "| backend | checkpointing | " + " | ".join(f"{n} rank(s)" for n in numbers) + " |",
@@ -188,30 +206,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     if args.quick:
-        args.size, args.ranks, args.backends, args.steps = "2m", [1, 2], ["ddp", "fsdp", "zero2", "zero3"], 5
+        args.size, args.ranks, args.backends, args.steps = "2m", [1, 2], ["fsdp", "zero2"], 6
+    if args.steps <= SKIPPED_STEPS + MEMORY_STEPS:
+        parser.error(f"--steps must be at least {SKIPPED_STEPS + MEMORY_STEPS + 1}")
     gpus = torch.cuda.device_count()
     args.ranks = [n for n in args.ranks if not gpus or n <= gpus]
     preload(on_cpu=not gpus)
+    if not gpus:  # what DeepSpeed imports when it starts an engine is nothing that a rank holds for its model
+        CONTEXT.set_forkserver_preload([*PRELOAD, *DEEPSPEED_LATE])
     kinds = [("full", "none")] if args.quick else [(m, c) for m in ("full", "lora") for c in ("none", "full")]
-    cells: list[dict[str, Any]] = []
-    began = time.perf_counter()
+    places = [(b, n) for b in args.backends for n in args.ranks if b != "hsdp" or n == 4]
+    out, cells, overheads, began = "train-quick" if args.quick else "train", [], {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        total = save_llama(folder / "model", args.size, args.length)
+        total = save_llama(folder / args.size, args.size, args.length)
+        save_llama(folder / "empty", "empty", args.length)
         write_text(folder / "text.txt", (args.steps + 2) * args.batch * args.length * 2)
+        for backend, ranks in places:
+            cell = {"backend": backend, "method": "full", "checkpointing": "none", "ranks": ranks}
+            figures = measure(cell, args, folder, "empty", gpus)
+            overheads[backend, ranks] = [figures["peak_bytes"], figures["held_bytes"]]
         for method, checkpointing in kinds:
-            for backend in args.backends:
-                for ranks in args.ranks if backend != "hsdp" else [n for n in args.ranks if n == 4]:
-                    cell = {"backend": backend, "method": method, "checkpointing": checkpointing, "ranks": ranks}
-                    cells.append(measure(cell, args, folder, total, gpus))
-                    print(f"{time.perf_counter() - began:6.0f} s  {method:4} {checkpointing:4} {backend:5} x {ranks}  "
-                          f"{_shown(cells[-1])}", flush=True)  # fmt: skip
-    out = "train-quick" if args.quick else "train"
-    fields = {"parameters": total, "dtype": "bfloat16" if gpus else "float32", "batch": args.batch, "length": args.length,
-              "micro_batch": max(args.batch // max(args.ranks), 1), "steps": args.steps, "skipped_steps": SKIPPED_STEPS,
-              "seconds": round(time.perf_counter() - began), "cells": cells}  # fmt: skip
-    path = write_record(out, fields)
-    (RESULTS / f"{out}.md").write_text(table(json.loads(path.read_text())))
+            for backend, ranks in places:
+                cell = {"backend": backend, "method": method, "checkpointing": checkpointing, "ranks": ranks}
+                cell = measure(cell, args, folder, args.size, gpus)
+                for key, without in zip(("peak_bytes", "held_bytes"), overheads[backend, ranks], strict=True):
+                    cell[key] = [a - b for a, b in zip(cell[key], without, strict=True)]
+                    cell["overhead_" + key] = without
+                cells.append(cell)
+                shown = _shown(cell)
+                seconds = time.perf_counter() - began
+                print(f"{seconds:6.0f} s  {method:4} {checkpointing:4} {backend:5} x {ranks}  {shown}", flush=True)
+                fields = {"parameters": total, "dtype": "bfloat16" if gpus else "float32", "batch": args.batch,
+                          "length": args.length, "micro_batch": micro_batch(args), "steps": args.steps,
+                          "skipped_steps": [SKIPPED_STEPS, MEMORY_STEPS],
+                          "seconds": round(seconds), "cells": cells}  # fmt: skip
+                path = write_record(out, fields)  # each time: a matrix that is interrupted leaves what it has
+                (RESULTS / f"{out}.md").write_text(table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

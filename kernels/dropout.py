@@ -70,3 +70,29 @@ def dropout_reference(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
     """Inverted dropout of `x` [*keys.shape, D]: kept elements are scaled by 1 / (1 - p)."""
     keep = keep_mask_reference(keys, site, x.shape[-1], p)
     return x * keep * (1.0 / (1.0 - p))
+
+
+@torch.library.custom_op("tritune::dropout", mutates_args=())
+def opaque_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+    """`dropout_reference` as one operator that compilers do not look into.
+
+    Inductor's CPU code for the wrapping 32-bit products is wrong, or does not compile (torch 2.13: NaN from finite inputs).
+    """
+    return dropout_reference(x, keys, site, p)
+
+
+@opaque_dropout.register_fake
+def _(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, keys, ctx.site, ctx.p = inputs
+    ctx.save_for_backward(keys)
+
+
+def _backward(ctx, gradient: Tensor):
+    return opaque_dropout(gradient, *ctx.saved_tensors, ctx.site, ctx.p), None, None, None  # the same mask, drawn again
+
+
+opaque_dropout.register_autograd(_backward, setup_context=_keep)

@@ -101,6 +101,9 @@ def _resume(config: Config, given: list[str], overrides: list[str], directory: P
     if code == EXIT_DONE:
         code, said = _run(killed, given, kill_at=kill_step(config))
     reached = read_rows(killed.directory)[-1]["step"] if code == EXIT_DONE else 0
+    if code == EXIT_DONE and reached >= config.verify.steps:
+        rule = "the run came to its end before it could be killed"
+        raise InputError(f"verify.steps={config.verify.steps}", rule, "Give it more steps")
     if code == EXIT_DONE:
         code, said = _run(resumed, given)
     if code != EXIT_DONE:

@@ -34,23 +34,21 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig, keys: TokenKey
     if config.activation_checkpointing is Activations.none:
         return
     selective = config.activation_checkpointing is Activations.selective
-    context = partial(create_selective_checkpoint_contexts, KEPT_OPS) if selective else _no_contexts
+    how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT_OPS)} if selective else {}
     for layer in decoder_layers(model):
-        layer.forward = _checkpointed(layer.forward, context, config.activation_offload, keys)  # type: ignore[method-assign]
-
-
-def _no_contexts() -> tuple[Any, Any]:
-    return nullcontext(), nullcontext()
+        layer.forward = _checkpointed(layer.forward, how, config.activation_offload, keys)  # type: ignore[method-assign]
 
 
 def _checkpointed(
-    forward: Callable[..., Any], context: Callable[[], Any], offload: bool, keys: TokenKeys | None
+    forward: Callable[..., Any], how: dict[str, Any], offload: bool, keys: TokenKeys | None
 ) -> Callable[..., Any]:
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        again = forward if keys is None else partial(keys.replay, forward, keys.get())
+        # A compiled graph has the keys as an input, and its backward the same; it could not set them.
+        reads = keys is None or torch.compiler.is_compiling()
+        again = forward if reads else partial(keys.replay, forward, keys.get())  # type: ignore[union-attr]
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
-            return checkpoint(again, *args, use_reentrant=False, context_fn=context, **kwargs)
+            return checkpoint(again, *args, use_reentrant=False, **how, **kwargs)
 
     return run

@@ -143,6 +143,15 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
     _check_results(c, rule)
     _check_backend(c, rule, world_size)
+    rule(c.verify.steps >= 2, "verify.steps", "a curve has two steps. Use 2 or more")
+    rule(c.verify.parameters_every >= 1, "verify.parameters_every", "an interval is at least one step. Use 1 or more")
+    rule(c.verify.orders >= 2, "verify.orders", "a spread takes several orders. Use 2 or more, 10 for a proof")
+    rule(
+        c.verify.kill_at is None or 1 <= c.verify.kill_at < c.verify.steps,
+        "verify.kill_at",
+        f"the run has {c.verify.steps} steps and is killed before its end. Use a step from 1 to {c.verify.steps - 1}",
+    )
+    rule(c.verify.to_procs is None or c.verify.to_procs >= 1, "verify.to_procs", "a run has a process. Use 1 or more")
     has_validation = bool(c.data.validation or c.data.validation_share)
     for key in ("patience", "use_best"):
         rule(
@@ -228,6 +237,11 @@ def _check_backend(c: Config, rule: Callable[[bool, str, str], None], world_size
         not (exact and c.train.compile),
         "train.compile",
         "model.dtype=float64 steps in where a model narrows to float32, which no compiled layer does. Use float32",
+    )
+    rule(
+        not (c.train.activation_offload and c.train.compile),
+        "train.activation_offload",
+        "a compiled layer settles by itself what it keeps, and where. Set train.compile=false",
     )
     if isinstance(b, ZeroConfig):
         rule(not exact, "model.dtype", "DeepSpeed keeps no float64 masters. Use backend=fsdp or ddp, or float32")

@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from tritune.kernels.dropout import dropout_reference
+from tritune.kernels.dropout import dropout_reference, opaque_dropout
 
 
 class TokenKeys:
@@ -44,7 +45,8 @@ class TokenKeys:
                 f"dropout at site {site:#x}: input {tuple(x.shape)} does not hold the forward's tokens {seen}. "
                 "Exclude this layer (method.exclude) or set method.dropout=0"
             )
-        return dropout_reference(x, keys.reshape(x.shape[:-1]), site, p)
+        apply = opaque_dropout if torch.compiler.is_compiling() else dropout_reference
+        return apply(x, keys.reshape(x.shape[:-1]), site, p)
 
 
 def site_of(name: str) -> int:
