@@ -5,9 +5,9 @@
 Two runs of `tritune.trainer` per backend, alike but for `checkpoint.asynchronous`, train every parameter of the same random
 Llama (state: float32 masters and two moments, 12 bytes a parameter) and save every `--every` steps. The stall is the time that
 `loop.save` takes in the loop, on the slowest rank: logs to disk, the copy or the writing, what ranks agree on. Of it
-`store` is `CheckpointStore.save` alone, and `waited` what that waited for the save before it. Reported is the median without
-the first save, in which the background's buffers are allocated; the first stands apart. The bound: asynchronous / on the spot
-<= 0.10. Steps during which a save was being written are timed apart from those without.
+`store` is `CheckpointStore.save` alone, and `waited` what that waited for the save before it (the last save's is the wait at
+the end of the run). Reported is the median without the first save, in which the background's buffers are allocated; the first
+stands apart. The bound: asynchronous / on the spot <= 0.10. Steps during which a save was being written are timed apart.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def start(cells: list[list[str]], logs: Path, processes: int, env: dict[str, str
     """
     logs.mkdir(parents=True, exist_ok=True)
     ports = [_free_port() for _ in cells]
-    ranks, paths = [], []
+    ranks: list[BaseProcess] = []
+    paths = []
     for rank in range(processes):
         variables = dict(env or {})
         if processes > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +149,7 @@ def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list
 
 def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
-    row = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
+    row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
     row |= {"batch": run.meter.batch, "rng": generator_digest(run.world.device)}
     if run.world.rank == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def piece_of(tensor: Tensor) -> Piece:
 
     if not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
         raise ValueError(f"a tensor laid out as {tensor.placements} has no single run of elements on a rank")
-    local = tensor.detach()._local_tensor.view(-1)
+    local = cast(DTensor, tensor.detach())._local_tensor.view(-1)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     width = math.prod(tensor.shape[1:])
     return Piece(tensor.shape, offset[0] * width if tensor.ndim and local.numel() else 0, local)

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import ModelConfig
+from tritune.trainer.errors import reason
 from tritune.trainer.model import CLASS_HEAD, settle_architecture
 from tritune.trainer.scorer import TESTED_FAMILIES
 from tritune.trainer.weights import Weights, find_weights
@@ -38,8 +39,11 @@ def load_skeleton(
     if labels is None and architecture.model_type not in TESTED_FAMILIES:
         return f"{architecture.model_type} is no family whose losses are tested, and is compared when it is loaded"
     auto = settle_architecture(architecture, tokenizer, labels)
-    with init_empty_weights(include_buffers=False):
-        model = auto.from_config(architecture, attn_implementation=config.attention.value, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(architecture, attn_implementation=config.attention.value, dtype=dtype)
+    except Exception as error:  # noqa: BLE001  whatever it is, loading whole meets it too, and says it with its remedy
+        return reason(error)
     model.tie_weights()  # each parameter was replaced by a meta one of its own
     head = getattr(model, CLASS_HEAD, None) if labels is not None else None
     if labels is not None and not isinstance(head, nn.Linear):

@@ -23,10 +23,13 @@ class Weights:
     Args:
         files: parameter -> the file that holds it and its name there.
         tensors: parameters that are in memory: those of an adapter, say.
+        dtype: what a model loaded whole would hold in; masters are made from that, here too.
     """
 
-    def __init__(self, files: dict[str, tuple[Path, str]], tensors: dict[str, Tensor]) -> None:
-        self.files, self.tensors = files, tensors
+    def __init__(
+        self, files: dict[str, tuple[Path, str]], tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.files, self.tensors, self.dtype = files, tensors, dtype
         self._open: dict[Path, safe_open] = {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -39,7 +42,7 @@ class Weights:
         rows = self._open[path].get_slice(key)
         width = math.prod(rows.get_shape()[1:])
         first, last = start // width, -(-stop // width)
-        return rows[first:last].reshape(-1)[start - first * width : stop - first * width]
+        return rows[first:last].reshape(-1)[start - first * width : stop - first * width].to(self.dtype)
 
     def take(self, model: nn.Module) -> None:
         """Move what `model` holds in memory here, and leave meta tensors in its place."""
@@ -71,6 +74,9 @@ def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) ->
         except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
             remedy = "It must hold whole safetensors weights of this architecture"
             raise InputError(f"model.path={config.path}", reason(error), remedy) from None
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    if set(model.state_dict()) - names:
+        return "it has buffers in its files"
     prefix = model.base_model_prefix + "."
     found: dict[str, tuple[Path, str]] = {}
     for name, parameter in model.named_parameters():
@@ -83,7 +89,7 @@ def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) ->
         if list(parameter.shape) != entry[2]:
             return f"{name} has another shape there"
         found[name] = entry[:2]
-    return Weights(found, {})
+    return Weights(found, {}, next(model.parameters()).dtype)
 
 
 def _other_names(model: nn.Module, parameter: nn.Parameter) -> list[str]:

@@ -151,8 +151,8 @@ def _remove(name: Callable[[Path], Path]) -> Callable[[Path], Path]:
 
 
 def _extra(checkpoint: Path) -> Path:
-    shutil.copy(shard(checkpoint), checkpoint / "shard-00009-model-00001-of-00001.safetensors")
-    return checkpoint / "shard-00009-model-00001-of-00001.safetensors"
+    shutil.copy(shard(checkpoint), checkpoint / "shard-00009.safetensors")
+    return checkpoint / "shard-00009.safetensors"
 
 
 def _link(name: Callable[[Path], Path]) -> Callable[[Path], Path]:

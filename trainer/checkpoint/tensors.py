@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
 from tritune.trainer.piece import Piece
@@ -28,12 +32,26 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return values.clone() if values.numel() == 1 else values
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """DCP's, but for the writing: its own builds a rank's whole file in memory first, holding the interpreter's lock."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        written: Future[list[WriteResult]] = Future()
+        if plan.items:
+            tensors = {item.index.fqn: planner.resolve_data(item).cpu() for item in plan.items}  # type: ignore[union-attr]
+            offsets = {i.index.fqn: {"saved_offsets": list(i.index.offset or ())} for i in plan.items}
+            about = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            save_file(tensors, Path(self.path) / _file(plan.storage_data["shard_index"]), about)
+        written.set_result([])
+        return written
+
+
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        stored = self.metadata.state_dict_metadata  # type: ignore[union-attr]
+        stored: Any = self.metadata.state_dict_metadata  # type: ignore[union-attr]
         chunks = {name: piece.chunks() for name, piece in self.state_dict.items()}
         return LoadPlan([i for n, c in chunks.items() for i in create_read_items_for_chunk_list(n, stored[n], c)])
 
@@ -53,7 +71,7 @@ def save_tensors(directory: Path, tensors: dict[str, Piece], world: World) -> li
     for name, value in tensors.items():
         if not isinstance(value, Piece):
             raise TypeError(f"{name} is a {type(value).__name__}; only pieces of tensors are written here")
-    writer, alone = HuggingFaceStorageWriter(str(directory), save_distributed=True), world.size == 1
+    writer, alone = _Writer(str(directory), save_distributed=True), world.size == 1
     with _plain_errors():
         dcp.save(
             dict(tensors),
@@ -62,8 +80,8 @@ def save_tensors(directory: Path, tensors: dict[str, Piece], world: World) -> li
             no_dist=alone,
             process_group=world.group,
         )
-    prefix = f"shard-{world.rank + 1:05d}-"
-    return sorted(p.name for p in directory.iterdir() if p.name.startswith(prefix))
+    name = _file(world.rank + 1)
+    return [name] if (directory / name).is_file() else []  # a small state may leave a rank nothing to write
 
 
 def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str, Any], world: World) -> None:
@@ -96,6 +114,10 @@ def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str,
             no_dist=alone,
             process_group=world.group,
         )
+
+
+def _file(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
 
 
 @contextmanager
