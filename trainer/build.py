@@ -106,7 +106,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
     )
 
-    backend = make_backend(config.backend, world, config.model.dtype)
+    backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:

@@ -208,7 +208,9 @@ class VerifyConfig:
         default_factory=lambda: ["ddp", "fsdp", "fsdp+offload", "hsdp", "zero1", "zero2", "zero3", "zero3+offload"]
     )
     parameters_every: int = 1  # parity: steps between comparisons of parameters; each costs a checkpoint
-    order: int = 0  # of a step's micro-batches: 0 longest first, another number a random one; only rounding changes
+    order: int = (
+        0  # of a step's micro-batches and of the norm's terms; not 0: a random one, which changes rounding alone
+    )
     orders: int = 10  # parity in bfloat16: random orders of the reference's micro-batches, whose spread is the measure
     kill_at: int | None = None  # resume: step after which every rank is killed; default: half of verify.steps
     to_backend: str | None = None  # resume: the backend that goes on; default: the same

@@ -25,6 +25,7 @@ def rows_and_model(tmp_path_factory):
     return [
         f"model.path={harness.save_small_llama(root / 'model', 160)}", f"data.train={root / 'rows.jsonl'}",
         "data.max_length=160", "train.max_steps=1", "backend.device=cpu", "launch.num_procs=2",
+        "verify.parameters_every=10",
     ]  # fmt: skip
 
 

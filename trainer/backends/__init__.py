@@ -67,16 +67,20 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(config: BackendConfig, world: World, dtype: Dtype) -> Backend:
-    """`auto` is `single` for one process and `ddp` for several."""
+def make_backend(config: BackendConfig, world: World, dtype: Dtype, order: int = 0) -> Backend:
+    """`auto` is `single` for one process and `ddp` for several.
+
+    Args:
+        order: `verify.order`, for the reference of a proof.
+    """
     name = config.name if config.name != "auto" else ("ddp" if world.size > 1 else "single")
     if isinstance(config, ZeroConfig):
         from tritune.trainer.backends.zero import Zero  # deepspeed takes a second to import
 
         return Zero(config, world, dtype)
     if isinstance(config, FsdpConfig) or dtype is Dtype.bfloat16:
-        return Fsdp(name, config, world, dtype)
-    return Local(name, world)
+        return Fsdp(name, config, world, dtype, order)
+    return Local(name, world, order)
 
 
 def shards_parameters(config: BackendConfig) -> bool:

@@ -35,8 +35,8 @@ from tritune.trainer.weights import Weights
 class Fsdp(Local):
     """See `Backend`. The verbs that differ from `Local`'s."""
 
-    def __init__(self, name: str, config: BackendConfig, world: World, dtype: Dtype) -> None:
-        super().__init__(name, world)
+    def __init__(self, name: str, config: BackendConfig, world: World, dtype: Dtype, order: int = 0) -> None:
+        super().__init__(name, world, order)
         self.config = config if isinstance(config, FsdpConfig) else FsdpConfig()
         bf16 = dtype is Dtype.bfloat16
         self.policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()

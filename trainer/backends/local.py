@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +18,14 @@ from tritune.trainer.weights import Weights
 
 
 class Local:
-    """See `Backend`. With one rank there is no wrapper at all."""
+    """See `Backend`. With one rank there is no wrapper at all.
 
-    def __init__(self, name: str, world: World) -> None:
-        self.name, self.world, self.whole = name, world, True
+    Args:
+        order: 0, or the number of a random order in which the gradient norm is summed (`verify.order`).
+    """
+
+    def __init__(self, name: str, world: World, order: int = 0) -> None:
+        self.name, self.world, self.order, self.whole = name, world, order, True
         self.dp_rank, self.dp_size, self.device = world.rank, world.size, world.device
 
     def prepare(
@@ -48,6 +53,8 @@ class Local:
     def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
         parameters = list(self._trainable.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.order:
+            gradients = random.Random(self.order).sample(gradients, len(gradients))
         # Gradients are the same bytes on all ranks, so each decides alike without asking the others.
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -78,7 +78,11 @@ def compare_bfloat16(run: Path, others: list[Path], bounds: list[tuple[float, fl
 
 def spread(reference: Path, orders: list[Path]) -> list[tuple[float, float]]:
     """Bounds of each step for bf16: twice the 95th percentile of how far random orders of the same micro-batches move the
-    reference, plus 2^-8 of the value for the gradient norm."""
+    reference, plus 2^-8 of the value for the gradient norm.
+
+    An order is also one of the terms of the gradient norm: a few bf16 gradients add up exactly in float32, in any order,
+    and what then differs between backends is how the norm was rounded by which they clip.
+    """
     base, others = read_rows(reference), [read_rows(order) for order in orders]
     bounds = []
     for i, row in enumerate(base):
