@@ -41,7 +41,8 @@ def main() -> None:
                 for count, size in ((1, 12), (3, 4)):
                     name = f"{dtype}, {method}, {count}"
                     where = Path(folder) / name.replace(", ", "-")
-                    own = [f"model.dtype={dtype}", f"train.micro_batch_size={size}", f"run.dir={where}"]
+                    own = [f"model.dtype={dtype}", f"train.micro_batch_size={size}"]
+                    own += [f"verify.parameters_every={arguments.steps}", f"run.dir={where}"]
                     code = verify(["parity", *common, *chosen, *own])
                     found = json.loads((where / "parity.json").read_text())
                     cells[name] = {key: found[key] for key in ("holds", "criterion", "reference", "backends")}

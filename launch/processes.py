@@ -21,6 +21,7 @@ PRELOAD = [
     "tritune.trainer.build",
     "tritune.trainer.finish",
     "tritune.trainer.backends.zero",
+    "torch._inductor.compile_fx",  # DeepSpeed imports it with its first engine, in two seconds
     "transformers.models.llama.modeling_llama",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -32,6 +32,7 @@ ADDED = {
     "tritune config experiment=banking77": [],
 }
 ELSEWHERE = {
+    "tritune verify": "test_the_proofs_run, which is slow",
     "make demo": "tests/launch/test_quickstart.py, and by hand in a fresh clone",
     "make test": "this very run",
     ". .venv/bin/activate": "by hand in a fresh clone",
@@ -95,6 +96,19 @@ def test_the_commands_run_in_the_readme_s_order(workspace, monkeypatch, capfd):
     assert len((workspace / "answers.jsonl").read_text().splitlines()) == 8
     assert (workspace / "merged/model.safetensors").is_file()
     assert (workspace / "runs/lora/export/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_proofs_run(workspace, monkeypatch):
+    """With a few steps; long enough to be killed."""
+    from tritune.launch.cli import main
+
+    monkeypatch.chdir(workspace)
+    proofs = [shlex.split(c)[1:] for c in COMMANDS if c.startswith("tritune verify")]
+    assert [words[1] for words in proofs] == ["parity", "resume"]
+    for words in proofs:
+        assert main([*words, *SMALL, f"verify.steps={4 if words[1] == 'parity' else 40}"]) == 0, words
+        assert json.loads((workspace / f"runs/proof/{words[1]}.json").read_text())["holds"]
 
 
 @pytest.mark.slow
