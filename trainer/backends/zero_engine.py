@@ -8,7 +8,10 @@ State is read and written through rank-local fragments: no collective, no whole 
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +46,19 @@ class _Partitioner(deepspeed.zero.Init):
         param.partition()
 
 
+# DeepSpeed calls these by their old names, twice a layer, and on CPU each call would warn.
+warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _join() -> None:
+    """Take over torch's process group; what DeepSpeed prints of an extension it has built is not for users."""
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+
+
 def make_engine(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]) -> DeepSpeedEngine:
     """What `deepspeed.initialize` does, for `_Engine`."""
-    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    _join()
     return _Engine(
         args=None, model=model, optimizer=optimizer, config=settings, config_class=DeepSpeedConfig(settings),
         dont_change_device=False,
@@ -60,7 +73,7 @@ def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | N
     Args:
         dtype: to compute in; None keeps each parameter's own.
     """
-    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    _join()
     convert = _Partitioner(config_dict_or_path=settings)
     names = {id(p): n.removeprefix("model.") for n, p in model.named_parameters()}
     done: dict[int, nn.Parameter] = {}  # a tied parameter stays one
