@@ -182,10 +182,11 @@ def dry_run(run: Run) -> None:
     """Run the most expensive micro-batch forward and backward, and forget its gradients.
 
     Memory runs out here and not at step 200; and DDP settles its buckets, so that a resumed run reduces in the same
-    order as one that was never stopped.
+    order as one that was never stopped. Sharded backends gather parameters here: a rank that fails alone leaves the others
+    waiting, until `backend.timeout_seconds`.
     """
     run.model.train()
-    with run.world.together("trying the longest micro-batch"):  # no rank reduces here, so none waits for one that fails
+    with run.world.together("trying the longest micro-batch"):  # no gradient is reduced: `ddp` waits for none
         try:
             _forward_and_backward(run, last=False)
         except torch.OutOfMemoryError as error:

@@ -21,9 +21,8 @@ from torch.optim import Optimizer
 from tritune.trainer.piece import Piece, fill, piece_of
 from tritune.trainer.weights import Weights
 
-logging.getLogger("DeepSpeed").setLevel(
-    logging.ERROR
-)  # some forty lines a rank at start; its exceptions speak for themselves
+# Some forty lines a rank at start; what goes wrong is an exception.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
