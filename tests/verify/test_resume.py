@@ -83,11 +83,12 @@ def test_every_backend_reads_what_another_wrote(common, tmp_path, writer, method
 )
 def test_the_verb(common, tmp_path, own, then):
     argv = [o for o in common if not o.startswith("checkpoint")] + METHODS["lora"] + own + then
-    assert verify(["resume", *argv, "launch.num_procs=2", "verify.steps=12", f"run.dir={tmp_path}"]) == 0
+    argv += ["launch.num_procs=2", "verify.steps=40", "verify.kill_at=6", f"run.dir={tmp_path}"]  # time to be killed in
+    assert verify(["resume", *argv]) == 0
     found = json.loads((tmp_path / "resume.json").read_text())
     assert found["holds"]
     assert found["batches_equal"]
-    assert 6 <= found["killed_after"] < 12
+    assert 6 <= found["killed_after"] < 40
     assert found["same_backend_and_processes"] is (not then)
     assert (found["bit_equal"] and found["rng_equal"]) is (not then)
 
@@ -100,5 +101,6 @@ def test_the_verb_finds_a_run_that_forgets(common, tmp_path, monkeypatch):
 
     monkeypatch.setattr(processes, "_rank", planted.rank_that_forgets_its_moments)
     argv = [o for o in common if not o.startswith("checkpoint")] + METHODS["full"] + ["backend=fsdp"]
-    assert verify(["resume", *argv, "launch.num_procs=2", "verify.steps=8", f"run.dir={tmp_path}"]) == 1
+    argv += ["launch.num_procs=2", "verify.steps=40", "verify.kill_at=6", f"run.dir={tmp_path}"]
+    assert verify(["resume", *argv]) == 1
     assert not json.loads((tmp_path / "resume.json").read_text())["holds"]
