@@ -81,3 +81,18 @@ def rank_that_forgets_its_moments(*args) -> None:
 
     Fsdp.refresh = refresh
     _rank(*args)
+
+
+def rank_with_one_bad_step(*args) -> None:
+    """The second step's loss is not finite, its gradient is: nothing but the loop's own look at the loss refuses it."""
+    from tritune.trainer.objectives import Loss
+    from tritune.trainer.objectives.language_model import LanguageModel
+
+    score = LanguageModel.__call__
+
+    def bad(self, model, batch):
+        loss = score(self, model, batch)
+        return Loss(loss.sums + (torch.inf if batch.step == 2 else 0.0))
+
+    LanguageModel.__call__ = bad
+    _rank(*args)

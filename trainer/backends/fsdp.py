@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.optim import Optimizer
-from tritune.trainer.backends.local import Local, trainable
+from tritune.trainer.backends.local import Local, hub_name, trainable
 from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.distributed import World, ensure_group
@@ -102,8 +102,3 @@ class Fsdp(Local):
         for name, buffer in buffers.items():  # no buffer is sharded, and to_empty has emptied them
             owner, _, key = name.rpartition(".")
             setattr(model.get_submodule(owner), key, buffer.to(self.device))
-
-
-def hub_name(name: str) -> str:
-    """A parameter's name in the Hugging Face model: the scorer around it adds `model.`."""
-    return name.removeprefix("model.")

@@ -104,5 +104,10 @@ class Local:
 
 
 def trainable(scorer: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by its name in the Hugging Face model: the scorer around it (`model.`) is no part of a checkpoint."""
-    return {name.removeprefix("model."): p for name, p in scorer.named_parameters() if p.requires_grad}
+    """What trains, by its name in the Hugging Face model."""
+    return {hub_name(name): p for name, p in scorer.named_parameters() if p.requires_grad}
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name in the Hugging Face model: the scorer around it (`model.`) is no part of a checkpoint."""
+    return name.removeprefix("model.")

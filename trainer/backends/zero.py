@@ -46,7 +46,9 @@ class Zero:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         computes = torch.bfloat16 if self.bf16 else None
         # DeepSpeed makes masters from what it casts to bf16; theirs are these values, not those rounded.
-        weights = weights or Weights({}, {name: p.detach() for name, p in trainable(model).items()})
+        masters = weights
+        if weights is None and self.bf16:
+            masters = Weights({}, {name: p.detach() for name, p in trainable(model).items()})
         buffers = dict(model.named_buffers())
         settings = self._settings()
         if self.stage == 3:
@@ -57,7 +59,9 @@ class Zero:
             setattr(model.get_submodule(owner), key, buffer.to(self.device))
         self._trainable = trainable(model)
         make_moments(self.engine)
-        fill({n.removeprefix("model."): p for n, p in self.tensors().items() if n.startswith("model.")}, weights.read)
+        if masters is not None:
+            found = {n.removeprefix("model."): p for n, p in self.tensors().items() if n.startswith("model.")}
+            fill(found, masters.read)
         return self.engine
 
     @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tritune.trainer.backends.local import hub_name
 from tritune.trainer.piece import Piece, fill, piece_of
 from tritune.trainer.weights import Weights
 
@@ -64,7 +65,7 @@ def make_engine(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
     )  # fmt: skip
 
 
-def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | None, weights: Weights) -> None:
+def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | None, weights: Weights | None) -> None:
     """Stage 3: leave each rank its part of every parameter; meta parameters get theirs from `weights`.
 
     One parameter at a time is whole for a moment, and on CPU as untouched memory only.
@@ -74,7 +75,7 @@ def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | N
     """
     _join()
     convert = _Partitioner(config_dict_or_path=settings)
-    names = {id(p): n.removeprefix("model.") for n, p in model.named_parameters()}
+    names = {id(p): hub_name(n) for n, p in model.named_parameters()}
     done: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for module in list(model.modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -84,13 +85,12 @@ def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | N
 
 
 def _partitioned(
-    parameter: nn.Parameter, convert: _Partitioner, dtype: torch.dtype | None, name: str, weights: Weights
+    parameter: nn.Parameter, convert: _Partitioner, dtype: torch.dtype | None, name: str, weights: Weights | None
 ) -> nn.Parameter:
-    read = parameter.device.type == "meta"
-    whole = torch.empty_like(parameter, device=convert.local_device) if read else parameter.detach()
+    whole = parameter.detach() if weights is None else torch.empty_like(parameter, device=convert.local_device)
     new: Any = nn.Parameter(whole.to(dtype or whole.dtype), requires_grad=parameter.requires_grad)
     convert._convert_to_zero_parameters([new])
-    if read:
+    if weights is not None:
         fill({name: _run(new, new.ds_tensor, convert.rank)}, weights.read)
     return new
 
