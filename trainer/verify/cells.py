@@ -71,9 +71,13 @@ def backend_overrides(config: Config, overrides: list[str], entry: str, processe
     return chosen + ([f"backend.offload={_OFFLOAD[name]}"] if offload else []), count
 
 
-def micro_batch_size(config: Config, processes: int) -> int:
-    """As configured, else what makes one micro-batch a rank; the same in every cell, as dropout inside a model wants."""
-    return config.train.micro_batch_size or -(-config.train.batch_size // processes)
+def micro_batch_size(config: Config, counts: list[int]) -> int:
+    """As configured, or fewer where that is more than the rows of a rank in one of the cells, on `counts` processes.
+
+    The micro-batches must be the same in every cell: dropout inside a model is drawn for each, and bf16 rounds in each.
+    """
+    rows = -(-config.train.batch_size // max(counts))
+    return min(config.train.micro_batch_size or rows, rows)
 
 
 def reference_names(config: Config) -> list[str]:
@@ -90,7 +94,8 @@ def parity_cells(
     v = config.verify
     shared = base_overrides(config, overrides, v.steps)
     shared += [f"checkpoint.every={v.parameters_every}", f"checkpoint.keep_last={v.steps + 1}"]
-    shared += [f"train.micro_batch_size={micro_batch_size(config, processes)}"]
+    counts = [parse(entry, processes)[2] for entry in v.backends]
+    shared += [f"train.micro_batch_size={micro_batch_size(config, counts)}"]
 
     def cell(name: str, more: list[str], count: int) -> Cell:
         where = directory / re.sub(r"\W+", "-", name)
@@ -116,7 +121,7 @@ def resume_cells(config: Config, overrides: list[str], directory: Path, processe
     then = v.to_procs or then
     shared = base_overrides(config, overrides, v.steps)
     shared += [f"checkpoint.every={max(2 * kill_step(config) // 5, 1)}", f"checkpoint.keep_last={v.steps}"]
-    shared += [f"train.micro_batch_size={micro_batch_size(config, max(count, then))}"]
+    shared += [f"train.micro_batch_size={micro_batch_size(config, [count, then])}"]
     unbroken, killed = directory / "unbroken", directory / "killed"
     again = ["run.resume=require", f"run.dir={json.dumps(str(killed))}"]
     return (
