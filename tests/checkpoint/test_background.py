@@ -84,9 +84,8 @@ def overrides(tiny):
     return [*tiny, "train.max_steps=12", "checkpoint.every=2", "checkpoint.keep_last=20", "evaluation.base=false"]
 
 
-@pytest.mark.parametrize(
-    "backend", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
 def test_the_same_checkpoints(overrides, tmp_path, backend):
     for asynchronous in ("false", "true"):
         where = [f"checkpoint.asynchronous={asynchronous}", f"backend={backend}", f"run.dir={tmp_path / asynchronous}"]

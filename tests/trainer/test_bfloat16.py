@@ -6,6 +6,8 @@ import harness
 import pytest
 from safetensors import safe_open
 
+pytestmark = pytest.mark.slow
+
 METHODS = {"full": ["method=full"], "lora": ["method=lora", "method.dropout=0.1"]}
 
 
@@ -55,7 +57,6 @@ def test_checkpoint_holds_float32_masters(runs, method):
     assert set(dtypes.values()) == {"F32"}
 
 
-@pytest.mark.slow
 def test_resumes_bit_for_bit(tmp_path, sft_file):
     import signal
 
