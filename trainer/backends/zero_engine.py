@@ -3,15 +3,14 @@
 State is read and written through rank-local fragments: no collective, no whole tensor. What is private and why:
 - stage 1 with float32 accumulation of bf16 gradients would take another class, `BF16_Optimizer`: one sanity check decides;
 - `zero.Init` broadcasts each parameter whole; here every rank has, or reads, its own part;
+- the extension that it compiles on CPU;
 - fragments: `_hp_mapping` on stages 1 and 2, `grad_position` into flat partitions on 3.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
-from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +49,14 @@ class _Partitioner(deepspeed.zero.Init):
 warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
+# On CPU it would compile an extension for inference, which training never calls: a compiler, a minute, and a lock on a shared
+# folder that a killed run leaves behind and every later one waits for.
+deepspeed.comm.torch.build_shm_op = lambda: None
+
+
 def _join() -> None:
-    """Take over torch's process group; what DeepSpeed prints of an extension it has built is not for users."""
-    with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    """Let DeepSpeed take over torch's process group."""
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
 
 
 def make_engine(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]) -> DeepSpeedEngine:
