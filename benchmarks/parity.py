@@ -1,10 +1,11 @@
 """Every backend beside one process: `tritune verify parity` for {full, lora} x {1, 3} micro-batches, in float32 and bf16.
 
-    python benchmarks/parity.py [--readme] [--steps 20]
+    python benchmarks/parity.py [--readme] [--steps 20] [--only ROW ...]
 
 A tied two-layer Llama of 0.1M parameters, saved as safetensors; prompts and responses of ragged lengths; 24 rows a step on
 two ranks, or four for `hsdp` (2 x 2), in one or three micro-batches a rank. LoRA has dropout, gradients are clipped.
-`--readme` puts the table between the marks in README.md. All figures of every step are in `results/parity.json`.
+`--only "bfloat16, lora, 1"` measures that row alone, and the record keeps the others. `--readme` puts the table between the
+marks in README.md. All figures of every step are in `results/parity.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_record
+from record import RESULTS, write_record
 from transformers import AutoConfig, AutoModelForCausalLM
 from tritune.launch.verify import verify
 from tritune.trainer.tokenizer import byte_tokenizer
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure anew, as the table names them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         common = [
@@ -40,14 +42,16 @@ def main() -> None:
             f"verify.steps={arguments.steps}",
             f"verify.parameters_every={arguments.steps}",
         ]
-        cells = {}
+        record = RESULTS / "parity.json"
+        cells = json.loads(record.read_text())["cells"] if arguments.only else {}
         for dtype in ("float32", "bfloat16"):
             for method, chosen in METHODS.items():
                 for count in (1, 3):
                     name = f"{dtype}, {method}, {count}"
-                    cells[name] = prove(Path(folder), common, [*chosen, f"model.dtype={dtype}"], count)
+                    if not arguments.only or name in arguments.only:
+                        cells[name] = prove(Path(folder), common, [*chosen, f"model.dtype={dtype}"], count)
+                        write_record("parity", {"steps": arguments.steps, "cells": cells})
     lines = table(cells)
-    write_record("parity", {"steps": arguments.steps, "cells": cells})
     print("\n".join(lines))
     if arguments.readme:
         put(Path(__file__).parents[1] / "README.md", lines)
