@@ -108,7 +108,8 @@ def test_no_wrapping_without_gradients(pretrained):
 @pytest.mark.slow
 @pytest.mark.parametrize("keeps", ["none", "full", "selective"])
 def test_compiled(pretrained, keeps):
-    """float32 rounding: a fused sum of 32 products differs by about 1e-6 relative; masks of another draw by tens of percent.
+    """float32 rounding: losses to 1e-5; gradients, differences of large sums here (B is far from zero), to 2e-4 of their
+    largest, measured 6e-5. Masks of another draw would move them by tens of percent.
 
     Dropout inside the model draws from another stream in compiled code, and is off here.
     """
@@ -125,5 +126,5 @@ def test_compiled(pretrained, keeps):
     assert compiled.numpy() == pytest.approx(losses.numpy(), rel=1e-5)
     for name, gradient in gradients.items():
         assert others[name].numpy() == pytest.approx(
-            gradient.numpy(), rel=1e-3, abs=1e-5 * float(gradient.abs().max())
+            gradient.numpy(), rel=1e-3, abs=2e-4 * float(gradient.abs().max())
         ), name
