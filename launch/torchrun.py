@@ -28,7 +28,7 @@ def train(argv: list[str]) -> int:
     config_dir, overrides = split_argv(argv)
     try:
         config = load_config(overrides, config_dir)
-        processes = config.launch.num_procs or _gpus(config.backend.device.value) or 1
+        processes = config.launch.num_procs or gpus(config.backend.device.value) or 1
         checked_config(overrides, config_dir, processes)
     except INPUT_ERRORS as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
@@ -66,7 +66,8 @@ def _start(argv: list[str], processes: int) -> int:
         return int(note.read_text()) if note.is_file() else code or 1
 
 
-def _gpus(device: str) -> int:
+def gpus(device: str) -> int:
+    """How many GPUs of this machine a run with `backend.device=device` has."""
     if device == "cpu":
         return 0
     import torch

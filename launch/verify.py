@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritune.launch import processes
+from tritune.launch.torchrun import gpus
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, INPUT_ERRORS, InputError
 
 if TYPE_CHECKING:
-    from tritune.launch.processes import Job
     from tritune.trainer.config import Config
     from tritune.trainer.verify.cells import Cell
 
@@ -34,14 +34,12 @@ def verify(argv: list[str]) -> int:
         config_dir, overrides = split_argv(argv[1:])
         config = checked_config(overrides, config_dir, None)
         directory = run_path(config, overrides)
-        on_cpu = config.backend.device.value == "cpu" or not _gpus()
-        count = config.launch.num_procs or _gpus() or 2
-        processes.preload(on_cpu)
+        devices = gpus(config.backend.device.value)
+        processes.preload(on_cpu=not devices)
         proof = _parity if argv[0] == "parity" else _resume
-        where = directory / argv[0]
-        shutil.rmtree(where, ignore_errors=True)  # an earlier proof's runs
+        shutil.rmtree(directory / argv[0], ignore_errors=True)  # an earlier proof's runs
         given = [] if config_dir is None else ["--config-dir", config_dir]
-        return proof(config, given, overrides, directory, count)
+        return proof(config, given, overrides, directory, config.launch.num_procs or devices or 2)
     except INPUT_ERRORS as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
@@ -96,7 +94,7 @@ def _resume(config: Config, given: list[str], overrides: list[str], directory: P
     from tritune.trainer.verify.certificate import step_lines, write_certificate
     from tritune.trainer.verify.compare import bit_equal, compare_float32, parameter_difference, read_rows
 
-    unbroken, killed, resumed = resume_cells(config, overrides, directory / "resume", count)
+    unbroken, killed, resumed, same = resume_cells(config, overrides, directory / "resume", count)
     code, said = _run(unbroken, given)
     if code == EXIT_DONE:
         code, said = _run(killed, given, kill_at=kill_step(config))
@@ -109,9 +107,6 @@ def _resume(config: Config, given: list[str], overrides: list[str], directory: P
     if code != EXIT_DONE:
         print(said, file=sys.stderr)
         return code
-    same = (killed.overrides, killed.processes) == (
-        [o for o in resumed.overrides if o != "run.resume=require"], resumed.processes,
-    )  # fmt: skip
     steps = compare_float32(resumed.directory, unbroken.directory)
     last = config.verify.steps
     ours, theirs = read_rows(resumed.directory), read_rows(unbroken.directory)
@@ -142,18 +137,13 @@ def _run(cell: Cell, given: list[str], kill_at: int | None = None) -> tuple[int,
     while job.alive():
         if kill_at is not None and metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
             job.signal(signal.SIGKILL)
-            kill_at = None
             break
-        _pause(job)
+        time.sleep(0.01)
     codes = job.wait()
     print(f"verify    {cell.name} on {cell.processes} process(es): {time.monotonic() - began:.1f} s", flush=True)
     if any(code == -signal.SIGKILL for code in codes):
         return EXIT_DONE, ""
     return max(codes, key=abs), job.output()
-
-
-def _pause(job: Job) -> None:
-    job.processes[0].join(0.01)
 
 
 def _why(code: int, said: str) -> str:
@@ -180,9 +170,3 @@ def _rows(cell: Cell) -> list[dict[str, Any]]:
     from tritune.trainer.verify.compare import read_rows
 
     return [{k: row[k] for k in ("step", "loss", "grad_norm", "batch")} for row in read_rows(cell.directory)]
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -151,8 +151,8 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
     row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
-    row |= {"batch": run.meter.batch, "rng": generator_digest(run.world.device)}
     if run.world.rank == 0:
+        row |= {"batch": run.meter.batch, "rng": generator_digest(run.world.device)}
         run.directory.append("metrics.jsonl", row)
         for sink in run.sinks:
             sink.log(state.step, under("train", row))

@@ -30,6 +30,28 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     )  # fmt: skip
 
 
+def make_state(optimizer: Optimizer) -> None:
+    """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter.
+
+    Made at once, so that memory is taken before the dry run and a checkpoint never depends on what had gradients.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     if config.warmup_steps is not None:
         return config.warmup_steps

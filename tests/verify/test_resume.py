@@ -28,9 +28,11 @@ def common(tmp_path_factory):
 
 def tensors(directory, step):
     """What a checkpoint holds, whole, by name."""
-    from tritune.trainer.verify.compare import _tensors
+    from tritune.trainer.verify.compare import saved_tensors
 
-    return {n: t for group in _tensors(directory / "checkpoints" / f"step-{step:08d}", "") for n, t in group.items()}
+    return {
+        n: t for group in saved_tensors(directory / "checkpoints" / f"step-{step:08d}", "") for n, t in group.items()
+    }
 
 
 def go_on(common, source, where, backend, world_size):

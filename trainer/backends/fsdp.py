@@ -23,11 +23,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.optim import Optimizer
-from tritune.trainer.backends.local import Local, hub_name, trainable
+from tritune.trainer.backends.local import Local, hub_name, place_buffers, trainable
 from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.distributed import World, ensure_group
 from tritune.trainer.layers import decoder_layers
+from tritune.trainer.optim import make_state
 from tritune.trainer.piece import fill, piece_of
 from tritune.trainer.weights import Weights
 
@@ -62,7 +63,7 @@ class Fsdp(Local):
         self.model = model
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
-        self._make_moments()
+        make_state(self.optimizer)
         return self.model
 
     @contextmanager
@@ -99,6 +100,4 @@ class Fsdp(Local):
         if weights is not None:
             model.to_empty(device=home)
             fill({hub_name(n): piece_of(p) for n, p in model.named_parameters()}, weights.read)
-        for name, buffer in buffers.items():  # no buffer is sharded, and to_empty has emptied them
-            owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, buffer.to(self.device))
+        place_buffers(model, buffers, self.device)  # to_empty has emptied them

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tritune.trainer.distributed import World
+from tritune.trainer.optim import make_state
 from tritune.trainer.piece import Piece, piece_of
 from tritune.trainer.weights import Weights
 
@@ -35,7 +36,7 @@ class Local:
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
         self.model: nn.Module = model
-        self._make_moments()
+        make_state(self.optimizer)
         if self.dp_size > 1:
             # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
             with warnings.catch_warnings():
@@ -84,28 +85,17 @@ class Local:
     def refresh(self) -> None:
         """What computes is what was read."""
 
-    def _make_moments(self) -> None:
-        """Let a fresh optimizer make its state: a step with zero gradients and lr 0 changes no parameter.
-
-        Made at once, so that memory is taken before the dry run and a checkpoint never depends on what had gradients.
-        """
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in self._trainable.values():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-
 
 def trainable(scorer: nn.Module) -> dict[str, nn.Parameter]:
     """What trains, by its name in the Hugging Face model."""
     return {hub_name(name): p for name, p in scorer.named_parameters() if p.requires_grad}
+
+
+def place_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Put `buffers` back into `model`, on `device`: nothing shards or casts them, whatever it does to parameters."""
+    for name, buffer in buffers.items():
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, buffer.to(device))
 
 
 def hub_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tritune.trainer.backends.local import trainable
+from tritune.trainer.backends.local import place_buffers, trainable
 from tritune.trainer.backends.zero_engine import (
     discard_gradients,
     fragments,
@@ -54,9 +54,7 @@ class Zero:
         if self.stage == 3:
             partition(model, settings, computes, weights)
         self.engine = make_engine(model, make_optimizer(model), settings)
-        for name, buffer in buffers.items():  # bf16 would put a rotary frequency's far positions elsewhere
-            owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, buffer.to(self.device))
+        place_buffers(model, buffers, self.device)
         self._trainable = trainable(model)
         make_moments(self.engine)
         if masters is not None:

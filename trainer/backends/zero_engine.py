@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import hub_name
+from tritune.trainer.optim import make_state
 from tritune.trainer.piece import Piece, fill, piece_of
 from tritune.trainer.weights import Weights
 
@@ -106,23 +107,18 @@ def _run(parameter: Any, values: Tensor, rank: int) -> Piece:
 
 
 def make_moments(engine: DeepSpeedEngine) -> None:
-    """Let the optimizer make its state: a step with zero gradients and lr 0 changes no parameter (see `Local`)."""
+    """`make_state` for the optimizer of the shards; stage 3 shows it a sub-group's parameters only while that is updated."""
     optimizer = engine.optimizer
-    base: Optimizer = optimizer.optimizer
-    for index, flat in enumerate(_flat_masters(engine)):
-        group = base.param_groups[optimizer.sub_group_to_group_id[index] if _stage(engine) == 3 else index]
-        kept = group["lr"], group["params"], flat.grad
-        group["lr"], group["params"], flat.grad = 0.0, [flat], torch.zeros_like(flat)
-        others = [g for g in base.param_groups if g is not group]
-        hidden = [g["params"] for g in others]
-        for other in others:
-            other["params"] = []
-        base.step()
-        for other, params in zip(others, hidden, strict=True):
-            other["params"] = params
-        group["lr"], group["params"], flat.grad = kept
-        for value in base.state[flat].values():
-            value.zero_()
+    groups = optimizer.optimizer.param_groups
+    shown = [group["params"] for group in groups]
+    if _stage(engine) == 3:
+        for group in groups:
+            group["params"] = []
+        for index, flat in enumerate(_flat_masters(engine)):
+            groups[optimizer.sub_group_to_group_id[index]]["params"].append(flat)
+    make_state(optimizer.optimizer)
+    for group, parameters in zip(groups, shown, strict=True):
+        group["params"] = parameters
 
 
 def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Piece]:

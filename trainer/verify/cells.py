@@ -112,8 +112,11 @@ def parity_cells(
     return references, [cell(e, *backend_overrides(config, overrides, e, processes)) for e in v.backends]
 
 
-def resume_cells(config: Config, overrides: list[str], directory: Path, processes: int) -> tuple[Cell, Cell, Cell]:
-    """The run that is never stopped, the one that is killed, and the one that goes on from it, in the same directory."""
+def resume_cells(
+    config: Config, overrides: list[str], directory: Path, processes: int
+) -> tuple[Cell, Cell, Cell, bool]:
+    """The run that is never stopped, the one that is killed, and the one that goes on from it, in the same directory; and
+    whether that has the same backend and processes."""
     v = config.verify
     own = config.backend.name if config.backend.name != "auto" else ("ddp" if processes > 1 else "single")
     mine, count = backend_overrides(config, overrides, own, processes)
@@ -128,6 +131,7 @@ def resume_cells(config: Config, overrides: list[str], directory: Path, processe
         Cell("unbroken", [*shared, *mine, f"run.dir={json.dumps(str(unbroken))}"], count, unbroken),
         Cell("killed", [*shared, *mine, f"run.dir={json.dumps(str(killed))}"], count, killed),
         Cell("resumed", [*shared, *theirs, *again], then, killed),
+        (theirs, then) == (mine, count),
     )
 
 

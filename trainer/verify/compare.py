@@ -43,14 +43,14 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def compare_float32(run: Path, reference: Path, loss: float = LOSS) -> list[StepDifference]:
+def compare_float32(run: Path, reference: Path) -> list[StepDifference]:
     """Hold every step to the float32 bounds, and the last one's parameters."""
     ours, theirs = read_rows(run), read_rows(reference)
     steps = []
     for a, b in zip(ours, theirs, strict=True):
         parameters = parameter_difference(run, reference, a["step"])
         last = a["step"] == theirs[-1]["step"]
-        close = _relative(a["loss"], b["loss"]) <= loss and _relative(a["grad_norm"], b["grad_norm"]) <= GRAD_NORM
+        close = _relative(a["loss"], b["loss"]) <= LOSS and _relative(a["grad_norm"], b["grad_norm"]) <= GRAD_NORM
         kept = not last or (parameters is not None and parameters <= PARAMETERS)
         steps.append(_step(a, b, parameters, close and kept and a["batch"] == b["batch"]))
     return steps
@@ -99,7 +99,7 @@ def parameter_difference(run: Path, reference: Path, step: int, prefix: str = "m
     if not all(p.is_dir() for p in places):
         return None
     largest = 0.0
-    for ours, theirs in zip(_tensors(places[0], prefix), _tensors(places[1], prefix), strict=True):
+    for ours, theirs in zip(saved_tensors(places[0], prefix), saved_tensors(places[1], prefix), strict=True):
         for name in ours:
             difference = float((ours[name].double() - theirs[name].double()).abs().max()) if ours[name].numel() else 0.0
             largest = max(largest, difference if math.isfinite(difference) else math.inf)
@@ -109,11 +109,11 @@ def parameter_difference(run: Path, reference: Path, step: int, prefix: str = "m
 def bit_equal(run: Path, reference: Path, step: int) -> bool:
     """Whether all tensors saved at `step`, moments among them, are the same bits."""
     places = [d / "checkpoints" / step_name(step) for d in (run, reference)]
-    pairs = zip(_tensors(places[0], ""), _tensors(places[1], ""), strict=True)
+    pairs = zip(saved_tensors(places[0], ""), saved_tensors(places[1], ""), strict=True)
     return all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for a, b in pairs for n in a)
 
 
-def _tensors(checkpoint: Path, prefix: str) -> Iterator[dict[str, Tensor]]:
+def saved_tensors(checkpoint: Path, prefix: str) -> Iterator[dict[str, Tensor]]:
     """Groups of a checkpoint's tensors, flat, by name."""
     manifest = verify(checkpoint)["tensors"]
     alone, group, size = World(0, 1, torch.device("cpu")), {}, 0
