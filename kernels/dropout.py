@@ -14,8 +14,11 @@ Shape suffixes: B rows, T positions, D features.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from tritune.kernels.language import jit, tl
 
 GOLDEN = 0x9E3779B9
 
@@ -52,6 +55,11 @@ def token_keys(seed: int, step: int, sample_ids_B: Tensor, num_positions: int) -
     return mix(key_B[:, None] ^ mix(positions_T * _int32(GOLDEN))[None, :])
 
 
+def threshold_of(p: float) -> int:
+    """The word, as unsigned, from which an element is kept."""
+    return min(int(p * 2**32), 2**32 - 1)
+
+
 def keep_mask_reference(keys: Tensor, site: int, num_features: int, p: float) -> Tensor:
     """Return bool [*keys.shape, D], True where an element is kept (with probability 1 - p).
 
@@ -62,7 +70,7 @@ def keep_mask_reference(keys: Tensor, site: int, num_features: int, p: float) ->
     """
     features_D = torch.arange(num_features, dtype=torch.int32, device=keys.device)
     words = mix(keys[..., None] ^ mix(features_D * _int32(GOLDEN) + _int32(site)))
-    threshold = _int32(min(int(p * 2**32), 2**32 - 1) ^ (1 << 31))  # unsigned order = signed order, top bit flipped
+    threshold = _int32(threshold_of(p) ^ (1 << 31))  # unsigned order = signed order, top bit flipped
     return (words ^ _int32(1 << 31)) >= threshold
 
 
@@ -96,3 +104,32 @@ def _backward(ctx, gradient: Tensor):
 
 
 opaque_dropout.register_autograd(_backward, setup_context=_keep)
+
+
+@jit
+def mix_words(x):
+    """`mix` in a kernel; `x`: uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x85EBCA6B
+    x = x ^ (x >> 13)
+    x = x * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@jit
+def keep_tile(keys, site, cols, threshold):
+    """`keep_mask_reference` of a tile in a kernel: bool [len(keys), len(cols)].
+
+    keys: uint32; cols: int32 feature numbers; site, threshold: uint32. A feature's word is made once for all rows.
+    """
+    words = mix_words(cols.to(tl.uint32) * 0x9E3779B9 + site)
+    return mix_words(keys[:, None] ^ words[None, :]) >= threshold
+
+
+@functools.lru_cache(maxsize=4096)
+def mask_numbers(sites: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """Return int32 [1 + len(sites)] on `device`: the threshold and the sites, copied there once a group of layers.
+
+    As arguments, their values would choose between compiled variants (1, multiples of 16).
+    """
+    return torch.tensor([_int32(threshold_of(p)), *map(_int32, sites)], dtype=torch.int32, device=device)

@@ -1,12 +1,32 @@
-"""The LoRA update (Hu et al. 2021, arXiv 2106.09685): y = base(x) + scaling * drop(x) A^T B^T.
+"""The LoRA update (Hu et al. 2021, arXiv 2106.09685) of linear layers that share their input, as one node of the graph.
 
-Shape suffixes: K input features, N output features, R rank.
+    Y_i = X W_i^T + b_i + s_i S_i B_i^T                  S_i = drop_i(X) A_i^T
+    dS_i = s_i dY_i B_i       dB_i = s_i dY_i^T S_i       dA_i = dS_i^T drop_i(X)       dX = sum_i dY_i W_i + drop_i'(dS_i A_i)
+
+The large products are cuBLAS's. Grouping saves what autograd would add up per layer: X is read once for all A_i, dX is
+accumulated by the products themselves. Without dropout the A_i are one matrix and all is cuBLAS; with it, three kernels draw
+the masks again (`lora_dropout`). X, S and parameters are kept, no dropped X, no mask, no output. dY is taken in slices that
+stay in the L2 cache between its two skinny products.
+
+W_i is frozen; it may be NF4, and is then made dense for one product at a time. Shape suffixes: M tokens, K input and N output
+features, R rank, C the ranks of a group beside one another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from tritune.kernels.language import require_runs, rows_of
+from tritune.kernels.lora_dropout import add_dropped_x_gradient, dropped_a_gradient, dropped_down, padded_rank
+from tritune.kernels.nf4 import Nf4Weight
+from tritune.kernels.products import accumulate
+from tritune.kernels.swiglu import glu_backward, glu_forward
+
+SLICE_BYTES = 24 * 2**20  # of dY: half of an H100's L2 cache
 
 
 def lora_update_reference(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -18,3 +38,222 @@ def lora_update_reference(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scal
         a_RK, b_NR: the two factors.
     """
     return y + linear(linear(x, a_RK), b_NR * scaling)
+
+
+class Projection(NamedTuple):
+    """A frozen linear layer, with an update or without.
+
+    Attributes:
+        weight: [N, K], dense or NF4.
+        bias: [N] or None; it may train.
+        a, b: [R, K] and [N, R], or None.
+        scaling: factor of the update.
+        site: the layer's number for dropout.
+    """
+
+    weight: Tensor | Nf4Weight
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+    site: int = 0
+
+
+def lora_linear(
+    x: Tensor, projections: Sequence[Projection], keys: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, ...]:
+    """Return Y_i [..., N_i] of each projection of `x` [..., K].
+
+    Args:
+        keys: int32 [...], one per token, from `token_keys`; needed where p > 0.
+        p: rate of dropping, in [0, 1), before each A_i.
+
+    Raises:
+        ValueError: no kernel can take `x`, a weight trains, or p > 0 without keys.
+    """
+    tensors, statics = _flatten(x, projections, keys, p)
+    return _LoraLinear.apply(x, None if p == 0.0 else keys, p, statics, *tensors)  # type: ignore[misc,return-value]
+
+
+def lora_mlp(
+    x: Tensor,
+    gate_up: Sequence[Projection],
+    down: Projection,
+    activation: str,
+    keys: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """Return down(act(gate(x)) * up(x)), [..., N]; backward makes the hidden activation again instead of keeping it.
+
+    Args:
+        gate_up: two projections, or one whose outputs are both, gate first.
+        activation: of `swiglu.ACTIVATIONS`. Others as of `lora_linear`.
+    """
+    tensors, statics = _flatten(x, [*gate_up, down], keys, p)
+    return _LoraMlp.apply(x, None if p == 0.0 else keys, p, activation, statics, *tensors)  # type: ignore[misc,return-value]
+
+
+def _flatten(x: Tensor, projections: Sequence[Projection], keys: Tensor | None, p: float):
+    require_runs(x)
+    if p and (keys is None or keys.numel() * x.shape[-1] != x.numel()):
+        seen = None if keys is None else tuple(keys.shape)
+        raise ValueError(f"dropout of {p} on an input {tuple(x.shape)} with keys {seen}: one key a token is needed")
+    tensors: list[Tensor | None] = []
+    statics = []
+    for projection in projections:
+        nf4 = projection.weight if isinstance(projection.weight, Nf4Weight) else None
+        dense = projection.weight if isinstance(projection.weight, Tensor) else None
+        if dense is not None and dense.requires_grad:
+            raise ValueError(
+                "a projection's weight requires a gradient: LoRA's base is frozen. Use the layers themselves"
+            )
+        tensors += [dense, projection.bias, projection.a, projection.b]
+        statics.append((nf4, projection.scaling, projection.site))
+    return tensors, tuple(statics)
+
+
+class _Group:
+    """The arithmetic of projections that share an input, outside of autograd."""
+
+    def __init__(
+        self, statics: Sequence[Any], tensors: Sequence[Tensor | None], keys: Tensor | None, p: float, dtype
+    ) -> None:
+        self.weights = [s[0] if s[0] is not None else tensors[4 * i] for i, s in enumerate(statics)]
+        self.biases = [tensors[4 * i + 1] for i in range(len(statics))]
+        self.dtype, self.p, self.keys = dtype, p, None if keys is None else keys.reshape(-1)
+        factors = [(tensors[4 * i + 2], tensors[4 * i + 3]) for i in range(len(statics))]
+        self.updated = [i for i, (a, _) in enumerate(factors) if a is not None]
+        self.b = {i: factors[i][1].to(dtype) for i in self.updated}  # type: ignore[union-attr]
+        self.scaling = {i: statics[i][1] for i in self.updated}
+        self.sites = [statics[i][2] for i in self.updated]
+        ranks = {i: self.b[i].shape[1] for i in self.updated}
+        padded = padded_rank(list(ranks.values())) if p and ranks else 0
+        self.columns: dict[int, slice] = {}  # of S that hold a projection's update
+        stop = 0
+        for i in self.updated:
+            self.columns[i] = slice(stop, stop + ranks[i])
+            stop += padded or ranks[i]
+        self.a: Tensor | None = None
+        if len(ranks) == 1 and padded in (0, *ranks.values()):
+            self.a = factors[self.updated[0]][0].to(dtype)  # type: ignore[union-attr]
+        elif ranks:
+            width = factors[self.updated[0]][0].shape[1]  # type: ignore[union-attr]
+            new = torch.zeros if padded else torch.empty
+            self.a = new(stop, width, dtype=dtype, device=self.b[self.updated[0]].device)
+            for i in self.updated:
+                self.a[self.columns[i]] = factors[i][0]  # type: ignore[assignment]
+
+    def weight(self, i: int) -> Tensor:
+        weight = self.weights[i]
+        return weight.dequantize(self.dtype) if isinstance(weight, Nf4Weight) else weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Return the outputs and S."""
+        outputs = []
+        for i, bias in enumerate(self.biases):
+            weight = self.weight(i).t()
+            outputs.append(x @ weight if bias is None else torch.addmm(bias.to(self.dtype), x, weight))
+        if self.a is None:
+            return outputs, None
+        s = dropped_down(x, self.a, self.keys, self.sites, self.p) if self.p else x @ self.a.t()  # type: ignore[arg-type]
+        for i in self.updated:
+            outputs[i].addmm_(s[:, self.columns[i]], self.b[i].t(), alpha=self.scaling[i])
+        return outputs, s
+
+    def factor_gradients(self, dys: list[Tensor], s: Tensor | None) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Return dS [M, C] and dB_i in float32."""
+        if s is None:
+            return None, {}
+        ds = torch.zeros_like(s) if self.p else torch.empty_like(s)
+        gradients = {}
+        for i in self.updated:
+            dy, columns = dys[i], self.columns[i]
+            num_tokens, width = dy.shape
+            db = torch.zeros(width, self.b[i].shape[1], dtype=torch.float32, device=dy.device)
+            step = max(256, SLICE_BYTES // (width * dy.element_size()))
+            for start in range(0, num_tokens, step):
+                part, out = dy[start : start + step], ds[start : start + step, columns]
+                torch.addmm(out, part, self.b[i], beta=0.0, alpha=self.scaling[i], out=out)
+                accumulate(db, part.t(), s[start : start + step, columns], first=start == 0)
+            gradients[i] = db.mul_(self.scaling[i])
+        return ds, gradients
+
+    def input_gradient(self, dys: list[Tensor], ds: Tensor | None) -> Tensor:
+        dx = dys[0] @ self.weight(0)
+        for i in range(1, len(dys)):
+            dx.addmm_(dys[i], self.weight(i))
+        if ds is not None and self.p:
+            add_dropped_x_gradient(dx, ds, self.a, self.keys, self.sites, self.p)  # type: ignore[arg-type]
+        elif ds is not None:
+            dx.addmm_(ds, self.a)  # type: ignore[arg-type]
+        return dx
+
+    def a_gradients(self, ds: Tensor | None, x: Tensor | None) -> dict[int, Tensor]:
+        if ds is None or x is None:
+            return {}
+        da = dropped_a_gradient(x, ds, self.keys, self.sites, self.p) if self.p else ds.t() @ x  # type: ignore[arg-type]
+        return {i: da[self.columns[i]] for i in self.updated}
+
+    def gradients(self, das: dict[int, Tensor], dbs: dict[int, Tensor], dys: list[Tensor], wants: Sequence[bool],
+                  dtypes: Sequence[Any]) -> list[Tensor | None]:  # fmt: skip
+        """In the order of the tensors: weight, bias, A, B of each projection."""
+        result: list[Tensor | None] = []
+        for i, dy in enumerate(dys):
+            bias = dy.sum(dim=0, dtype=torch.float32) if wants[4 * i + 1] else None
+            for j, gradient in enumerate((None, bias, das.get(i), dbs.get(i))):
+                result.append(None if gradient is None else gradient.to(dtypes[4 * i + j]))
+        return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keys, p, statics, *tensors):
+        flat = rows_of(x)
+        outputs, s = _Group(statics, tensors, keys, p, x.dtype).forward(flat)
+        ctx.save_for_backward(flat, s, keys, *tensors)
+        ctx.p, ctx.statics, ctx.shape = p, statics, x.shape
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, s, keys, *tensors = ctx.saved_tensors
+        group = _Group(ctx.statics, tensors, keys, ctx.p, x.dtype)
+        flat = [rows_of(dy) for dy in dys]
+        ds, dbs = group.factor_gradients(flat, s)
+        dx = group.input_gradient(flat, ds).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        wants = ctx.needs_input_grad[4:]
+        return dx, None, None, None, *group.gradients(group.a_gradients(ds, x), dbs, flat, wants, dtypes)
+
+
+class _LoraMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keys, p, activation, statics, *tensors):
+        flat = rows_of(x)
+        first, last = _mlp_groups(statics, tensors, keys, p, x.dtype)
+        outputs, s = first.forward(flat)
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+        (y,), s_down = last.forward(glu_forward(gate, up, activation))
+        ctx.save_for_backward(flat, s, s_down, gate, up, keys, *tensors)
+        ctx.p, ctx.activation, ctx.statics, ctx.shape = p, activation, statics, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, s, s_down, gate, up, keys, *tensors = ctx.saved_tensors
+        first, last = _mlp_groups(ctx.statics, tensors, keys, ctx.p, x.dtype)
+        dtypes, wants = [None if t is None else t.dtype for t in tensors], ctx.needs_input_grad[5:]
+        dy = [rows_of(dy)]
+        ds_down, db_down = last.factor_gradients(dy, s_down)
+        dh = last.input_gradient(dy, ds_down)
+        dgate_dup, h = glu_backward(dh, gate, up, ctx.activation, emit=ds_down is not None)
+        down = last.gradients(last.a_gradients(ds_down, h), db_down, dy, wants[-4:], dtypes[-4:])
+        dys = list(dgate_dup.chunk(2, dim=-1)) if len(ctx.statics) == 3 else [dgate_dup]
+        ds, dbs = first.factor_gradients(dys, s)
+        dx = first.input_gradient(dys, ds).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        rest = first.gradients(first.a_gradients(ds, x), dbs, dys, wants[:-4], dtypes[:-4])
+        return dx, None, None, None, None, *rest, *down
+
+
+def _mlp_groups(statics, tensors, keys, p, dtype) -> tuple[_Group, _Group]:
+    return _Group(statics[:-1], tensors[:-4], keys, p, dtype), _Group(statics[-1:], tensors[-4:], keys, p, dtype)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from tritune.kernels.dispatch import choose
+from tritune.trainer.acceleration import choose_kernels, install_kernels
 from tritune.trainer.activations import checkpoint_activations
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
@@ -64,6 +64,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     """
     say = progress.say
     with world.together("checking the run directory"):
+        kernels = choose_kernels(config, world.device)
         require_sources(config.data)
         require_trackers(config.tracking)
         if config.export.enabled:
@@ -82,8 +83,6 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
-    implementation, why = choose(config.kernels.name)
-    say(f"kernels   {implementation}: {why}")
 
     with world.together("loading the model"):
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
@@ -106,8 +105,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
     )
 
+    installed = install_kernels(config, model, kernels, world, say)
     backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
-    scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
+    scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens, installed.head)
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:
         compile_layers(scorer)

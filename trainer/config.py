@@ -17,6 +17,7 @@ from tritune.trainer.config_choices import (
     Bias,
     Dtype,
     Form,
+    Implementation,
     Kind,
     Resume,
     Schedule,
@@ -184,7 +185,15 @@ class TrackingConfig:
 
 @dataclass
 class KernelsConfig:
+    """Our Triton kernels, or PyTorch: for all of them, and each on its own."""
+
     name: str = "auto"
+    linear_cross_entropy: Implementation = Implementation.auto
+    lora: Implementation = Implementation.auto
+    rms_norm: Implementation = Implementation.auto
+    rope: Implementation = Implementation.auto
+    glu: Implementation = Implementation.auto
+    self_check: bool = True  # compare each with its reference on this model's shapes before training
     loss_chunk_tokens: int = 4096  # logits are made for this many tokens at a time, never stored whole
 
 
@@ -283,7 +292,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "method": ("full", "lora"),
     "objective": ("pretrain", "sft", "classify", "classify_token"),
     "backend": ("auto", "single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
-    "kernels": ("auto", "reference"),
+    "kernels": ("auto", "triton", "reference"),
     "optim": ("adamw",),
 }
 

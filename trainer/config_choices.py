@@ -83,3 +83,11 @@ class Activations(StrEnum):
     none = "none"
     full = "full"
     selective = "selective"
+
+
+class Implementation(StrEnum):
+    """What computes a kernel: Triton's code, PyTorch's, or, with `auto`, what `kernels` says for all."""
+
+    auto = "auto"
+    triton = "triton"
+    reference = "reference"

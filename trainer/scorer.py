@@ -19,7 +19,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.methods.sites import TokenKeys
 from tritune.trainer.model import CLASS_HEAD
 
-Want = Literal["token_nll", "last_logits", "class_logits"]
+Want = Literal["token_nll", "summed_nll", "last_logits", "class_logits"]
 
 
 class TokenScorer(nn.Module):
@@ -30,19 +30,22 @@ class TokenScorer(nn.Module):
         keys: shared with the layers that draw dropout masks; None where none do.
         seed: of the run, for those masks.
         chunk_tokens: how many tokens' logits exist at a time.
+        fused_head: whether the output head takes targets (`kernels.install`).
     """
 
-    def __init__(self, model: PreTrainedModel, keys: TokenKeys | None, seed: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, keys: TokenKeys | None, seed: int, chunk_tokens: int, fused_head: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
-        self.keys, self.seed, self.chunk_tokens = keys, seed, chunk_tokens
+        self.keys, self.seed, self.chunk_tokens, self.fused_head = keys, seed, chunk_tokens, fused_head
         self._widest = torch.float64 if next(model.parameters()).dtype == torch.float64 else None
 
     def forward(self, batch: Batch, want: Want) -> Tensor:
         """Return what is wanted of `batch`.
 
-        `token_nll`: [M], -log p of each target token. `last_logits`: [B, V] after each row's last token.
-        `class_logits`: [B, C] from the classification head. All in float32 or wider.
+        `token_nll`: [M], -log p of each target token. `summed_nll`: [], their sum. `last_logits`: [B, V] after each row's
+        last token. `class_logits`: [B, C] from the classification head. All in float32 or wider.
         """
         if self._widest is not None:
             with KeepFloat64():
@@ -61,10 +64,14 @@ class TokenScorer(nn.Module):
         hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         flat = hidden.reshape(num_rows * num_positions, -1)
         last = torch.arange(num_rows, device=flat.device) * num_positions + batch.lengths - 1
-        if want == "token_nll":
-            return token_nll_reference(
-                flat[batch.predict], self._head(keys, batch.predict), batch.targets, self.chunk_tokens
-            )
+        if want in ("token_nll", "summed_nll"):
+            predicting, summed = flat[batch.predict], want == "summed_nll"
+            if self.fused_head:
+                head = self.model.get_output_embeddings()
+                return head(predicting, batch.targets, "sum" if summed else "none", self.chunk_tokens)
+            head = self._head(keys, batch.predict)
+            nll = token_nll_reference(predicting, head, batch.targets, self.chunk_tokens)
+            return nll.sum() if summed else nll
         if want == "last_logits":
             logits = self._head(keys, last)(flat[last], 0, num_rows)
         else:

@@ -18,6 +18,7 @@ from tritune.trainer.backends.local import place_buffers, trainable
 from tritune.trainer.backends.zero_engine import (
     discard_gradients,
     fragments,
+    gather_with,
     make_engine,
     make_moments,
     partition,
@@ -53,6 +54,7 @@ class Zero:
         settings = self._settings()
         if self.stage == 3:
             partition(model, settings, computes, weights)
+            gather_with(model)
         self.engine = make_engine(model, make_optimizer(model), settings)
         place_buffers(model, buffers, self.device)
         self._trainable = trainable(model)

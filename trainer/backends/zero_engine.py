@@ -88,6 +88,18 @@ def partition(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype | N
             setattr(module, key, done[id(parameter)])
 
 
+def gather_with(model: nn.Module) -> None:
+    """Stage 3: gather the parameters of modules in the hooks of the block that computes them (`kernels.install`); their
+    own never run.
+
+    Not by `set_z3_leaf_module`: a leaf's gradients are reduced when its input's gradient is there, and before they exist
+    where the input needs none, as in the first layer under LoRA.
+    """
+    for block in model.modules():
+        for parameter in (p for module in getattr(block, "computes", ()) for p in module.parameters()):
+            deepspeed.zero.register_external_parameter(block, parameter)
+
+
 def _partitioned(
     parameter: nn.Parameter, convert: _Partitioner, dtype: torch.dtype | None, name: str, weights: Weights | None
 ) -> nn.Parameter:

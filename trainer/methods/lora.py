@@ -32,13 +32,13 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(config.rank, base_layer.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, config.rank, dtype=dtype))
         self.scaling, self.p, self.site = config.alpha / config.rank, config.dropout, site
-        self._keys = keys
+        self.keys = keys
 
     def forward(self, x: Tensor) -> Tensor:
         # One node of the graph for both uses of x: their gradients are added before those of other layers, as ZeRO-3's
         # hooks around the layer make it. In bf16 another order of these sums is another rounding.
         x = x.view_as(x)
-        dropped = self._keys.dropout(x, self.site, self.p) if self.p and self.training else x
+        dropped = self.keys.dropout(x, self.site, self.p) if self.p and self.training else x
         return lora_update_reference(self.base_layer(x), dropped, self.lora_A, self.lora_B, self.scaling)
 
     def reset(self, seed: int) -> None:

@@ -23,7 +23,7 @@ class LanguageModel:
         return torch.tensor([batch.predict.numel()], dtype=torch.float64, device=batch.predict.device)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        return Loss(model(batch, "token_nll").sum()[None])
+        return Loss(model(batch, "summed_nll")[None])
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         nll = model(batch, "token_nll").double().sum()

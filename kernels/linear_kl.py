@@ -1,0 +1,146 @@
+"""Kullback-Leibler divergence of a student's next-token distribution from a teacher's, neither's logits stored whole.
+
+    KL_i = sum_j p_ij (t_ij - s_ij) - lse(t_i) + lse(s_i)        s = x W^T / T, t = u U^T / T, p = softmax(t)
+    d KL / d s logits = (softmax(s) - p) / T
+
+(Hinton et al. 2015, arXiv 1503.02531; the factor T^2 is the caller's.) Two slabs of a chunk of tokens by cuBLAS, one kernel
+that reads both twice and writes the gradient over the student's; the difference of the two softmaxes is taken in float32,
+because in bfloat16 it loses what a student close to its teacher still has to learn. Gradients as in
+`linear_cross_entropy`. Shape suffixes: M tokens, H and G the hidden sizes of student and teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
+from tritune.kernels.linear_cross_entropy import CHUNKS, chunk_of
+from tritune.kernels.products import accumulate
+
+BLOCK = 2048
+
+
+def linear_kl_reference(
+    hidden_MH: Tensor, weight_VH: Tensor, teacher_MG: Tensor, teacher_weight_VG: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Return KL(teacher || student) of each token, [M], in float32 or wider, with the logits whole."""
+    wide = torch.promote_types(hidden_MH.dtype, torch.float32)
+    student = torch.log_softmax((hidden_MH @ weight_VH.t()).to(wide) / temperature, dim=-1)
+    teacher = torch.log_softmax((teacher_MG @ teacher_weight_VG.t()).to(wide) / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def linear_kl(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    teacher_MG: Tensor,
+    teacher_weight_VG: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: Literal["none", "sum"] = "none",
+    weights_M: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return KL(teacher || student), [M] or [] summed with `weights_M`, in float32. The teacher gets no gradient.
+
+    Raises:
+        ValueError: no kernel can take these, or per-token losses are asked for a student's head that trains: what is
+            done with them must be known in forward.
+    """
+    require_runs(hidden_MH)
+    wants = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden_MH, weight_VH))
+    if reduction == "none" and wants[1]:
+        raise ValueError("reduction='none' with a head that trains: give weights_M and reduction='sum'")
+    chunk = min(chunk_tokens or CHUNKS[0], chunk_of(2 * weight_VH.shape[0], hidden_MH.dtype))
+    weights_M = None if weights_M is None else weights_M.detach().float()
+    kl = _LinearKL.apply(  # type: ignore[misc]
+        hidden_MH, weight_VH, teacher_MG.detach(), teacher_weight_VG.detach(), weights_M, temperature, chunk, wants
+    )
+    return kl.sum() if reduction == "sum" else kl
+
+
+@jit
+def _kl(
+    student_ptr, teacher_ptr, weights_ptr, kl_ptr, student_stride, teacher_stride, num_rows, classes, inverse,
+    WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    inverse = tl.cast(inverse, tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    weight = inside.to(tl.float32)
+    if WEIGHTED:
+        weight = tl.load(weights_ptr + rows, mask=inside, other=0.0)
+    student_row = student_ptr + rows[:, None] * student_stride
+    teacher_row = teacher_ptr + rows[:, None] * teacher_stride
+    most_s = tl.full((ROWS,), -float("inf"), tl.float32)
+    most_t = tl.full((ROWS,), -float("inf"), tl.float32)
+    total_s = tl.zeros((ROWS,), tl.float32)
+    total_t = tl.zeros((ROWS,), tl.float32)
+    cross = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (cols < classes)[None, :]
+        real = (cols < classes)[None, :]
+        s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+        t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+        difference = t - s
+        s = tl.where(real, s, -float("inf"))
+        t = tl.where(real, t, -float("inf"))
+        larger_s = tl.maximum(most_s, tl.max(s, axis=1))
+        larger_t = tl.maximum(most_t, tl.max(t, axis=1))
+        shrink = tl.exp(most_t - larger_t)
+        p = tl.exp(t - larger_t[:, None])
+        cross = cross * shrink + tl.sum(p * difference, axis=1)
+        total_t = total_t * shrink + tl.sum(p, axis=1)
+        total_s = total_s * tl.exp(most_s - larger_s) + tl.sum(tl.exp(s - larger_s[:, None]), axis=1)
+        most_s = larger_s
+        most_t = larger_t
+    lse_s = most_s + tl.log(total_s)
+    lse_t = most_t + tl.log(total_t)
+    tl.store(kl_ptr + rows, weight * (cross / total_t - lse_t + lse_s), mask=inside)
+    if GRADIENT:
+        for start in range(0, classes, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = inside[:, None] & (cols < classes)[None, :]
+            s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+            t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+            gradient = (tl.exp(s - lse_s[:, None]) - tl.exp(t - lse_t[:, None])) * (weight * inverse)[:, None]
+            tl.store(student_row + cols[None, :], gradient.to(student_ptr.dtype.element_ty), mask=mask)
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher, teacher_weight, weights, temperature, chunk, wants):
+        (num_tokens, width), vocabulary = hidden.shape, weight.shape[0]
+        kl = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
+        dx = torch.empty(num_tokens, width, dtype=hidden.dtype, device=hidden.device) if wants[0] else None
+        dw = torch.zeros(vocabulary, width, dtype=torch.float32, device=hidden.device) if wants[1] else None
+        slabs = torch.empty(2, min(chunk, num_tokens), vocabulary, dtype=hidden.dtype, device=hidden.device)
+        block = min(next_power_of_2(vocabulary), BLOCK)
+        rows = rows_per_program(block, BLOCK)
+        for start in range(0, num_tokens, chunk):
+            stop = min(start + chunk, num_tokens)
+            part, (logits, target) = hidden[start:stop], slabs[:, : stop - start]
+            torch.mm(part, weight.t(), out=logits)
+            torch.mm(teacher[start:stop], teacher_weight.t(), out=target)
+            _kl[(cdiv(stop - start, rows),)](
+                logits, target, None if weights is None else weights[start:stop], kl[start:stop], logits.stride(0),
+                target.stride(0), stop - start, vocabulary, 1.0 / temperature, WEIGHTED=weights is not None,
+                GRADIENT=any(wants), ROWS=rows, BLOCK=block, num_warps=8,
+            )  # fmt: skip
+            if dx is not None:
+                torch.mm(logits, weight, out=dx[start:stop])
+            if dw is not None:
+                accumulate(dw, logits.t(), part, first=start == 0)
+        ctx.gradients, ctx.dtype = (dx, dw), weight.dtype
+        return kl
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dw = ctx.gradients
+        dx = None if dx is None else (dx * upstream[:, None]).to(dx.dtype)
+        # A head that trains is only let in summed: upstream is one number, M times.
+        dw = None if dw is None else (dw * upstream[:1] if len(upstream) else dw).to(ctx.dtype)
+        return dx, dw, None, None, None, None, None, None

@@ -1,0 +1,161 @@
+"""The three products of LoRA in which dropout stands between a matrix and its factor; masks are drawn again, never stored.
+
+    S = drop(X) A^T            dA = dS^T drop(X)            dX += drop'(dS A)            drop' masks and scales by 1 / (1 - p)
+
+for P projections that share X, each with a mask of its own (`dropout.keep_tile`). Ranks are padded to one power of two R of
+at least 16, so S and dS are [M, P R] and A is [P R, K]; the padding is zero. Programs of one tile of X for different
+projections run side by side and find it in the L2 cache. Sums are float32; dA is summed over splits of M in a fixed order.
+
+Shape suffixes: M tokens, K input features, P projections, R padded rank, C = P R.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tritune.kernels import language
+from tritune.kernels.dropout import keep_tile, mask_numbers
+from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, tl
+
+SPLIT_TOKENS = 1024  # of dA: so many tokens a program
+
+
+def padded_rank(ranks: list[int]) -> int:
+    """R: what `tl.dot` takes."""
+    return max(16, next_power_of_2(max(ranks)))
+
+
+def _tile(dtype: torch.dtype) -> dict[str, int]:
+    """Tokens and features of a program: what wgmma takes at 16 bits; at 32 there is only FMA, and registers are short."""
+    side = 32 if dtype is torch.float32 else 64
+    return {"BM": side * language.span, "BK": side, "num_warps": 4}
+
+
+@jit
+def _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols):
+    """`x` where this projection keeps it, 0 elsewhere."""
+    threshold = tl.load(numbers_ptr).to(tl.uint32, bitcast=True)
+    site = tl.load(numbers_ptr + 1 + projection).to(tl.uint32, bitcast=True)
+    keys = tl.load(keys_ptr + rows, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    return tl.where(keep_tile(keys, site, cols, threshold), x, 0.0)
+
+
+@jit
+def _down(
+    x_ptr, a_ptr, keys_ptr, numbers_ptr, s_ptr, x_stride, num_tokens, width, scale,
+    P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    projection = tl.program_id(0)
+    rows = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = rows < num_tokens
+    r = projection * R + tl.arange(0, R)
+    total = tl.zeros((BM, R), tl.float32)
+    for start in range(0, width, BK):
+        cols = start + tl.arange(0, BK)
+        real = cols < width
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+        x = _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols).to(x_ptr.dtype.element_ty)
+        a = tl.load(a_ptr + r[None, :] * width + cols[:, None], mask=real[:, None], other=0.0)
+        total = tl.dot(x, a, total, input_precision="ieee")
+    s = (total * tl.cast(scale, tl.float32)).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + rows[:, None] * (P * R) + r[None, :], s, mask=inside[:, None])
+
+
+@jit
+def _a_gradient(
+    x_ptr, ds_ptr, keys_ptr, numbers_ptr, da_ptr, x_stride, num_tokens, width, scale, split_tokens,
+    P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    projection, split = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    real = cols < width
+    r = projection * R + tl.arange(0, R)
+    total = tl.zeros((BK, R), tl.float32)
+    for start in range(0, split_tokens, BM):
+        rows = split * split_tokens + start + tl.arange(0, BM)
+        inside = rows < num_tokens
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+        x = _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols).to(x_ptr.dtype.element_ty)
+        ds = tl.load(ds_ptr + rows[:, None] * (P * R) + r[None, :], mask=inside[:, None], other=0.0)
+        total = tl.dot(tl.trans(x), ds, total, input_precision="ieee")
+    place = da_ptr + (split * P * R + r[None, :]) * width + cols[:, None]
+    tl.store(place, total * tl.cast(scale, tl.float32), mask=real[:, None])
+
+
+@jit
+def _x_gradient(
+    dx_ptr, ds_ptr, a_ptr, keys_ptr, numbers_ptr, num_tokens, width, scale,
+    P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = rows < num_tokens
+    cols = tl.program_id(1) * BK + tl.arange(0, BK)
+    real = cols < width
+    total = tl.zeros((BM, BK), tl.float32)
+    for projection in tl.static_range(P):
+        r = projection * R + tl.arange(0, R)
+        ds = tl.load(ds_ptr + rows[:, None] * (P * R) + r[None, :], mask=inside[:, None], other=0.0)
+        a = tl.load(a_ptr + r[:, None] * width + cols[None, :], mask=real[None, :], other=0.0)
+        part = tl.dot(ds, a, input_precision="ieee")
+        total += _kept(part, keys_ptr, numbers_ptr, projection, rows, inside, cols)
+    mask = inside[:, None] & real[None, :]
+    place = dx_ptr + rows[:, None] * width + cols[None, :]
+    dx = tl.load(place, mask=mask, other=0.0).to(tl.float32) + total * tl.cast(scale, tl.float32)
+    tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _numbers(sites: list[int], p: float, device: torch.device) -> tuple[Tensor, float]:
+    return mask_numbers(tuple(sites), p, device), 1.0 / (1.0 - p)
+
+
+def dropped_down(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+    """Return S [M, C]. `x_MK` with contiguous rows, `a_CK` of its dtype, `keys_M` int32 of `token_keys`."""
+    require_runs(x_MK)
+    (num_tokens, width), rank = x_MK.shape, a_CK.shape[0] // len(sites)
+    s = torch.empty(num_tokens, a_CK.shape[0], dtype=x_MK.dtype, device=x_MK.device)
+    numbers, scale = _numbers(sites, p, x_MK.device)
+    if num_tokens:
+        tile = _tile(x_MK.dtype)
+        _down[(len(sites), cdiv(num_tokens, tile["BM"]))](
+            x_MK,
+            a_CK,
+            keys_M,
+            numbers,
+            s,
+            x_MK.stride(0),
+            num_tokens,
+            width,
+            scale,
+            P=len(sites),
+            R=rank,
+            num_stages=3,
+            **tile,
+        )
+    return s
+
+
+def dropped_a_gradient(x_MK: Tensor, ds_MC: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+    """Return dA [C, K] in float32."""
+    (num_tokens, width), rank = x_MK.shape, ds_MC.shape[1] // len(sites)
+    splits = max(1, cdiv(num_tokens, SPLIT_TOKENS))
+    parts = torch.empty(splits, ds_MC.shape[1], width, dtype=torch.float32, device=x_MK.device)
+    numbers, scale = _numbers(sites, p, x_MK.device)
+    tile = _tile(x_MK.dtype)
+    _a_gradient[(cdiv(width, tile["BK"]), len(sites), splits)](
+        x_MK, ds_MC, keys_M, numbers, parts, x_MK.stride(0), num_tokens, width, scale, min(SPLIT_TOKENS, max(num_tokens, 1)),
+        P=len(sites), R=rank, num_stages=3, **tile,
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(dim=0)
+
+
+def add_dropped_x_gradient(
+    dx_MK: Tensor, ds_MC: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float
+) -> None:
+    """dX += what reaches it through the masks, in one pass. `dx_MK` contiguous and the caller's own."""
+    (num_tokens, width), rank = dx_MK.shape, ds_MC.shape[1] // len(sites)
+    numbers, scale = _numbers(sites, p, dx_MK.device)
+    if num_tokens:
+        tile = _tile(dx_MK.dtype)
+        _x_gradient[(cdiv(num_tokens, tile["BM"]), cdiv(width, tile["BK"]))](
+            dx_MK, ds_MC, a_CK, keys_M, numbers, num_tokens, width, scale, P=len(sites), R=rank, num_stages=2, **tile
+        )
