@@ -81,9 +81,11 @@ def cross_entropy_(
         return
     block = min(next_power_of_2(classes), BLOCK)
     rows = rows_per_program(block, BLOCK)
+    # The gradient of a sum comes in as one number with a stride of 0.
+    weights_M = None if weights_M is None else weights_M.contiguous()
     _cross_entropy[(cdiv(num_rows, rows),)](
-        logits_MV, targets_M, weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes, options.label_smoothing,
-        options.z_loss, options.softcap or 1.0, options.scale, options.ignore_index,
+        logits_MV, targets_M.contiguous(), weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes,
+        options.label_smoothing, options.z_loss, options.softcap or 1.0, options.scale, options.ignore_index,
         CAPPED=options.softcap is not None, SMOOTH=options.label_smoothing != 0.0, WEIGHTED=weights_M is not None,
         GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
@@ -143,19 +145,22 @@ def _cross_entropy(
         larger = tl.maximum(most, tl.max(z, axis=1))
         total = total * tl.exp(most - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
         most = larger
-    lse = most + tl.log(total)
-    loss = lse - (1.0 - smoothing) * at_target + z_loss * lse * lse
+    log_total = tl.log(total)
+    lse = most + log_total
+    # From differences of logits: lse is rounded at their own size, the loss is often far smaller.
+    loss = log_total + (1.0 - smoothing) * (most - at_target) + z_loss * lse * lse
     if SMOOTH:
-        loss -= smoothing * sum_z / classes
+        loss += smoothing * (most - sum_z / classes)
     tl.store(loss_ptr + rows, tl.where(kept, loss * weight, 0.0), mask=inside)
     tl.store(lse_ptr + rows, tl.where(kept, lse, 0.0), mask=inside)
     if GRADIENT:
-        spread = weight * (1.0 + 2.0 * z_loss * lse)
+        # Divided by the sum: in exp(z - lse) the rounding of lse is an error of every class alike.
+        spread = weight * (1.0 + 2.0 * z_loss * lse) / total
         for start in range(0, classes, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask = inside[:, None] & (cols < classes)[None, :]
             z, slope = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, CAPPED)
-            gradient = tl.exp(z - lse[:, None]) * spread[:, None]
+            gradient = tl.exp(z - most[:, None]) * spread[:, None]
             if SMOOTH:
                 gradient -= (weight * smoothing / classes)[:, None]
             gradient -= tl.where(cols[None, :] == target[:, None], (weight * (1.0 - smoothing))[:, None], 0.0)

@@ -1,12 +1,14 @@
 """Kullback-Leibler divergence of a student's next-token distribution from a teacher's, neither's logits stored whole.
 
-    KL_i = sum_j p_ij (t_ij - s_ij) - lse(t_i) + lse(s_i)        s = x W^T / T, t = u U^T / T, p = softmax(t)
-    d KL / d s logits = (softmax(s) - p) / T
+    KL_i = sum_j p_ij (log p_ij - log q_ij)        q = softmax(x W^T / T), p = softmax(u U^T / T)
+    d KL / d student's logits = (q - p) / T
 
 (Hinton et al. 2015, arXiv 1503.02531; the factor T^2 is the caller's.) Two slabs of a chunk of tokens by cuBLAS, one kernel
-that reads both twice and writes the gradient over the student's; the difference of the two softmaxes is taken in float32,
-because in bfloat16 it loses what a student close to its teacher still has to learn. Gradients as in
-`linear_cross_entropy`. Shape suffixes: M tokens, H and G the hidden sizes of student and teacher, V vocabulary.
+that reads both twice and writes the gradient over the student's. Each term of the sum is small where the two are close (the
+sums of its halves are not, and would cancel), and q - p is taken in float32, because in bfloat16 it loses what a student
+close to its teacher still has to learn. Gradients as in `linear_cross_entropy`.
+
+Shape suffixes: M tokens, H and G the hidden sizes of student and teacher, V vocabulary.
 """
 
 from __future__ import annotations
@@ -78,36 +80,36 @@ def _kl(
     most_t = tl.full((ROWS,), -float("inf"), tl.float32)
     total_s = tl.zeros((ROWS,), tl.float32)
     total_t = tl.zeros((ROWS,), tl.float32)
-    cross = tl.zeros((ROWS,), tl.float32)
     for start in range(0, classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = inside[:, None] & (cols < classes)[None, :]
         real = (cols < classes)[None, :]
         s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
         t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
-        difference = t - s
-        s = tl.where(real, s, -float("inf"))
-        t = tl.where(real, t, -float("inf"))
+        s, t = tl.where(real, s, -float("inf")), tl.where(real, t, -float("inf"))
         larger_s = tl.maximum(most_s, tl.max(s, axis=1))
         larger_t = tl.maximum(most_t, tl.max(t, axis=1))
-        shrink = tl.exp(most_t - larger_t)
-        p = tl.exp(t - larger_t[:, None])
-        cross = cross * shrink + tl.sum(p * difference, axis=1)
-        total_t = total_t * shrink + tl.sum(p, axis=1)
         total_s = total_s * tl.exp(most_s - larger_s) + tl.sum(tl.exp(s - larger_s[:, None]), axis=1)
+        total_t = total_t * tl.exp(most_t - larger_t) + tl.sum(tl.exp(t - larger_t[:, None]), axis=1)
         most_s = larger_s
         most_t = larger_t
-    lse_s = most_s + tl.log(total_s)
-    lse_t = most_t + tl.log(total_t)
-    tl.store(kl_ptr + rows, weight * (cross / total_t - lse_t + lse_s), mask=inside)
-    if GRADIENT:
-        for start in range(0, classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (cols < classes)[None, :]
-            s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
-            t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
-            gradient = (tl.exp(s - lse_s[:, None]) - tl.exp(t - lse_t[:, None])) * (weight * inverse)[:, None]
+    log_s = tl.log(total_s)
+    log_t = tl.log(total_t)
+    kl = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, classes, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (cols < classes)[None, :]
+        s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+        t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
+        s = s - most_s[:, None]
+        t = t - most_t[:, None]
+        p = tl.exp(t) / total_t[:, None]
+        # In this order: most + log would be rounded at the size of the logits.
+        kl += tl.sum(tl.where(mask, p * ((t - log_t[:, None]) - (s - log_s[:, None])), 0.0), axis=1)
+        if GRADIENT:
+            gradient = (tl.exp(s) / total_s[:, None] - p) * (weight * inverse)[:, None]
             tl.store(student_row + cols[None, :], gradient.to(student_ptr.dtype.element_ty), mask=mask)
+    tl.store(kl_ptr + rows, weight * kl, mask=inside)
 
 
 class _LinearKL(torch.autograd.Function):

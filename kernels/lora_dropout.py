@@ -72,8 +72,9 @@ def _a_gradient(
     r = projection * R + tl.arange(0, R)
     total = tl.zeros((BK, R), tl.float32)
     for start in range(0, split_tokens, BM):
-        rows = split * split_tokens + start + tl.arange(0, BM)
-        inside = rows < num_tokens
+        own = start + tl.arange(0, BM)
+        rows = split * split_tokens + own
+        inside = (rows < num_tokens) & (own < split_tokens)
         x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside[:, None] & real[None, :], other=0.0)
         x = _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols).to(x_ptr.dtype.element_ty)
         ds = tl.load(ds_ptr + rows[:, None] * (P * R) + r[None, :], mask=inside[:, None], other=0.0)

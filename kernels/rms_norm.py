@@ -132,7 +132,7 @@ class _RmsNorm(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, block, warps = row_tile(width)
         count = cdiv(num_rows, rows)
-        tiles = cdiv(count, PROGRAMS) if trains else 1
+        tiles = max(1, cdiv(count, PROGRAMS)) if trains else 1
         programs = cdiv(count, tiles)
         dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trains else None
         if num_rows:

@@ -1,8 +1,8 @@
 """Before a run: each chosen kernel beside its reference on the run's own shapes and dtype, forward and backward.
 
-A kernel passes when its error is at most twice the reference's own error in the same dtype (and a rounding of the largest
-value, where the reference happens to be exact); both errors are against the reference in the next wider dtype. One that
-does not, or that raises, gives way to the reference, with the reason.
+A kernel passes when its error (root mean square over a tensor) is at most twice the reference's own in the same dtype, or a
+rounding of the largest value, where the reference happens to be exact; both against the reference in the next wider dtype.
+One that does not pass, or that raises, gives way to the reference, with the reason.
 """
 
 from __future__ import annotations
@@ -98,10 +98,14 @@ def excess(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: list[Te
     for exact, reference, result in zip(truth, same, kernel, strict=True):
         exact, reference, result = exact.detach(), reference.detach(), result.detach()
         rounding = torch.finfo(dtype).eps * exact.abs().max()
-        allowed = 2.0 * torch.maximum((reference.to(wider) - exact).abs().max(), rounding)
-        error = (result.to(wider) - exact).abs().max()
+        allowed = 2.0 * torch.maximum(_rms(reference.to(wider) - exact), rounding)
+        error = _rms(result.to(wider) - exact)
         worst = max(worst, float(error / allowed) if torch.isfinite(error) else float("inf"))
     return worst
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
 
 
 def _run(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:

@@ -56,12 +56,15 @@ def _activate(gate, GELU: tl.constexpr):
     if GELU:
         square = gate * gate
         slope = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * square)
-        sigmoid = tl.sigmoid(2.0 * 0.7978845608028654 * gate * (1.0 + 0.044715 * square))
+        v = 2.0 * 0.7978845608028654 * gate * (1.0 + 0.044715 * square)
     else:
         slope = 1.0
-        sigmoid = tl.sigmoid(gate)
+        v = gate
+    t = tl.exp(-tl.abs(v))  # at most 1; and s and 1 - s without a difference, which would cancel
+    near, far = 1.0 / (1.0 + t), t / (1.0 + t)
+    sigmoid = tl.where(v > 0.0, near, far)
     act = gate * sigmoid
-    return act, sigmoid + act * (1.0 - sigmoid) * slope
+    return act, sigmoid + act * tl.where(v > 0.0, far, near) * slope
 
 
 @jit
