@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tritune.kernels.cross_entropy import PLAIN, LossOptions, cross_entropy_, cross_entropy_reference
 from tritune.kernels.language import require_runs
-from tritune.kernels.products import accumulate
+from tritune.kernels.products import accumulate, scaled
 
 CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # fewer and larger chunks keep the products near their peak
-SLAB_BYTES = 2**30
+SLAB_BYTES = 2**29  # at a vocabulary of 128,256 in bfloat16: 2,048 tokens, whose product is still bound by arithmetic
 
 
 def linear_cross_entropy(
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         targets_M: int64; `options.ignore_index` marks rows that count for nothing.
         weights_M: factors of the tokens' losses, no gradient.
         num_kept: how many rows are not ignored, where the caller knows: only these are computed, and no device is asked.
-        chunk_tokens: the most tokens whose logits are in memory at a time, up to 4,096 and a slab of 1 GiB.
+        chunk_tokens: the most tokens whose logits are in memory at a time, up to 4,096 and a slab of 512 MiB.
 
     Raises:
         ValueError: no kernel can take these, or their dtypes differ.
@@ -125,9 +125,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        dx, dw, db = ctx.gradients
-        dx = None if dx is None else (dx * upstream).to(dx.dtype)
-        dw, db = (None if g is None else (g * upstream).to(ctx.dtype) for g in (dw, db))
+        dx, dw, db = (scaled(g, upstream, ctx.dtype) for g in ctx.gradients)
         return dx, dw, db, None, None, None, None, None
 
 
@@ -135,13 +133,13 @@ class _TokensFrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, options, chunk, wants):
         loss, lse, ctx.dx, _, _ = _loop(hidden, weight, bias, targets, weights, options, chunk, wants)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     def backward(ctx, upstream, _):
-        dx = None if ctx.dx is None else (ctx.dx * upstream[:, None]).to(ctx.dx.dtype)
-        return dx, None, None, None, None, None, None, None
+        return scaled(ctx.dx, upstream[:, None], ctx.dtype), None, None, None, None, None, None, None
 
 
 class _TokensTrainableHead(torch.autograd.Function):

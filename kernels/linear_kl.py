@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 from tritune.kernels.linear_cross_entropy import CHUNKS, chunk_of
-from tritune.kernels.products import accumulate
+from tritune.kernels.products import accumulate, scaled
 
 BLOCK = 2048
 
@@ -142,7 +142,6 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         dx, dw = ctx.gradients
-        dx = None if dx is None else (dx * upstream[:, None]).to(dx.dtype)
         # A head that trains is only let in summed: upstream is one number, M times.
-        dw = None if dw is None else (dw * upstream[:1] if len(upstream) else dw).to(ctx.dtype)
-        return dx, dw, None, None, None, None, None, None
+        once = upstream[:1] if len(upstream) else upstream.new_zeros(1)
+        return scaled(dx, upstream[:, None], ctx.dtype), scaled(dw, once, ctx.dtype), None, None, None, None, None, None

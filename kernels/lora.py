@@ -152,7 +152,11 @@ class _Group:
         outputs = []
         for i, bias in enumerate(self.biases):
             weight = self.weight(i).t()
-            outputs.append(x @ weight if bias is None else torch.addmm(bias.to(self.dtype), x, weight))
+            # With `out=`: selective checkpointing keeps what plain products return, and the update is added in place.
+            y = torch.empty(x.shape[0], weight.shape[1], dtype=self.dtype, device=x.device)
+            outputs.append(
+                torch.mm(x, weight, out=y) if bias is None else torch.addmm(bias.to(self.dtype), x, weight, out=y)
+            )
         if self.a is None:
             return outputs, None
         s = dropped_down(x, self.a, self.keys, self.sites, self.p) if self.p else x @ self.a.t()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Matrix products whose sums outlive one call: the result stays in float32 however narrow the factors are."""
+"""Products whose result has another dtype than a factor, without a copy in between."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # CPU has no product that widens
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def scaled(x: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return x * factor in `dtype`, a new tensor: the product is made in the wider dtype and rounded once."""
+    if x is None:
+        return None
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))

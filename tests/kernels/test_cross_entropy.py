@@ -136,8 +136,8 @@ def test_logits_are_never_whole(monkeypatch):
     seen.clear()
     loss_of(hidden, weight, targets, chunk_tokens=4, num_kept=11)[0].sum().backward()
     assert seen == [((4, 50), True), ((4, 50), True), ((3, 50), True)], "a frozen head: one pass, in forward"
-    assert chunk_of(128256, torch.bfloat16) == 4096
-    assert chunk_of(262144, torch.float32) == 1024
+    assert chunk_of(128256, torch.bfloat16) == 2048
+    assert chunk_of(262144, torch.float32) == 512
 
 
 def test_a_row_wider_than_a_block_far_into_memory():
