@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from tritune.kernels import language
-from tritune.kernels.dropout import keep_tile, mask_numbers
+from tritune.kernels.dropout import dropout_reference, keep_tile, mask_numbers
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, tl
 
 SPLIT_TOKENS = 1024  # of dA: so many tokens a program
@@ -23,6 +23,12 @@ SPLIT_TOKENS = 1024  # of dA: so many tokens a program
 def padded_rank(ranks: list[int]) -> int:
     """R: what `tl.dot` takes."""
     return max(16, next_power_of_2(max(ranks)))
+
+
+def dropped_down_reference(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+    """Return S [M, C]. The other two products are its gradients."""
+    parts = zip(sites, a_CK.chunk(len(sites)), strict=True)
+    return torch.cat([dropout_reference(x_MK, keys_M, site, p) @ a_RK.t() for site, a_RK in parts], dim=1)
 
 
 def _tile(dtype: torch.dtype) -> dict[str, int]:

@@ -11,7 +11,12 @@ from torch.nn.functional import linear
 from tritune.kernels import lora
 from tritune.kernels.dropout import dropout_reference, keep_mask_reference, token_keys
 from tritune.kernels.lora import Projection, lora_linear, lora_mlp, lora_update_reference
-from tritune.kernels.lora_dropout import add_dropped_x_gradient, dropped_a_gradient, dropped_down
+from tritune.kernels.lora_dropout import (
+    add_dropped_x_gradient,
+    dropped_a_gradient,
+    dropped_down,
+    dropped_down_reference,
+)
 from tritune.kernels.nf4 import dequantize_reference, quantize
 from tritune.kernels.swiglu import glu_reference
 
@@ -138,6 +143,27 @@ def test_masks_of_all_three_kernels_are_the_reference_s_bit_for_bit(p):
         assert torch.equal(dx, mask * scale.to(DEVICE))
 
 
+@pytest.mark.parametrize(("tokens", "width", "rank", "count"), [(1, 16, 16, 1), (70, 130, 16, 3), (200, 33, 64, 2)])
+def test_the_three_products_are_the_reference_and_its_gradients(tokens, width, rank, count):
+    keys, sites, p = keys_of(1, tokens).reshape(-1), SITES[:count], 0.25
+
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a):
+            ctx.save_for_backward(x, a)
+            return dropped_down(x, a, keys, sites, p)
+
+        @staticmethod
+        def backward(ctx, ds):
+            x, a = ctx.saved_tensors
+            dx = torch.zeros_like(x)
+            add_dropped_x_gradient(dx, ds.contiguous(), a, keys, sites, p)
+            return dx, dropped_a_gradient(x, ds.contiguous(), keys, sites, p)
+
+    inputs = [draw(tokens, width, seed=1), draw(rank * count, width, seed=2)]
+    require_twice(Products.apply, lambda x, a: dropped_down_reference(x, a, keys, sites, p), inputs)
+
+
 def test_a_mask_does_not_depend_on_the_batch_around_its_token():
     """Recomputed, split or packed otherwise: the token's key decides. One key beyond 2^31 and one below."""
     x, keys, p = draw(6, 33, seed=1, grad=False), keys_of(2, 3).reshape(-1), 0.3
@@ -249,3 +275,27 @@ def test_the_formula_is_peft_s():
     theirs = evaluate(lambda x, a, b: layer(x), [x, *parts[2:]])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_candidate_forward_by_concatenation_is_the_same_function():
+    """It lives in benchmarks/ until a GPU has said whether it is faster."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from lora_concat import ConcatGroup
+
+    group = [projection(20 + 9 * i, 33, rank, SITES[i], 10 * i, torch.float32) for i, rank in enumerate((4, 16, 8))]
+    x = draw(50, 33, seed=9, grad=False)
+    with torch.no_grad():
+        candidate = ConcatGroup(group)
+        ours = candidate.forward(candidate.buffer(x))
+        exact = formula(x.double(), rebuilt_double(group), None, 0.0)
+        shipped = lora_linear(x, group)
+    for found, truth, y in zip(ours, exact, shipped, strict=True):
+        assert (found - truth).abs().max() <= 2.0 * max((y - truth).abs().max(), 1e-6)
+
+
+def rebuilt_double(group):
+    tensors, rebuilt = flat(group)
+    return rebuilt([widened(t) for t in tensors])
