@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -139,12 +140,20 @@ def write_record(name: str, fields: dict[str, Any]) -> Path:
         "commit": _commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in ("torch", "deepspeed", "transformers")},
+        | {p: _version(p) for p in ("torch", "deepspeed", "transformers")},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record | fields, indent=1) + "\n")
     return path
+
+
+def _version(package: str) -> str:
+    """GPU images often lack DeepSpeed, which half of the benchmarks do without."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, Any]:
@@ -162,5 +171,7 @@ def _commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None:
+        return "unknown: no git here"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "trainer", "kernels", "launch", "conf")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 
-BLOCK = 4096
+BLOCK = 8192  # columns at a time; with 32 warps two rows a multiprocessor, which leaves most of both in the L2 cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def cross_entropy_reference(
     lse = torch.logsumexp(z, dim=-1)
     target = z.gather(1, targets_M.clamp(min=0)[:, None])[:, 0]
     e = options.label_smoothing
-    loss = lse - (1.0 - e) * target - e * z.mean(dim=-1) + options.z_loss * lse.square()
+    loss = lse - (1.0 - e) * target + options.z_loss * lse.square()
+    loss = loss - e * z.mean(dim=-1) if e else loss  # the mean may be -inf
     loss = loss if weights_M is None else loss * weights_M
     return torch.where(kept, loss, 0.0), torch.where(kept, lse, 0.0)
 
@@ -87,7 +88,7 @@ def cross_entropy_(
         logits_MV, targets_M.contiguous(), weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.scale, options.ignore_index,
         CAPPED=options.softcap is not None, SMOOTH=options.label_smoothing != 0.0, WEIGHTED=weights_M is not None,
-        GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=8,
+        GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=32 if block == BLOCK else 8,
     )  # fmt: skip
 
 
@@ -99,6 +100,15 @@ def tanh(x):
     square = x * x
     near = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0)))
     return tl.where(tl.abs(x) < 0.25, x * near, tl.where(x < 0.0, -far, far))
+
+
+@jit
+def fold(most, total, z):
+    """Take columns `z` into the running largest value and sum of exponentials of each row (Milakov and Gimelshein 2018,
+    arXiv 1805.02867); columns of -inf count for nothing, also where there were no others yet."""
+    larger = tl.maximum(most, tl.max(z, axis=1))
+    shift = tl.where(larger == -float("inf"), 0.0, larger)
+    return larger, total * tl.exp(most - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
 
 
 @jit
@@ -129,35 +139,36 @@ def _cross_entropy(
     if WEIGHTED:
         weight = tl.where(kept, tl.load(weights_ptr + rows, mask=inside, other=0.0), 0.0)
     base = logits_ptr + rows[:, None] * stride
+    real = kept & (target >= 0) & (target < classes)
+    at_target, _ = bend(
+        tl.load(logits_ptr + rows * stride + target, mask=real, other=0.0).to(tl.float32), scale, cap, CAPPED
+    )
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    at_target = tl.zeros((ROWS,), tl.float32)
     sum_z = tl.zeros((ROWS,), tl.float32)
     for start in range(0, classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = kept[:, None] & (cols < classes)[None, :]
         z, _ = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, CAPPED)
-        here = cols[None, :] == target[:, None]
-        at_target += tl.sum(tl.where(here & mask, z, 0.0), axis=1)
         if SMOOTH:
             sum_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
         z = tl.where((cols < classes)[None, :], z, -float("inf"))
-        larger = tl.maximum(most, tl.max(z, axis=1))
-        total = total * tl.exp(most - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
-        most = larger
+        most, total = fold(most, total, z)
     log_total = tl.log(total)
     lse = most + log_total
     # From differences of logits: lse is rounded at their own size, the loss is often far smaller.
     loss = log_total + (1.0 - smoothing) * (most - at_target) + z_loss * lse * lse
     if SMOOTH:
         loss += smoothing * (most - sum_z / classes)
+    loss = tl.where(real, loss, float("nan"))  # a target that is no class: the step is refused, not trained on
     tl.store(loss_ptr + rows, tl.where(kept, loss * weight, 0.0), mask=inside)
     tl.store(lse_ptr + rows, tl.where(kept, lse, 0.0), mask=inside)
     if GRADIENT:
         # Divided by the sum: in exp(z - lse) the rounding of lse is an error of every class alike.
         spread = weight * (1.0 + 2.0 * z_loss * lse) / total
-        for start in range(0, classes, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
+        blocks = tl.cdiv(classes, BLOCK)
+        for back in range(0, blocks):  # from the end, which the cache still has
+            cols = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = inside[:, None] & (cols < classes)[None, :]
             z, slope = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, CAPPED)
             gradient = tl.exp(z - most[:, None]) * spread[:, None]

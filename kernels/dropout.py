@@ -37,6 +37,14 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def _mix_int(x: int) -> int:
+    """`mix` of one number, as unsigned."""
+    x &= 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
 def token_keys(seed: int, step: int, sample_ids_B: Tensor, num_positions: int) -> Tensor:
     """Return int32 keys [B, T], one per token.
 
@@ -46,11 +54,10 @@ def token_keys(seed: int, step: int, sample_ids_B: Tensor, num_positions: int) -
         num_positions: T.
     """
     device = sample_ids_B.device
-    key = mix(torch.tensor(_int32(seed * GOLDEN + 1), dtype=torch.int32, device=device))
-    key = mix(key ^ _int32(step * GOLDEN))
+    key = _mix_int(_mix_int(seed * GOLDEN + 1) ^ (step * GOLDEN))  # on the host: a copy to a GPU would wait for it
     low = (sample_ids_B & 0xFFFFFFFF).to(torch.int32)
     high = ((sample_ids_B >> 32) & 0xFFFFFFFF).to(torch.int32)
-    key_B = mix(mix(key ^ low) + high * _int32(GOLDEN))
+    key_B = mix(mix(low ^ _int32(key)) + high * _int32(GOLDEN))
     positions_T = torch.arange(num_positions, dtype=torch.int32, device=device)
     return mix(key_B[:, None] ^ mix(positions_T * _int32(GOLDEN))[None, :])
 

@@ -7,6 +7,7 @@ because another tile is another order of sums, and a restart must repeat the las
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,17 @@ DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torc
 span = 32 if INTERPRETED else 1
 
 
+# Arguments that count rows. Specialised on (by 1, by multiples of 16), they would have a rank compile in the middle of a
+# run, when its rows first number so, while the others wait for it.
+COUNTS = ("num_rows", "num_tokens", "tiles", "split_tokens", "length")
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is where there is no Triton (nothing calls it then)."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    counts = [name for name in inspect.signature(function).parameters if name in COUNTS]
+    return triton.jit(function, do_not_specialize=counts)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,9 +58,11 @@ def require_runs(x: Tensor) -> None:
     """Raise unless the kernels can take `x`.
 
     Raises:
-        ValueError: no Triton, no such device, or a dtype that they do not compute in.
+        ValueError: no Triton, no such device, not the current one, or a dtype that they do not compute in.
     """
     reason = why_not(x.device, x.dtype)
+    if reason is None and x.is_cuda and x.device.index != torch.cuda.current_device():
+        reason = f"Triton launches on the current device, cuda:{torch.cuda.current_device()}"
     if reason is not None:
         raise ValueError(f"a tensor of {x.dtype} on {x.device}: {reason}. Use the kernel's `*_reference`")
 

@@ -23,10 +23,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tritune.kernels.cross_entropy import PLAIN, LossOptions, cross_entropy_, cross_entropy_reference
-from tritune.kernels.language import require_runs
+from tritune.kernels.language import cdiv, require_runs
 from tritune.kernels.products import accumulate, scaled
 
 CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # fewer and larger chunks keep the products near their peak
@@ -51,7 +52,8 @@ def linear_cross_entropy(
         hidden_MH, weight_VH, bias_V: float32, float16 or bfloat16, one dtype.
         targets_M: int64; `options.ignore_index` marks rows that count for nothing.
         weights_M: factors of the tokens' losses, no gradient.
-        num_kept: how many rows are not ignored, where the caller knows: only these are computed, and no device is asked.
+        num_kept: how many rows are not ignored, exactly, where the caller knows: only these are computed. No device is
+            asked, so another number would drop rows or count the last one again.
         chunk_tokens: the most tokens whose logits are in memory at a time, up to 4,096 and a slab of 512 MiB.
 
     Raises:
@@ -94,9 +96,12 @@ def _loop(hidden, weight, bias, targets, weights, options, chunk, wants):
     lse = torch.empty_like(loss)
     want_x, want_w, want_b = wants
     dx = torch.empty(num_tokens, width, dtype=hidden.dtype, device=hidden.device) if want_x else None
-    dw = torch.zeros(vocabulary, width, dtype=torch.float32, device=hidden.device) if want_w else None
+    new = torch.empty if num_tokens else torch.zeros
+    dw = new(vocabulary, width, dtype=torch.float32, device=hidden.device) if want_w else None
     db = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if want_b else None
-    slab = torch.empty(min(chunk, num_tokens), vocabulary, dtype=hidden.dtype, device=hidden.device)
+    # Rows begin at multiples of 128 bytes, whatever the vocabulary: both the products and the kernel read them so.
+    rounded = cdiv(vocabulary, 64) * 64
+    slab = torch.empty(min(chunk, num_tokens), rounded, dtype=hidden.dtype, device=hidden.device)[:, :vocabulary]
     for start in range(0, num_tokens, chunk):
         stop = min(start + chunk, num_tokens)
         part, logits = hidden[start:stop], slab[: stop - start]
@@ -118,28 +123,32 @@ def _loop(hidden, weight, bias, targets, weights, options, chunk, wants):
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, options, chunk, wants):
-        loss, lse, *ctx.gradients = _loop(hidden, weight, bias, targets, weights, options, chunk, wants)
+        loss, lse, *gradients = _loop(hidden, weight, bias, targets, weights, options, chunk, wants)
+        ctx.save_for_backward(*gradients)  # freed with the graph, which attributes of ctx would outlive
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(lse)
         return loss.sum(), lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
-        dx, dw, db = (scaled(g, upstream, ctx.dtype) for g in ctx.gradients)
+        dx, dw, db = (scaled(g, upstream, ctx.dtype) for g in ctx.saved_tensors)
         return dx, dw, db, None, None, None, None, None
 
 
 class _TokensFrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, options, chunk, wants):
-        loss, lse, ctx.dx, _, _ = _loop(hidden, weight, bias, targets, weights, options, chunk, wants)
+        loss, lse, dx, _, _ = _loop(hidden, weight, bias, targets, weights, options, chunk, wants)
+        ctx.save_for_backward(dx)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
-        return scaled(ctx.dx, upstream[:, None], ctx.dtype), None, None, None, None, None, None, None
+        return scaled(ctx.saved_tensors[0], upstream[:, None], ctx.dtype), None, None, None, None, None, None, None
 
 
 class _TokensTrainableHead(torch.autograd.Function):
@@ -152,6 +161,7 @@ class _TokensTrainableHead(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
         hidden, weight, bias, targets, weights = ctx.saved_tensors
         rows = upstream.float() if weights is None else upstream.float() * weights

@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from tritune.kernels.cross_entropy import fold
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 from tritune.kernels.linear_cross_entropy import CHUNKS, chunk_of
 from tritune.kernels.products import accumulate, scaled
@@ -56,7 +58,7 @@ def linear_kl(
     if reduction == "none" and wants[1]:
         raise ValueError("reduction='none' with a head that trains: give weights_M and reduction='sum'")
     chunk = min(chunk_tokens or CHUNKS[0], chunk_of(2 * weight_VH.shape[0], hidden_MH.dtype))
-    weights_M = None if weights_M is None else weights_M.detach().float()
+    weights_M = None if weights_M is None else weights_M.detach().float().contiguous()
     kl = _LinearKL.apply(  # type: ignore[misc]
         hidden_MH, weight_VH, teacher_MG.detach(), teacher_weight_VG.detach(), weights_M, temperature, chunk, wants
     )
@@ -87,17 +89,14 @@ def _kl(
         s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
         t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
         s, t = tl.where(real, s, -float("inf")), tl.where(real, t, -float("inf"))
-        larger_s = tl.maximum(most_s, tl.max(s, axis=1))
-        larger_t = tl.maximum(most_t, tl.max(t, axis=1))
-        total_s = total_s * tl.exp(most_s - larger_s) + tl.sum(tl.exp(s - larger_s[:, None]), axis=1)
-        total_t = total_t * tl.exp(most_t - larger_t) + tl.sum(tl.exp(t - larger_t[:, None]), axis=1)
-        most_s = larger_s
-        most_t = larger_t
+        most_s, total_s = fold(most_s, total_s, s)
+        most_t, total_t = fold(most_t, total_t, t)
     log_s = tl.log(total_s)
     log_t = tl.log(total_t)
     kl = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, classes, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(classes, BLOCK)
+    for back in range(0, blocks):  # from the end, which the cache still has
+        cols = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
         mask = inside[:, None] & (cols < classes)[None, :]
         s = tl.load(student_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
         t = tl.load(teacher_row + cols[None, :], mask=mask, other=0.0).to(tl.float32) * inverse
@@ -105,7 +104,7 @@ def _kl(
         t = t - most_t[:, None]
         p = tl.exp(t) / total_t[:, None]
         # In this order: most + log would be rounded at the size of the logits.
-        kl += tl.sum(tl.where(mask, p * ((t - log_t[:, None]) - (s - log_s[:, None])), 0.0), axis=1)
+        kl += tl.sum(tl.where(mask & (p > 0.0), p * ((t - log_t[:, None]) - (s - log_s[:, None])), 0.0), axis=1)
         if GRADIENT:
             gradient = (tl.exp(s) / total_s[:, None] - p) * (weight * inverse)[:, None]
             tl.store(student_row + cols[None, :], gradient.to(student_ptr.dtype.element_ty), mask=mask)
@@ -118,8 +117,10 @@ class _LinearKL(torch.autograd.Function):
         (num_tokens, width), vocabulary = hidden.shape, weight.shape[0]
         kl = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
         dx = torch.empty(num_tokens, width, dtype=hidden.dtype, device=hidden.device) if wants[0] else None
-        dw = torch.zeros(vocabulary, width, dtype=torch.float32, device=hidden.device) if wants[1] else None
-        slabs = torch.empty(2, min(chunk, num_tokens), vocabulary, dtype=hidden.dtype, device=hidden.device)
+        new = torch.empty if num_tokens else torch.zeros
+        dw = new(vocabulary, width, dtype=torch.float32, device=hidden.device) if wants[1] else None
+        shape = (2, min(chunk, num_tokens), cdiv(vocabulary, 64) * 64)
+        slabs = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)[..., :vocabulary]
         block = min(next_power_of_2(vocabulary), BLOCK)
         rows = rows_per_program(block, BLOCK)
         for start in range(0, num_tokens, chunk):
@@ -136,12 +137,14 @@ class _LinearKL(torch.autograd.Function):
                 torch.mm(logits, weight, out=dx[start:stop])
             if dw is not None:
                 accumulate(dw, logits.t(), part, first=start == 0)
-        ctx.gradients, ctx.dtype = (dx, dw), weight.dtype
+        ctx.save_for_backward(dx, dw)
+        ctx.dtype = weight.dtype
         return kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
-        dx, dw = ctx.gradients
+        dx, dw = ctx.saved_tensors
         # A head that trains is only let in summed: upstream is one number, M times.
         once = upstream[:1] if len(upstream) else upstream.new_zeros(1)
         return scaled(dx, upstream[:, None], ctx.dtype), scaled(dw, once, ctx.dtype), None, None, None, None, None, None

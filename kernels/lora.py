@@ -19,14 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from tritune.kernels.language import require_runs, rows_of
+from tritune.kernels.language import cdiv, require_runs, rows_of
 from tritune.kernels.lora_dropout import add_dropped_x_gradient, dropped_a_gradient, dropped_down, padded_rank
 from tritune.kernels.nf4 import Nf4Weight
 from tritune.kernels.products import accumulate
 from tritune.kernels.swiglu import glu_backward, glu_forward
 
 SLICE_BYTES = 24 * 2**20  # of dY: half of an H100's L2 cache
+SLICE_TOKENS = 2048  # at least: below, launches cost more than the second read
 
 
 def lora_update_reference(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -128,17 +130,18 @@ class _Group:
         self.sites = [statics[i][2] for i in self.updated]
         ranks = {i: self.b[i].shape[1] for i in self.updated}
         padded = padded_rank(list(ranks.values())) if p and ranks else 0
+        places = {i: padded or cdiv(rank, 8) * 8 for i, rank in ranks.items()}  # 16 bytes at 16 bits: what cuBLAS likes
         self.columns: dict[int, slice] = {}  # of S that hold a projection's update
         stop = 0
         for i in self.updated:
             self.columns[i] = slice(stop, stop + ranks[i])
-            stop += padded or ranks[i]
+            stop += places[i]
         self.a: Tensor | None = None
-        if len(ranks) == 1 and padded in (0, *ranks.values()):
-            self.a = factors[self.updated[0]][0].to(dtype)  # type: ignore[union-attr]
+        if len(ranks) == 1 and places == ranks:
+            self.a = factors[self.updated[0]][0].to(dtype).contiguous()  # type: ignore[union-attr]
         elif ranks:
             width = factors[self.updated[0]][0].shape[1]  # type: ignore[union-attr]
-            new = torch.zeros if padded else torch.empty
+            new = torch.empty if places == ranks else torch.zeros
             self.a = new(stop, width, dtype=dtype, device=self.b[self.updated[0]].device)
             for i in self.updated:
                 self.a[self.columns[i]] = factors[i][0]  # type: ignore[assignment]
@@ -168,13 +171,14 @@ class _Group:
         """Return dS [M, C] and dB_i in float32."""
         if s is None:
             return None, {}
-        ds = torch.zeros_like(s) if self.p else torch.empty_like(s)
+        ds = torch.zeros_like(s)  # its padding is read too
         gradients = {}
         for i in self.updated:
             dy, columns = dys[i], self.columns[i]
             num_tokens, width = dy.shape
-            db = torch.zeros(width, self.b[i].shape[1], dtype=torch.float32, device=dy.device)
-            step = max(256, SLICE_BYTES // (width * dy.element_size()))
+            new = torch.empty if num_tokens else torch.zeros
+            db = new(width, self.b[i].shape[1], dtype=torch.float32, device=dy.device)
+            step = max(SLICE_TOKENS, SLICE_BYTES // (width * dy.element_size()) // 128 * 128)
             for start in range(0, num_tokens, step):
                 part, out = dy[start : start + step], ds[start : start + step, columns]
                 torch.addmm(out, part, self.b[i], beta=0.0, alpha=self.scaling[i], out=out)
@@ -195,7 +199,11 @@ class _Group:
     def a_gradients(self, ds: Tensor | None, x: Tensor | None) -> dict[int, Tensor]:
         if ds is None or x is None:
             return {}
-        da = dropped_a_gradient(x, ds, self.keys, self.sites, self.p) if self.p else ds.t() @ x  # type: ignore[arg-type]
+        if self.p:
+            da = dropped_a_gradient(x, ds, self.keys, self.sites, self.p)  # type: ignore[arg-type]
+        else:
+            da = torch.empty(ds.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            accumulate(da, ds.t(), x, first=True)
         return {i: da[self.columns[i]] for i in self.updated}
 
     def gradients(self, das: dict[int, Tensor], dbs: dict[int, Tensor], dys: list[Tensor], wants: Sequence[bool],
@@ -219,6 +227,7 @@ class _LoraLinear(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dys):
         x, s, keys, *tensors = ctx.saved_tensors
         group = _Group(ctx.statics, tensors, keys, ctx.p, x.dtype)
@@ -243,6 +252,7 @@ class _LoraMlp(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, s, s_down, gate, up, keys, *tensors = ctx.saved_tensors
         first, last = _mlp_groups(ctx.statics, tensors, keys, ctx.p, x.dtype)

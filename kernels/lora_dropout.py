@@ -18,6 +18,8 @@ from tritune.kernels.dropout import dropout_reference, keep_tile, mask_numbers
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, tl
 
 SPLIT_TOKENS = 1024  # of dA: so many tokens a program
+SPLIT_FEATURES = 1024  # of S, where there are too few tokens to fill a chip: at least so many features a program
+PROGRAMS = 512  # that fill one, of four warps each
 
 
 def padded_rank(ranks: list[int]) -> int:
@@ -48,23 +50,24 @@ def _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols):
 
 @jit
 def _down(
-    x_ptr, a_ptr, keys_ptr, numbers_ptr, s_ptr, x_stride, num_tokens, width, scale,
+    x_ptr, a_ptr, keys_ptr, numbers_ptr, s_ptr, x_stride, num_tokens, width, scale, split_features,
     P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    projection = tl.program_id(0)
+    projection, split = tl.program_id(0), tl.program_id(2)
     rows = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     inside = rows < num_tokens
     r = projection * R + tl.arange(0, R)
     total = tl.zeros((BM, R), tl.float32)
-    for start in range(0, width, BK):
-        cols = start + tl.arange(0, BK)
+    for start in range(0, split_features, BK):
+        cols = split * split_features + start + tl.arange(0, BK)
         real = cols < width
         x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside[:, None] & real[None, :], other=0.0)
         x = _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols).to(x_ptr.dtype.element_ty)
         a = tl.load(a_ptr + r[None, :] * width + cols[:, None], mask=real[:, None], other=0.0)
         total = tl.dot(x, a, total, input_precision="ieee")
     s = (total * tl.cast(scale, tl.float32)).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + rows[:, None] * (P * R) + r[None, :], s, mask=inside[:, None])
+    place = s_ptr + (split * num_tokens + rows[:, None]) * (P * R) + r[None, :]
+    tl.store(place, s, mask=inside[:, None])
 
 
 @jit
@@ -119,26 +122,19 @@ def dropped_down(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p
     """Return S [M, C]. `x_MK` with contiguous rows, `a_CK` of its dtype, `keys_M` int32 of `token_keys`."""
     require_runs(x_MK)
     (num_tokens, width), rank = x_MK.shape, a_CK.shape[0] // len(sites)
-    s = torch.empty(num_tokens, a_CK.shape[0], dtype=x_MK.dtype, device=x_MK.device)
-    numbers, scale = _numbers(sites, p, x_MK.device)
+    tile, (numbers, scale) = _tile(x_MK.dtype), _numbers(sites, p, x_MK.device)
+    tokens = cdiv(num_tokens, tile["BM"])
+    wanted = max(1, min(PROGRAMS // max(1, len(sites) * tokens), cdiv(width, SPLIT_FEATURES)))
+    features = cdiv(cdiv(width, wanted), tile["BK"]) * tile["BK"]
+    splits = cdiv(width, features)
+    dtype = x_MK.dtype if splits == 1 else torch.float32
+    s = torch.empty(splits, num_tokens, a_CK.shape[0], dtype=dtype, device=x_MK.device)
     if num_tokens:
-        tile = _tile(x_MK.dtype)
-        _down[(len(sites), cdiv(num_tokens, tile["BM"]))](
-            x_MK,
-            a_CK,
-            keys_M,
-            numbers,
-            s,
-            x_MK.stride(0),
-            num_tokens,
-            width,
-            scale,
-            P=len(sites),
-            R=rank,
-            num_stages=3,
-            **tile,
-        )
-    return s
+        _down[(len(sites), tokens, splits)](
+            x_MK, a_CK, keys_M, numbers, s, x_MK.stride(0), num_tokens, width, scale, features, P=len(sites), R=rank,
+            num_stages=3, **tile,
+        )  # fmt: skip
+    return s[0] if splits == 1 else s.sum(dim=0).to(x_MK.dtype)
 
 
 def dropped_a_gradient(x_MK: Tensor, ds_MC: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:

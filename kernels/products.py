@@ -14,14 +14,19 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     beta = 0.0 if first else 1.0
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    elif a.is_cuda and torch.version.hip is None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # CPU has no product that widens
+    else:  # CPU and ROCm have no product that widens
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def scaled(x: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return x * factor in `dtype`, a new tensor: the product is made in the wider dtype and rounded once."""
+    """Return x * factor in `dtype`, a new tensor: the product is made in the wider dtype and rounded once.
+
+    A factor without dimensions would not widen the product: on a GPU it would itself be rounded to x's dtype, which puts
+    a whole gradient off by up to 0.2 % in bfloat16.
+    """
     if x is None:
         return None
+    factor = factor.reshape(1) if factor.ndim == 0 else factor
     return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))

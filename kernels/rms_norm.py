@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from tritune.kernels.language import cdiv, jit, require_runs, row_tile, rows_of, tl
 
 MAX_BYTES = 32768  # of a row, which is one tile: wider, backward no longer fits the registers of a block
@@ -119,13 +120,16 @@ class _RmsNorm(torch.autograd.Function):
                 flat, other, weight, y, total, scale, flat.stride(0), 0 if other is None else other.stride(0), num_rows,
                 width, eps, offset, RESIDUAL=other is not None, ROWS=rows, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-        ctx.save_for_backward(flat if total is None else total.view(-1, width), weight, scale)
+        # An output is saved as itself: a view of it would hold the node that holds the view, and nothing would free them.
+        ctx.save_for_backward(flat if total is None else total, weight, scale)
         ctx.offset, ctx.shape = offset, x.shape
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dtotal):
         x, weight, scale = ctx.saved_tensors
+        x = x.view(-1, x.shape[-1])
         (num_rows, width), trains = x.shape, ctx.needs_input_grad[2]
         dy = rows_of(dy)
         dtotal = None if dtotal is None else rows_of(dtotal)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 
 TILE = 4096  # elements of queries in a program
@@ -56,7 +57,7 @@ def _rotate(
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """All heads of some tokens: x by its strides (row, position `tokens`, head, col), y contiguous [B, T, heads, D]."""
-    h = tl.arange(0, HEADS)
+    h = tl.arange(0, HEADS).to(tl.int64)  # a head may lie T D elements from the next
     d = tl.arange(0, HALF)
     source = batch[:, None] * row + tokens[:, None] * positions + h[None, :] * head
     target = valid[:, None] * (heads * width) + h[None, :] * width
@@ -131,6 +132,7 @@ class _Rope(torch.autograd.Function):
         return _launch(q, k, cos, sin, backward=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         return *_launch(dq, dk, cos, sin, backward=True), None, None

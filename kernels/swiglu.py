@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, silu
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_of, rows_per_program, tl
 
@@ -149,6 +150,7 @@ class _Glu(torch.autograd.Function):
         return glu_forward(flat_gate, flat_up, activation).view(gate.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         both, _ = glu_backward(rows_of(dh), gate, up, ctx.activation)

@@ -97,6 +97,7 @@ def start(config: BackendConfig, deterministic: bool) -> World:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a write per tensor
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if config.device is Device.cuda and not torch.cuda.is_available():

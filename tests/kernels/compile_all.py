@@ -42,11 +42,9 @@ def note(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (isinstance(value, int) and not isinstance(value, bool) and value == 1)
-        ):
+        special = not parameter.do_not_specialize
+        one = special and isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
@@ -57,7 +55,7 @@ def note(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
     name = f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.fn.__name__}"

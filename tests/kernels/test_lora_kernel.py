@@ -179,6 +179,8 @@ def test_a_mask_does_not_depend_on_the_batch_around_its_token():
 def test_splits_and_slices_are_summed(monkeypatch, p):
     """Tokens beyond a split of dA and beyond a slice of dY."""
     monkeypatch.setattr(lora, "SLICE_BYTES", 1)
+    monkeypatch.setattr(lora, "SLICE_TOKENS", 128)
+    monkeypatch.setattr("tritune.kernels.lora_dropout.SPLIT_FEATURES", 32)
     monkeypatch.setattr("tritune.kernels.lora_dropout.SPLIT_TOKENS", 100)  # no tile divides it
     keys = keys_of(2, 300)
     tensors, rebuilt = flat(
@@ -240,6 +242,18 @@ def test_only_input_and_low_rank_products_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         lora_linear(x, [projection(20, 48, 4, SITES[0], 2, torch.float32)], keys, 0.1)
     assert sorted(saved) == sorted([(64, 48), (64, 16), (1, 64), (20, 48), (4, 48), (20, 4)])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_factors_that_are_transposed_views(p):
+    """Rank 16 is what the kernels take as it is: nothing else would make a contiguous copy."""
+    one, keys = projection(20, 33, 0, 1, 1, torch.float32), keys_of(2, 20)
+    factors = [draw(33, 16, seed=5), draw(16, 20, seed=6)]
+    require_twice(
+        lambda x, w, a, b: lora_linear(x, [one._replace(weight=w, a=a.t(), b=b.t())], keys, p),
+        lambda x, w, a, b: formula(x, [one._replace(weight=w, a=a.t(), b=b.t())], keys, p),
+        [draw(2, 20, 33, seed=7), one.weight, *factors],
+    )
 
 
 def test_refusals():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,3 +166,13 @@ def test_saved_tensors_and_incoming_gradients_are_left_alone():
     second = torch.autograd.grad(h, [x, weight], upstream)
     assert torch.equal(upstream, kept)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_forward_without_backward_leaves_nothing_behind():
+    """A view of an output, saved, would hold the node that holds it, where no collector looks."""
+    y, total = add_rms_norm(draw(6, 33, seed=1), draw(6, 33, seed=2), draw(33, seed=3), 1e-6)
+    node = weakref.ref(y.grad_fn)
+    assert node() is not None
+    del y, total
+    gc.collect()
+    assert node() is None
