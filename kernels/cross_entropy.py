@@ -88,7 +88,7 @@ def cross_entropy_(
         logits_MV, targets_M.contiguous(), weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.scale, options.ignore_index,
         CAPPED=options.softcap is not None, SMOOTH=options.label_smoothing != 0.0, WEIGHTED=weights_M is not None,
-        GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=32 if block == BLOCK else 8,
+        GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=32 if block == BLOCK else 16,
     )  # fmt: skip
 
 
@@ -140,9 +140,8 @@ def _cross_entropy(
         weight = tl.where(kept, tl.load(weights_ptr + rows, mask=inside, other=0.0), 0.0)
     base = logits_ptr + rows[:, None] * stride
     real = kept & (target >= 0) & (target < classes)
-    at_target, _ = bend(
-        tl.load(logits_ptr + rows * stride + target, mask=real, other=0.0).to(tl.float32), scale, cap, CAPPED
-    )
+    at_target = tl.load(logits_ptr + rows * stride + target, mask=real, other=0.0).to(tl.float32)
+    at_target, _slope = bend(at_target, scale, cap, CAPPED)
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sum_z = tl.zeros((ROWS,), tl.float32)

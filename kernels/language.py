@@ -84,7 +84,7 @@ def row_tile(width: int) -> tuple[int, int, int]:
     """Return (rows, block, warps) for a tile of whole rows of `width` elements."""
     block = next_power_of_2(width)
     rows = rows_per_program(block, 4096)
-    return rows, block, max(4, min(16, rows * block // 512))
+    return rows, block, max(4, min(32, rows * block // 512))
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -27,20 +27,32 @@ TOKENS = 128  # rows of a check
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's kernels will see: widths of norms, (heads, key heads, head size, rotated), MLP, vocabulary, LoRA."""
+    """What a model's kernels will see, None where it has no such thing.
 
-    norms: tuple[int, ...]
+    Attributes:
+        norms: (width, whether the weight trains), each kind once.
+        rotation: heads, heads of keys, features of a head, features rotated.
+        mlp: width and activation.
+        head: vocabulary and width.
+        lora: (outputs, inputs, rank, rate of dropping), each kind once.
+    """
+
+    norms: tuple[tuple[int, bool], ...]
     rotation: tuple[int, int, int, int] | None
     mlp: tuple[int, str] | None
     head: tuple[int, int] | None
-    lora: tuple[tuple[int, int, int, float], ...]  # (outputs, inputs, rank, dropout), each kind once
+    lora: tuple[tuple[int, int, int, float], ...]
 
 
 def sizes_of(model: Any) -> Sizes:
     """Read them off a transformers model's modules, whatever its parameters are made of."""
     modules = list(model.modules())
     config = model.config.get_text_config()
-    norms = {m.weight.numel() for m in modules if type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight")}
+    norms = {
+        (m.weight.numel(), m.weight.requires_grad)
+        for m in modules
+        if type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight")
+    }
     attention = next((m for m in modules if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None)
     rotation = None
     if attention is not None:
@@ -119,8 +131,10 @@ def _run(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
     return outputs + list(torch.autograd.grad(outputs, wanted, upstream))
 
 
-def _new(device: torch.device, dtype: torch.dtype, *shape: int, grad: bool = True, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator(device).manual_seed(len(shape) * 1000 + sum(shape))
+def _new(
+    device: torch.device, dtype: torch.dtype, *shape: int, grad: bool = True, scale: float = 1.0, seed: int = 0
+) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed * 10**9 + len(shape) * 1000 + sum(shape))
     return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype).requires_grad_(grad)
 
 
@@ -130,8 +144,9 @@ def _check_norms(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> floa
         return rms_norm_reference(total, w, 1e-6), total
 
     worst = 0.0
-    for width in sizes.norms:
-        x, residual, weight = (_new(device, dtype, *shape) for shape in ((TOKENS, width), (TOKENS, width), (width,)))
+    for width, trains in sizes.norms:
+        x, residual = (_new(device, dtype, TOKENS, width, seed=i) for i in range(2))
+        weight = _new(device, dtype, width, grad=trains)
         worst = max(
             worst, excess(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), [x, weight])
         )

@@ -86,8 +86,11 @@ def record() -> None:
         def new(*shape, dtype=dtype, grad=True):
             return torch.zeros(*shape, dtype=dtype, requires_grad=grad)
 
-        for width in (128, 1152, 4096, 16384 if dtype is torch.bfloat16 else 8192):
+        widest = 16384 if dtype is torch.bfloat16 else 8192
+        for width in (128, 1152, 4096, widest // 2, widest):
             rms_norm(new(16, width), new(width, grad=False), 1e-6).sum().backward()  # frozen, as under LoRA
+            sum(t.sum() for t in add_rms_norm(new(16, width), new(16, width), new(width, grad=False), 1e-6)).backward()
+        for width in (128, 1152, 4096, widest // 2):
             rms_norm(new(16, width), new(width), 1e-6, 1.0).sum().backward()
             sum(t.sum() for t in add_rms_norm(new(16, width), new(16, width), new(width), 1e-6)).backward()
         for heads, kv_heads, width, rotated in ((32, 8, 128, 128), (32, 32, 96, 72), (4, 1, 256, 256)):

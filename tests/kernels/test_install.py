@@ -270,7 +270,7 @@ def test_the_self_check_passes_on_a_real_model_s_sizes_and_falls_back_with_a_rea
     model = build("gemma2")
     add_lora(LoraConfig(rank=4, dropout=0.1), model, [], 0)
     sizes = sizes_of(model)
-    assert sizes.norms == (32,)
+    assert sizes.norms == ((32, False),)
     assert sizes.rotation == (4, 2, 8, 8)
     assert sizes.mlp == (48, "gelu_tanh")
     assert sizes.head == (101, 32)

@@ -76,8 +76,10 @@ def test_a_norm_of_leading_dimensions_and_large_values():
 
 
 def test_a_row_too_wide_is_refused():
-    with pytest.raises(ValueError, match=r"rows of 16385.*rms_norm_reference"):
-        rms_norm(draw(1, 16385, seed=0, dtype=torch.float16), draw(16385, seed=0, dtype=torch.float16), 1e-6)
+    for width, trains in ((16385, False), (8193, True)):
+        weight = draw(width, seed=0, dtype=torch.float16, grad=trains)
+        with pytest.raises(ValueError, match=rf"rows of {width}.*rms_norm_reference"):
+            rms_norm(draw(1, width, seed=0, dtype=torch.float16), weight, 1e-6)
 
 
 @examples
