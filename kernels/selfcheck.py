@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tritune.kernels.dispatch import Choice
 from tritune.kernels.dropout import dropout_reference, token_keys
-from tritune.kernels.families import activation_of, base_of, is_adapted, mlp_inputs
+from tritune.kernels.families import FAMILIES, activation_of, base_of, is_adapted, mlp_inputs
 from tritune.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tritune.kernels.lora import Projection, lora_linear, lora_update_reference
 from tritune.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -48,20 +48,16 @@ def sizes_of(model: Any) -> Sizes:
     """Read them off a transformers model's modules, whatever its parameters are made of."""
     modules = list(model.modules())
     config = model.config.get_text_config()
-    norms = {
-        (m.weight.numel(), m.weight.requires_grad)
-        for m in modules
-        if type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight")
-    }
-    attention = next((m for m in modules if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None)
+    known = config.model_type in FAMILIES  # others keep their own attention and MLP
+    weights = [m.weight for m in modules if type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight")]
+    norms = {(w.numel(), w.requires_grad) for w in weights}
+    attention = next((m for m in modules if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None) if known else None
     rotation = None
     if attention is not None:
-        share = getattr(config, "partial_rotary_factor", None) or (config.rope_parameters or {}).get(
-            "partial_rotary_factor", 1
-        )
+        share = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         rotated = int(attention.head_dim * share) // 2 * 2
         rotation = (config.num_attention_heads, config.num_key_value_heads, attention.head_dim, rotated)
-    block = next((m for m in modules if hasattr(m, "down_proj")), None)
+    block = next((m for m in modules if hasattr(m, "down_proj")), None) if known else None
     mlp = None
     if block is not None:
         activation = activation_of(block.act_fn if hasattr(block, "act_fn") else block.activation_fn)

@@ -20,6 +20,7 @@ from tritune.kernels.install import install, uninstall
 from tritune.kernels.selfcheck import self_check, sizes_of
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.methods.lora import add_lora
+from tritune.trainer.scorer import TESTED_FAMILIES
 
 ALL = {kernel: Choice("triton", "asked for") for kernel in KERNELS}
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -140,6 +141,21 @@ def test_an_unknown_family_gets_what_fits_and_is_told_so():
     assert set(done.counts) == {"rms_norm", "linear_cross_entropy"}
     assert done.left[0].startswith("rotation and MLP of granite, a family not known here")
     require_as_exact(forward_and_gradients(model), plain, exact)
+
+
+@pytest.mark.parametrize("family", TESTED_FAMILIES)
+def test_any_family_that_trains_can_be_asked_for_kernels(family):
+    """Whatever its blocks are called: what does not fit is left alone, what is put in computes the same."""
+    own = {"cohere": {"logit_scale": 0.5}, "phi3": {"rope_parameters": PARTIAL}}.get(family, {})
+    model = build(family, **own).eval()  # GPT-2 has dropout of its own
+    ids = torch.arange(3, 12, device=DEVICE)[None]
+    expected = model(input_ids=ids).logits
+    sizes = sizes_of(model)
+    assert sizes.head == (101, 32)
+    assert (sizes.mlp is None) == (sizes.rotation is None) == (family not in FAMILIES)
+    assert family != "phi3" or sizes.rotation == (4, 2, 8, 4)
+    install(model, ALL)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_norm_of_another_kind_and_an_odd_activation_are_left_alone():
