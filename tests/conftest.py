@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the forked proce
 for folder in ("kernels", "trainer"):  # judge.py, and what tests of one folder share
     sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
 
+import harness  # noqa: E402  first of all: it sets the number of threads, which torch reads when it is imported
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, here and in forked ranks
-
-import harness  # noqa: E402
 
 
 @pytest.fixture(scope="session")
