@@ -143,6 +143,7 @@ def test_an_unknown_family_gets_what_fits_and_is_told_so():
     require_as_exact(forward_and_gradients(model), plain, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_any_family_that_trains_can_be_asked_for_kernels(family):
     """Whatever its blocks are called: what does not fit is left alone, what is put in computes the same."""

@@ -118,7 +118,7 @@ def test_lora_mlp(shape, merged, ranks, p, activation, dtype, seed):
     require_twice(ours, plain, [x, *tensors])
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.05, 0.9))])
 def test_masks_of_all_three_kernels_are_the_reference_s_bit_for_bit(p):
     """Ones and unit vectors through the products: what comes out is the mask itself, times 1 / (1 - p)."""
     tokens, width, sites = 70, 130, [3, 0xDEADBEEF]

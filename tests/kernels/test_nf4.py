@@ -34,6 +34,7 @@ needs_kernel = pytest.mark.skipif(why_not(DEVICE, torch.float32) is not None, re
 @pytest.fixture
 def bnb():
     functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes, the judge, is not installed").functional
+    torch.set_flush_denormal(False)  # libraries loaded by other tests turn it on; the judge's zero blocks rely on 1e-38
     with torch.compiler.set_stance("force_eager"):  # it compiles its fallback for odd sizes, anew for each
         yield functional
 
@@ -120,6 +121,16 @@ def test_zero_blocks(bnb, double):
 
 
 @pytest.mark.parametrize("double", [False, True])
+def test_zero_blocks_where_small_numbers_are_flushed(double):
+    """Some libraries turn this on for the whole process when they are loaded, and GPUs do it in places."""
+    torch.set_flush_denormal(True)
+    try:
+        assert not dequantize_reference(quantize(torch.zeros(3, 70), double=double), torch.float32).any()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("double", [False, True])
 def test_checkpoint_entries_are_read_by_bitsandbytes(bnb, double):
     ours = quantize(draw(6, 128), double=double)
     entries = ours.to_state_dict("layer.weight", torch.float16)
@@ -137,7 +148,7 @@ def test_checkpoint_entries_are_read_by_bitsandbytes(bnb, double):
 # -- against the definition --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 3000), st.sampled_from([32, 64, 512]), st.booleans(), st.integers(0, 10_000))
 def test_error_of_each_element(numel, block_size, double, seed):
     """No element is further from its value than the nearest level is, but for rounding and the error of the absmax.

@@ -51,9 +51,9 @@ def require_the_same(run, reference):
 
 
 CELLS = [
-    ("lora", "fsdp", "none"), ("full", "zero3", "full"),
+    ("full", "zero3", "full"),
     *[pytest.param(*cell, marks=pytest.mark.slow) for cell in (
-        ("lora", "zero3", "none"), ("lora", "zero3", "full"), ("lora", "fsdp", "full"), ("lora", "fsdp", "selective"),
+        ("lora", "fsdp", "none"), ("lora", "zero3", "none"), ("lora", "zero3", "full"), ("lora", "fsdp", "full"), ("lora", "fsdp", "selective"),
         ("full", "fsdp", "none"), ("full", "fsdp", "full"), ("full", "zero3", "none"), ("lora", "ddp", "none"),
         ("full", "ddp", "full"), ("lora", "zero2", "none"), ("lora", "zero3", "selective"),
     )],
@@ -79,6 +79,7 @@ def test_two_ranks_with_kernels_train_what_one_without_them_does(common, referen
     require_the_same(tmp_path / "run", references[method])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_kernels(common, references, tmp_path):
     """Which kernels compute is no part of what a run is."""
     settings = [*common, *METHODS["lora"], f"run.dir={tmp_path / 'run'}"]
@@ -107,7 +108,10 @@ def pretrained(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(harness.save_small_llama(tmp_path_factory.mktemp("model"), 160))
 
 
-@pytest.mark.parametrize(("keeps", "offload"), [("full", False), ("full", True), ("selective", False)])
+RECOMPUTED = [("full", False), ("selective", False), pytest.param("full", True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("keeps", "offload"), RECOMPUTED)
 def test_recomputed_kernels_give_the_same_bits(pretrained, keeps, offload):
     """Masks are a function of the tokens' keys, which recomputation replays: dropout 0.3 and values in B."""
 
