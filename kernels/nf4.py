@@ -36,7 +36,9 @@ NF4_LEVELS = (
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SECOND_BLOCK = 256  # first-level blocks per second-level block
-TINY = 2.0**-126  # the least normal number: a smaller one may be flushed to 0; such a block keeps its `a`, codes nearer to 0
+TINY = (
+    2.0**-126
+)  # the least normal number: a smaller one may be flushed to 0; such a block keeps its `a`, codes nearer to 0
 
 
 def dynamic_map() -> Tensor:
