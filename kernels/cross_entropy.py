@@ -81,7 +81,7 @@ def cross_entropy_(
     if not num_rows:
         return
     block = min(next_power_of_2(classes), BLOCK)
-    rows = rows_per_program(block, BLOCK)
+    rows = rows_per_program(block, BLOCK, num_rows)
     # The gradient of a sum comes in as one number with a stride of 0.
     weights_M = None if weights_M is None else weights_M.contiguous()
     _cross_entropy[(cdiv(num_rows, rows),)](

@@ -24,7 +24,7 @@ except ImportError:  # no wheels for this platform: the references compute
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
-# Rows of a program, times this. A program costs the interpreter milliseconds, whatever its size; tests of the kernels
+# A program has up to so many times its rows. One costs the interpreter milliseconds, whatever its size; tests of the kernels
 # themselves set it to 1, and so run the tiles that a GPU runs.
 span = 32 if INTERPRETED else 1
 
@@ -75,15 +75,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def rows_per_program(block: int, elements: int) -> int:
+def spanned(rows: int, num_rows: int) -> int:
+    """`rows` of a program, or, interpreted, up to `span` times as many where there are so many."""
+    most = rows * span
+    while rows < min(num_rows, most):
+        rows *= 2
+    return rows
+
+
+def rows_per_program(block: int, elements: int, num_rows: int) -> int:
     """Rows of a tile of `block` columns and about so many elements: one long row, or several short ones."""
-    return max(1, min(32, elements // block)) * span
+    return spanned(max(1, min(32, elements // block)), num_rows)
 
 
-def row_tile(width: int) -> tuple[int, int, int]:
+def row_tile(width: int, num_rows: int) -> tuple[int, int, int]:
     """Return (rows, block, warps) for a tile of whole rows of `width` elements."""
     block = next_power_of_2(width)
-    rows = rows_per_program(block, 4096)
+    rows = rows_per_program(block, 4096, num_rows)
     return rows, block, max(4, min(32, rows * block // 512))
 
 

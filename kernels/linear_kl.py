@@ -122,7 +122,7 @@ class _LinearKL(torch.autograd.Function):
         shape = (2, min(chunk, num_tokens), cdiv(vocabulary, 64) * 64)
         slabs = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)[..., :vocabulary]
         block = min(next_power_of_2(vocabulary), BLOCK)
-        rows = rows_per_program(block, BLOCK)
+        rows = rows_per_program(block, BLOCK, min(chunk, num_tokens))
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
             part, (logits, target) = hidden[start:stop], slabs[:, : stop - start]

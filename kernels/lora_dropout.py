@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tritune.kernels import language
 from tritune.kernels.dropout import dropout_reference, keep_tile, mask_numbers
-from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, tl
+from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, spanned, tl
 
 SPLIT_TOKENS = 1024  # of dA: so many tokens a program
 SPLIT_FEATURES = 1024  # of S, where there are too few tokens to fill a chip: at least so many features a program
@@ -33,10 +32,10 @@ def dropped_down_reference(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: li
     return torch.cat([dropout_reference(x_MK, keys_M, site, p) @ a_RK.t() for site, a_RK in parts], dim=1)
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
+def _tile(dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
     """Tokens and features of a program: what wgmma takes at 16 bits; at 32 there is only FMA, and registers are short."""
     side = 32 if dtype is torch.float32 else 64
-    return {"BM": side * language.span, "BK": side, "num_warps": 4}
+    return {"BM": spanned(side, num_tokens), "BK": side, "num_warps": 4}
 
 
 @jit
@@ -122,7 +121,7 @@ def dropped_down(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p
     """Return S [M, C]. `x_MK` with contiguous rows, `a_CK` of its dtype, `keys_M` int32 of `token_keys`."""
     require_runs(x_MK)
     (num_tokens, width), rank = x_MK.shape, a_CK.shape[0] // len(sites)
-    tile, (numbers, scale) = _tile(x_MK.dtype), _numbers(sites, p, x_MK.device)
+    tile, (numbers, scale) = _tile(x_MK.dtype, num_tokens), _numbers(sites, p, x_MK.device)
     tokens = cdiv(num_tokens, tile["BM"])
     wanted = max(1, min(PROGRAMS // max(1, len(sites) * tokens), cdiv(width, SPLIT_FEATURES)))
     features = cdiv(cdiv(width, wanted), tile["BK"]) * tile["BK"]
@@ -143,7 +142,7 @@ def dropped_a_gradient(x_MK: Tensor, ds_MC: Tensor, keys_M: Tensor, sites: list[
     splits = max(1, cdiv(num_tokens, SPLIT_TOKENS))
     parts = torch.empty(splits, ds_MC.shape[1], width, dtype=torch.float32, device=x_MK.device)
     numbers, scale = _numbers(sites, p, x_MK.device)
-    tile = _tile(x_MK.dtype)
+    tile = _tile(x_MK.dtype, num_tokens)
     _a_gradient[(cdiv(width, tile["BK"]), len(sites), splits)](
         x_MK, ds_MC, keys_M, numbers, parts, x_MK.stride(0), num_tokens, width, scale, min(SPLIT_TOKENS, max(num_tokens, 1)),
         P=len(sites), R=rank, num_stages=3, **tile,
@@ -158,7 +157,7 @@ def add_dropped_x_gradient(
     (num_tokens, width), rank = dx_MK.shape, ds_MC.shape[1] // len(sites)
     numbers, scale = _numbers(sites, p, dx_MK.device)
     if num_tokens:
-        tile = _tile(dx_MK.dtype)
+        tile = _tile(dx_MK.dtype, num_tokens)
         _x_gradient[(cdiv(num_tokens, tile["BM"]), cdiv(width, tile["BK"]))](
             dx_MK, ds_MC, a_CK, keys_M, numbers, num_tokens, width, scale, P=len(sites), R=rank, num_stages=2, **tile
         )

@@ -264,7 +264,7 @@ def _launch(weight: Nf4Weight, out: Tensor) -> None:
     second, offset = weight.second or (None, None)
     numel, num_blocks = out.numel(), len(weight.scales)
     width = numel if out.is_contiguous() else out.shape[1]
-    blocks, _, warps = row_tile(weight.block_size)
+    blocks, _, warps = row_tile(weight.block_size, num_blocks)
     _dequantize[(cdiv(num_blocks, blocks),)](
         weight.packed, weight.scales, second, offset, levels, map_, out, numel, len(weight.packed), num_blocks, width,
         out.stride(0),

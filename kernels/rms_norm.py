@@ -115,7 +115,7 @@ class _RmsNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = None if other is None else torch.empty_like(y)
         scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        rows, block, warps = row_tile(width)
+        rows, block, warps = row_tile(width, num_rows)
         if num_rows:
             _forward[(cdiv(num_rows, rows),)](
                 flat, other, weight, y, total, scale, flat.stride(0), 0 if other is None else other.stride(0), num_rows,
@@ -135,7 +135,7 @@ class _RmsNorm(torch.autograd.Function):
         dy = rows_of(dy)
         dtotal = None if dtotal is None else rows_of(dtotal)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows, block, warps = row_tile(width)
+        rows, block, warps = row_tile(width, num_rows)
         count = cdiv(num_rows, rows)
         tiles = max(1, cdiv(count, PROGRAMS)) if trains else 1
         programs = cdiv(count, tiles)

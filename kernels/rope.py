@@ -113,7 +113,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> t
     yq = torch.empty(rows, length, q_heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     yk = torch.empty(rows, length, k_heads, width, dtype=k.dtype, device=k.device).transpose(1, 2)
     heads, half = next_power_of_2(q_heads), next_power_of_2(rotated // 2)
-    tokens = rows_per_program(2 * heads * half, TILE)
+    tokens = rows_per_program(2 * heads * half, TILE, rows * length)
     if rows * length:
         _rope[(cdiv(rows * length, tokens),)](
             q, k, cos, sin, yq, yk, *q.stride(), *k.stride(), 0 if cos.shape[0] == 1 else length * rotated, rows * length,

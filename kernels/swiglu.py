@@ -103,7 +103,7 @@ def _backward(
 
 def _grid(num_rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     cols = min(next_power_of_2(width), BLOCK)
-    rows = rows_per_program(cols, TILE)
+    rows = rows_per_program(cols, TILE, num_rows)
     return (cdiv(num_rows, rows), cdiv(width, cols)), {"ROWS": rows, "COLS": cols, "num_warps": 8}
 
 
