@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 
-BLOCK = 8192  # columns at a time; with 32 warps two rows a multiprocessor, which leaves most of both in the L2 cache
+BLOCK = (
+    4096  # columns at a time, over 16 warps: few rows a multiprocessor, of which the L2 cache keeps most, and no spills
+)
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ def cross_entropy_(
     if not num_rows:
         return
     block = min(next_power_of_2(classes), BLOCK)
-    rows = rows_per_program(block, BLOCK, num_rows)
+    rows = rows_per_program(block, BLOCK // 2, num_rows)
     # The gradient of a sum comes in as one number with a stride of 0.
     weights_M = None if weights_M is None else weights_M.contiguous()
+    cap, smoothing = options.softcap or 1.0, options.label_smoothing
     _cross_entropy[(cdiv(num_rows, rows),)](
-        logits_MV, targets_M.contiguous(), weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes,
-        options.label_smoothing, options.z_loss, options.softcap or 1.0, options.scale, options.ignore_index,
-        CAPPED=options.softcap is not None, SMOOTH=options.label_smoothing != 0.0, WEIGHTED=weights_M is not None,
-        GRADIENT=gradient, ROWS=rows, BLOCK=block, num_warps=32 if block == BLOCK else 16,
+        logits_MV, targets_M.contiguous(), weights_M, loss_M, lse_M, logits_MV.stride(0), num_rows, classes, smoothing,
+        options.z_loss, smoothing / classes, cap, 1.0 / cap, options.scale, options.ignore_index,
+        CAPPED=options.softcap is not None, SMOOTH=smoothing != 0.0, WEIGHTED=weights_M is not None, GRADIENT=gradient,
+        ROWS=rows, BLOCK=block, num_warps=16 if block == BLOCK else 4,
     )  # fmt: skip
 
 
@@ -112,12 +115,12 @@ def fold(most, total, z):
 
 
 @jit
-def bend(logits, scale, cap, CAPPED: tl.constexpr):
+def bend(logits, scale, cap, inverse_cap, CAPPED: tl.constexpr):
     """Logits as the loss sees them: z, and dz / d logits."""
     z = logits * scale
     slope = scale
     if CAPPED:
-        bent = tanh(z / cap)
+        bent = tanh(z * inverse_cap)
         z = bent * cap
         slope = scale * (1.0 - bent * bent)
     return z, slope
@@ -125,12 +128,14 @@ def bend(logits, scale, cap, CAPPED: tl.constexpr):
 
 @jit
 def _cross_entropy(
-    logits_ptr, targets_ptr, weights_ptr, loss_ptr, lse_ptr, stride, num_rows, classes, smoothing, z_loss, cap, scale, ignored,
+    logits_ptr, targets_ptr, weights_ptr, loss_ptr, lse_ptr, stride, num_rows, classes, smoothing, z_loss, share, cap,
+    inverse_cap, scale, ignored,
     CAPPED: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     smoothing, z_loss = tl.cast(smoothing, tl.float32), tl.cast(z_loss, tl.float32)
-    cap, scale = tl.cast(cap, tl.float32), tl.cast(scale, tl.float32)
+    cap, inverse_cap = tl.cast(cap, tl.float32), tl.cast(inverse_cap, tl.float32)
+    scale, share = tl.cast(scale, tl.float32), tl.cast(share, tl.float32)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     target = tl.load(targets_ptr + rows, mask=inside, other=0)
@@ -141,14 +146,14 @@ def _cross_entropy(
     base = logits_ptr + rows[:, None] * stride
     real = kept & (target >= 0) & (target < classes)
     at_target = tl.load(logits_ptr + rows * stride + target, mask=real, other=0.0).to(tl.float32)
-    at_target, _slope = bend(at_target, scale, cap, CAPPED)
+    at_target, _slope = bend(at_target, scale, cap, inverse_cap, CAPPED)
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sum_z = tl.zeros((ROWS,), tl.float32)
     for start in range(0, classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = kept[:, None] & (cols < classes)[None, :]
-        z, _ = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, CAPPED)
+        z, _ = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, inverse_cap, CAPPED)
         if SMOOTH:
             sum_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
         z = tl.where((cols < classes)[None, :], z, -float("inf"))
@@ -158,7 +163,7 @@ def _cross_entropy(
     # From differences of logits: lse is rounded at their own size, the loss is often far smaller.
     loss = log_total + (1.0 - smoothing) * (most - at_target) + z_loss * lse * lse
     if SMOOTH:
-        loss += smoothing * (most - sum_z / classes)
+        loss += smoothing * most - share * sum_z
     loss = tl.where(real, loss, float("nan"))  # a target that is no class: the step is refused, not trained on
     tl.store(loss_ptr + rows, tl.where(kept, loss * weight, 0.0), mask=inside)
     tl.store(lse_ptr + rows, tl.where(kept, lse, 0.0), mask=inside)
@@ -169,10 +174,12 @@ def _cross_entropy(
         for back in range(0, blocks):  # from the end, which the cache still has
             cols = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = inside[:, None] & (cols < classes)[None, :]
-            z, slope = bend(tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, CAPPED)
+            z, slope = bend(
+                tl.load(base + cols[None, :], mask=mask, other=0.0).to(tl.float32), scale, cap, inverse_cap, CAPPED
+            )
             gradient = tl.exp(z - most[:, None]) * spread[:, None]
             if SMOOTH:
-                gradient -= (weight * smoothing / classes)[:, None]
+                gradient -= (weight * share)[:, None]
             gradient -= tl.where(cols[None, :] == target[:, None], (weight * (1.0 - smoothing))[:, None], 0.0)
             gradient = tl.where(kept[:, None], gradient * slope, 0.0)  # an ignored row's logits may be anything
             tl.store(base + cols[None, :], gradient.to(logits_ptr.dtype.element_ty), mask=mask)
