@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 from tritune.kernels.language import cdiv, jit, next_power_of_2, require_runs, rows_per_program, tl
 
-BLOCK = (
-    4096  # columns at a time, over 16 warps: few rows a multiprocessor, of which the L2 cache keeps most, and no spills
-)
+BLOCK = 4096  # columns at a time, over 16 warps: few rows a multiprocessor, most of which stay in the L2 cache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from tritune.kernels.language import why_not
 
 KERNELS = ("linear_cross_entropy", "lora", "rms_norm", "rope", "glu")
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def choose(
     """Return the implementation of each of `KERNELS`.
 
     Args:
-        name: for all: one of `IMPLEMENTATIONS`.
+        name: for all: `auto`, `triton` or `reference`.
         overrides: for some, by name; `auto` follows `name`.
         device, dtype: what the model computes on and in.
         compiled: whether torch.compile writes the layers' kernels itself.

@@ -176,8 +176,9 @@ def _dropout_of(layers: list[Any]) -> tuple[Tensor | None, float]:
     return (adapted.keys.get() if p else None), p
 
 
-def activation_of(function: Any) -> str | None:
-    """Which of our activations `function` computes, by its values; None: neither."""
+def activation_of(block: Any) -> str | None:
+    """Which of our activations an MLP's own computes, by its values; None: neither."""
+    function = block.act_fn if hasattr(block, "act_fn") else block.activation_fn
     x = torch.linspace(-6.0, 6.0, 257)
     silu, gelu = nn.functional.silu(x), nn.functional.gelu(x, approximate="tanh")
     y = function(x)

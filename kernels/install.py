@@ -120,19 +120,18 @@ def _patch(
 
 
 def _install_norms(model: nn.Module, done: Installed) -> set[nn.Module]:
-    found: dict[type, tuple[float, float] | None] = {}
+    offsets: dict[type, float | None] = {}
     norms = set()
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm") or [n for n, _ in module.named_parameters()] != ["weight"]:
             continue
-        if type(module) not in found:
-            found[type(module)] = _norm_numbers(module)
-            if found[type(module)] is None:
+        if type(module) not in offsets:
+            offsets[type(module)] = _norm_offset(module)
+            if offsets[type(module)] is None:
                 done.left.append(f"{type(module).__name__}, which computes something else")
-        numbers = found[type(module)]
-        if numbers is not None:
-            eps = _eps(module)
-            _patch(done, module, partial(norm_forward, eps, numbers[1]))
+        offset = offsets[type(module)]
+        if offset is not None:
+            _patch(done, module, partial(norm_forward, _eps(module), offset))
             done.counts["rms_norm"] += 1
             norms.add(module)
     return norms
@@ -143,8 +142,8 @@ def _eps(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _norm_numbers(module: nn.Module) -> tuple[float, float] | None:
-    """eps and offset with which `rms_norm` gives what the module gives, by its values; None: there are none."""
+def _norm_offset(module: nn.Module) -> float | None:
+    """The offset with which `rms_norm` gives what the module gives, by its values; None: there is none."""
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     weight = next(twin.parameters())
@@ -152,12 +151,12 @@ def _norm_numbers(module: nn.Module) -> tuple[float, float] | None:
     x = torch.randn(4, weight.numel(), generator=generator)
     for offset in (0.0, 1.0):
         if torch.allclose(twin(x), rms_norm_reference(x, weight, _eps(module), offset), rtol=1e-5, atol=1e-6):
-            return _eps(module), offset
+            return offset
     return None
 
 
 def _install_mlp(module: Any, on: set[str], done: Installed) -> None:
-    activation = activation_of(module.act_fn if hasattr(module, "act_fn") else module.activation_fn)
+    activation = activation_of(module)
     if activation is None:
         done.left.append(f"{type(module).__name__}: its activation is neither SiLU nor GELU by tanh")
         return

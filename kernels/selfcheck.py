@@ -60,7 +60,7 @@ def sizes_of(model: Any) -> Sizes:
     block = next((m for m in modules if hasattr(m, "down_proj")), None) if known else None
     mlp = None
     if block is not None:
-        activation = activation_of(block.act_fn if hasattr(block, "act_fn") else block.activation_fn)
+        activation = activation_of(block)
         inputs = mlp_inputs(block)
         width = base_of(inputs[0]).out_features // (3 - len(inputs))
         mlp = None if activation is None else (width, activation)
