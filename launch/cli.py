@@ -14,6 +14,7 @@ Distributed fine-tuning of language models.
 
 verbs:
   train     train as the configuration says, from raw rows to a scored and exported model with its report
+  submit    the same as a Slurm job: launch=slurm launch.nodes=N; launch.dry_run=true prints its script
   evaluate  score a run (run.dir=DIR), an export, an adapter or a hub model (model.path=PATH) on the splits given
   generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
   export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
@@ -27,7 +28,7 @@ Every verb takes the same Hydra overrides:
   model.path=PATH        hub id or folder          data.train=FILE    .jsonl .csv .parquet .txt or hf://name:split
   method=full|lora       what trains               objective=pretrain|sft|classify|classify_token
   backend=NAME           where the state lives: auto, single, ddp, fsdp, hsdp, zero1, zero2, zero3
-  launch.num_procs=N     processes on this machine
+  launch.num_procs=N     processes on a machine; launch.max_restarts=N restarts after a crash
   train.batch_size=N     sequences per step over all ranks; train.micro_batch_size=N only splits it
   tracking.wandb=true    W&B, offline without a key; tracking.tensorboard=true; both are off unless asked
   --config-dir DIR       a folder of your own groups, e.g. DIR/experiment/mine.yaml
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"tritune {__version__}")
         return 0
-    verbs = {"train": _train, "verify": _verify, "config": _config, "generate": _generate}
+    verbs = {"train": _train, "submit": _submit, "verify": _verify, "config": _config, "generate": _generate}
     verbs |= {name: partial(_read, name) for name in ("evaluate", "export", "report")}
     if argv[0] not in verbs:
         import difflib
@@ -64,6 +65,12 @@ def _train(argv: list[str]) -> int:
     from tritune.launch.torchrun import train
 
     return train(argv)
+
+
+def _submit(argv: list[str]) -> int:
+    from tritune.launch.slurm import submit
+
+    return submit(argv)
 
 
 def _verify(argv: list[str]) -> int:

@@ -22,9 +22,10 @@ PROOFS = ("parity", "resume")
 
 def verify(argv: list[str]) -> int:
     """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
-    from tritune.trainer.__main__ import checked_config, run_path
+    from tritune.trainer.__main__ import checked_config
     from tritune.trainer.compose import split_argv
     from tritune.trainer.redact import redact
+    from tritune.trainer.rundir import run_path
 
     try:
         if not argv or argv[0] not in PROOFS:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the forked processes too
-for folder in ("kernels", "trainer"):  # judge.py, and what tests of one folder share
+for folder in ("kernels", "launch", "trainer"):  # judge.py, and what tests of one folder share
     sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
 
 import harness  # noqa: E402  first of all: it sets the number of threads, which torch reads when it is imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
+from tritune.trainer.pulse import end_with_parent
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         if leader:
             print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
+    from tritune.trainer.rundir import run_path
+
     return run(config, run_path(config, argv), leader, given)
 
 
@@ -61,12 +65,15 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.finish import finish, score_base
-    from tritune.trainer.loop import fit
+    from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
+    from tritune.trainer.pulse import Pulse, note_error
     from tritune.trainer.rundir import RunDir
     from tritune.trainer.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
+    rank, limits = int(os.environ.get("RANK", "0")), config.launch
+    pulse = Pulse(rank, limits.quiet_seconds, limits.hang_factor, limits.hang_seconds)
     directory, world, owned, built = RunDir(path, overrides), None, False, None
     state, code, culprit = "failed", EXIT_FAILED, None
     try:
@@ -79,12 +86,18 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
                 directory.acquire()
                 owned = True
                 progress.open_log(directory.path / "train.log")
+                stop.watch(directory.path)
         progress.say(f"run       {directory.path}")
-        built = build(config, world, directory, progress, stop)
+        built = build(config, world, directory, progress, stop, pulse)
+        warn_of_slow_save(built)
         if leader:
             directory.write_status("training", built.state.step)
+        pulse.phase("evaluate")
         base = score_base(built)
+        pulse.phase("train")
         stopped_by = fit(built)
+        pulse.phase("finish")
+        stop.forget()
         if stopped_by:
             progress.say(
                 f"stopped   by {stopped_by} after step {built.state.step}, saved; the same command goes on from there"
@@ -100,9 +113,12 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             print(f"tritune: rank {os.environ['RANK']}: {redact(str(error))}", file=sys.stderr)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
+        if code == EXIT_FAILED:
+            note_error(rank, error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
+        note_error(rank, error)
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         progress.say(f"tritune: {type(error).__name__}: {error}")
         culprit = f"{type(error).__name__}: {error}"
@@ -114,6 +130,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         progress.close()
         directory.close()
         distributed.end()
+        pulse.phase("ended")
     return code
 
 
@@ -128,19 +145,14 @@ def _write_end(directory: RunDir, state: str, step: int, code: int, culprit: str
         print(f"tritune: status.json could not be written: {error.strerror}", file=sys.stderr)
 
 
-def run_path(config: Config, overrides: list[str]) -> Path:
-    """`run.dir`, or a new directory named after the experiment and the time."""
-    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
-    started = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.dir or f"runs/{experiment}-{started}")
-
-
 def worker() -> int:
     """`main` for a process that a launcher started.
 
     Our own launcher learns the exit status from a file, and torchrun none: it would report every status but 0 as a crash,
     with a traceback of its own behind our one message.
     """
+    end_with_parent()
+    _log_apart()
     code = main()
     note = os.environ.get("TRITUNE_EXIT_FILE")
     if note is None:
@@ -148,6 +160,19 @@ def worker() -> int:
     if os.environ.get("RANK") == "0":
         Path(note).write_text(str(code))
     return 0 if code in (EXIT_INPUT, EXIT_STOPPED) else code
+
+
+def _log_apart() -> None:
+    """Every rank but the first writes to a file of its own, where a launcher asks for it: the terminal shows one voice."""
+    folder, rank = os.environ.get("TRITUNE_LOG_DIR"), os.environ.get("RANK", "0")
+    if folder is not None and rank != "0":
+        log = os.open(Path(folder) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        print(
+            f"--- rank {rank} on {socket.gethostname()}, pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            flush=True,
+        )
 
 
 def leave(code: int) -> NoReturn:

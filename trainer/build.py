@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tritune.trainer.acceleration import choose_kernels, install_kernels
 from tritune.trainer.activations import checkpoint_activations
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
-from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
+from tritune.trainer.checkpoint.names import saved_steps
+from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Form, Resume
@@ -44,6 +45,7 @@ from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
+from tritune.trainer.pulse import Pulse
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir, export_path
 from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
@@ -55,7 +57,7 @@ from tritune.trainer.tracking import open_sinks, require_trackers
 from tritune.trainer.weights import Weights
 
 
-def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop) -> Run:
+def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop, pulse: Pulse) -> Run:
     """Load data, model and state; return a run that is ready to train, or to go on.
 
     Raises:
@@ -123,7 +125,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
-        sinks=[],
+        pulse=pulse, sinks=[],
     )  # fmt: skip
     dry_run(run)
     _resume_or_start(run)

@@ -24,6 +24,8 @@ from tritune.trainer.config_choices import (
     TextUnit,
     Unsupervised,
 )
+from tritune.trainer.config_launch import SCHEMAS as LAUNCH_SCHEMAS
+from tritune.trainer.config_launch import LaunchConfig
 
 
 @dataclass
@@ -204,11 +206,6 @@ class RunConfig:
 
 
 @dataclass
-class LaunchConfig:
-    num_procs: int | None = None  # processes on this machine; default: one per GPU, else one
-
-
-@dataclass
 class VerifyConfig:
     """`tritune verify parity | resume`: what is compared with what."""
 
@@ -281,6 +278,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "zero3": ZeroConfig,
     },
     "kernels": {"auto": KernelsConfig},
+    "launch": LAUNCH_SCHEMAS,
 }
 GROUPS = (*SCHEMAS, "experiment")
 

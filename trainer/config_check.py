@@ -22,6 +22,7 @@ from tritune.trainer.config import (
 )
 from tritune.trainer.config_backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config_choices import Activations, Dtype, Form
+from tritune.trainer.config_launch import check_launch
 
 
 def check(config: Config, world_size: int | None = None, training: bool = True) -> list[str]:
@@ -108,9 +109,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     )
     rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
     rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
-    rule(
-        c.launch.num_procs is None or c.launch.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more"
-    )
+    check_launch(c.launch, rule)
     metrics = METRICS.get(c.objective.name, ()) + (CHOICE_METRICS if c.evaluation.choices else ())
     rule(
         not metrics or c.evaluation.metric in metrics,

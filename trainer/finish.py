@@ -18,7 +18,7 @@ from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.open import source_of
-from tritune.trainer.rundir import export_path
+from tritune.trainer.rundir import export_path, now
 from tritune.trainer.tracking import under
 
 Scores = dict[str, dict[str, float]]
@@ -54,6 +54,7 @@ def finish(run: Run, base: Scores) -> None:
             trainable, total = run.parameters
             summary: dict[str, Any] = {
                 "status": "done",
+                "time": now(),
                 "step": state.step,
                 "tested_step": step,
                 "tokens": state.tokens,

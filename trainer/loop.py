@@ -22,6 +22,7 @@ from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.objectives import Objective, window_weight
 from tritune.trainer.optim import learning_rate
+from tritune.trainer.pulse import Pulse
 from tritune.trainer.rundir import RunDir
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.state import Due, TrainState
@@ -41,6 +42,7 @@ class Run:
         choices: of the splits among whose rows' answers one is chosen (`evaluation.choices`).
         labels: of a classifier; stops: ids that end an answer.
         parameters: how many train, and all.
+        pulse: signs of life, for the launcher's watchdog.
         sinks: where figures go beside the run directory; only on rank 0.
     """
 
@@ -66,7 +68,9 @@ class Run:
     progress: Progress
     directory: RunDir
     stop: Stop
+    pulse: Pulse
     sinks: list[Sink]
+    warned: bool = False  # of saves that take too long
 
 
 def fit(run: Run) -> str | None:
@@ -120,8 +124,10 @@ def fit(run: Run) -> str | None:
         ending = bool(stopping) or out_of_patience(config, state)
         if run.due.save(state.step) or improved or ending:
             save(run)
+        run.pulse.step(state.step)
         if ending:
             break
+    run.pulse.phase("save")
     run.store.wait()
     return stopping
 
@@ -163,6 +169,7 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
 def validate(run: Run) -> bool:
     """Score the validation split; return whether it is the best so far."""
     config, state = run.config, run.state
+    run.pulse.phase("evaluate")
     figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
                        config.evaluation.batch_size, run.loader.pad_id, run.choices.get("validation"))  # fmt: skip
     metric = config.evaluation.metric
@@ -182,7 +189,21 @@ def out_of_patience(config: Config, state: TrainState) -> bool:
 
 
 def save(run: Run) -> None:
+    run.pulse.phase("save")
     with run.world.together("writing the logs"):
         run.directory.sync_logs()
     saved = {"train": run.state.to_json(), "data": run.splits["train"].digest}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)
+    run.directory.save_seconds = run.store.seconds
+    warn_of_slow_save(run)
+
+
+def warn_of_slow_save(run: Run) -> None:
+    """Say when a save takes longer than the scheduler waits for one; at the start, and when it first turns out."""
+    seconds, grace = run.directory.save_seconds, run.config.launch.grace_seconds
+    if seconds is not None and grace is not None and seconds > grace and not run.warned:
+        run.warned = True
+        run.progress.say(
+            f"checkpoint a save took {seconds:.1f} s, and a stop leaves {grace:g} s before the kill: it would come too "
+            "late. Raise launch.grace_seconds, or KillWait and GraceTime with your administrator"
+        )

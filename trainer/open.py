@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.checkpoint.store import CheckpointStore, saved_steps
+from tritune.trainer.checkpoint.names import saved_steps
+from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, DataConfig
 from tritune.trainer.config_choices import Dtype

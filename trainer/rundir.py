@@ -26,6 +26,8 @@ from tritune.trainer.redact import redact_tree
 
 LOCK = "lock.json"
 STATUS_SECONDS = 2.0
+STOP_FILE = "STOP"  # `touch RUN/STOP` asks a run to stop, also where no signal arrives
+INHERIT_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "safetensors", "tokenizers", "hydra-core", "numpy")
 
 
@@ -37,6 +39,9 @@ class RunDir:
         self._lock: IO[str] | None = None
         self._logs: dict[str, IO[str]] = {}
         self._touched = 0.0
+        self.save_seconds: float | None = (
+            None  # what the last checkpoint took; kept in the status from one start to the next
+        )
 
     def acquire(self) -> None:
         """Take the directory for this process; the operating system lets go of it when the process dies, however.
@@ -50,17 +55,37 @@ class RunDir:
         except OSError as error:
             rule = f"the directory cannot be written ({error.strerror})"
             raise InputError(f"run.dir={self.path}", rule, "Give another run.dir") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            rule = f"a live run has this directory: {owner}"
-            raise InputError(f"run.dir={self.path}", rule, "Wait for it, stop it, or give another run.dir") from None
+        job = os.environ.get("SLURM_JOB_ID")
+        owner = self._take(lock)
+        if owner is not None and job is not None and json.loads(owner or "{}").get("job") == job:
+            owner = self._inherit(lock)
+        if owner is not None:
+            rule = f"a live run has this directory: {owner or 'unknown'}"
+            raise InputError(f"run.dir={self.path}", rule, "Wait for it, stop it, or give another run.dir")
         lock.truncate(0)
-        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": now()}))
         lock.flush()
         self._lock = lock
+        self.save_seconds = (self.read_json("status.json") or {}).get("save_seconds")
+
+    def _take(self, lock: IO[str]) -> str | None:
+        """None once the lock is ours, or what its owner wrote."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            lock.seek(0)
+            return lock.read().strip()
+
+    def _inherit(self, lock: IO[str]) -> str | None:
+        """Take over from this very job's last attempt, which lives on where Slurm gave its machine up for lost."""
+        stop = self.path / STOP_FILE
+        stop.touch()
+        deadline = time.monotonic() + INHERIT_SECONDS
+        while (owner := self._take(lock)) is not None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        stop.unlink(missing_ok=True)
+        return owner
 
     def identity_changes(self, config: Config) -> list[str]:
         """Which keys that define the run differ from those it was started with, as `key: old -> new`."""
@@ -102,8 +127,9 @@ class RunDir:
                 "step": step,
                 "exit_code": exit_code,
                 "culprit": culprit,
-                "time": _now(),
+                "time": now(),
                 "pid": os.getpid(),
+                "save_seconds": self.save_seconds,
             },
         )
 
@@ -113,7 +139,7 @@ class RunDir:
         if status is None:
             self.write_status("failed", 0, exit_code, culprit)
         else:
-            refusal = {"exit_code": exit_code, "culprit": culprit, "time": _now()}
+            refusal = {"exit_code": exit_code, "culprit": culprit, "time": now()}
             self.write_json("status.json", {**status, "refused": refusal})
 
     def touch_status(self, step: int) -> None:
@@ -173,6 +199,13 @@ def replace_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def run_path(config: Config, overrides: list[str]) -> Path:
+    """`run.dir`, or a new directory named after the experiment and the time."""
+    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
+    started = time.strftime("%Y%m%d-%H%M%S")
+    return Path(config.run.dir or f"runs/{experiment}-{started}")
+
+
 def export_path(config: Config, run: Path) -> Path:
     """Where the result goes: `export.dir`, or `export/` in the run directory."""
     return Path(config.export.dir) if config.export.dir else run / "export"
@@ -207,5 +240,6 @@ def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(name, old, new)]
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of this machine with its offset from UTC, as it is written everywhere: 2026-01-31T12:00:00+0000."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,33 +1,50 @@
-"""Signals -> a stop that all ranks agree on, after the running step."""
+"""Requests to stop -> a stop that all ranks agree on, after the running step."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 from tritune.trainer.distributed import World
+from tritune.trainer.rundir import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_BY_FILE = 1 << 16  # above every signal's number
 
 
 class Stop:
-    """Catches SIGTERM, SIGINT and SIGUSR1. The handler only sets a flag: printing in one can fail as re-entrant.
+    """Catches SIGTERM, SIGINT and SIGUSR1, and looks for the file. The handler only sets a flag: printing in one can fail
+    as re-entrant.
 
     A second SIGINT ends the process at once, as an impatient user expects.
     """
 
     def __init__(self) -> None:
         self._caught = 0
+        self._file: Path | None = None
 
     def install(self) -> Stop:
         for number in SIGNALS:
             signal.signal(number, self._catch)
         return self
 
+    def watch(self, directory: Path) -> None:
+        """Look for the file in a run directory from now on; for one rank alone, since the ranks agree anyway."""
+        self._file = directory / STOP_FILE
+
     def agreed(self, world: World) -> str | None:
-        """The name of the signal that any rank caught, the same on all ranks; None to go on."""
-        number = world.any(self._caught)
+        """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on."""
+        asked = self._caught or (_BY_FILE if self._file is not None and self._file.exists() else 0)
+        number = world.any(asked)
+        if number == _BY_FILE:
+            return f"the file {STOP_FILE}"
         return signal.Signals(number).name if number else None
+
+    def forget(self) -> None:
+        """The request was followed: the next run of this directory is not to meet it."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._caught == signal.SIGINT:

@@ -19,7 +19,7 @@ from tritune.trainer.config_choices import Activations
 from tritune.trainer.verify.compare import compare_float32
 
 METHODS = {"full": ["method=full"], "lora": ["method=lora", "method.rank=4", "method.dropout=0.1"]}
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")

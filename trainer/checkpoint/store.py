@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from tritune.trainer.checkpoint.background import Background
 from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
+from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
@@ -36,6 +37,7 @@ class CheckpointStore:
         self, root: Path, keep_last: int, world: World, say: Callable[[str], None], asynchronous: bool = False
     ) -> None:
         self.root, self.keep_last, self.world, self.say = root, keep_last, world, say
+        self.seconds: float | None = None  # the last save that was finished took, from its first byte to its commit
         self._background = Background(world) if asynchronous else None
 
     def save(self, step: int, tensors: dict[str, Piece], state: dict[str, Any], best_step: int | None) -> None:
@@ -63,6 +65,7 @@ class CheckpointStore:
         self, world: World, tensors: dict[str, Piece], step: int, state: dict[str, Any], best_step: int | None
     ) -> None:
         final = self.root / step_name(step)
+        began = time.perf_counter()
         if final.exists():  # this very step is saved already: the state at a step is one and the same
             return
         unfinished = self.root / (PARTIAL + final.name)
@@ -95,6 +98,7 @@ class CheckpointStore:
         with world.together("pruning checkpoints"):
             if world.rank == 0:
                 self._prune(best_step)
+        self.seconds = time.perf_counter() - began
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest whole checkpoint with its manifest, None where there is none at all.
@@ -155,13 +159,3 @@ class CheckpointStore:
                 doomed = path.with_name(PARTIAL + path.name + "-old")
                 path.rename(doomed)  # a kill half way through must not leave half a checkpoint under its name
                 shutil.rmtree(doomed, ignore_errors=True)
-
-
-def saved_steps(root: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; not those moved aside or half written."""
-    found = root.glob("step-*") if root.is_dir() else []
-    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"

@@ -38,6 +38,7 @@ def render(record: Record) -> str:
         question=record.config["report"]["question"] or _question(record.config),
         headline=_headline(record),
         state=record.summary.get("status") or record.status.get("state", "unknown"),
+        ended=record.summary.get("time") or record.status.get("time", ""),
         results=_results(record),
         samples=[{k: _marked(v) if isinstance(v, str) else v for k, v in s.items()} for s in record.samples],
         pictures=curves(record.steps, record.evaluations),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tritune.trainer.checkpoint.manifest import verify
-from tritune.trainer.checkpoint.store import step_name
+from tritune.trainer.checkpoint.names import step_name
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.distributed import World
 from tritune.trainer.piece import Piece

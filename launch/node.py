@@ -1,0 +1,66 @@
+"""What a Slurm job starts once on each of its machines.
+
+    srun ... python -m tritune.launch.node --rendezvous HOST:PORT [overrides]
+
+Exit status, of the first machine alone (the others end with 0): the run's own, or 77 where the batch script is to requeue the
+job: after a stop that a signal asked for, or a crash that may be tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from tritune.launch.restarts import Outcome, record, say_end
+from tritune.launch.supervise import Attempt, Requests, supervise
+from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS
+from tritune.trainer.redact import redact
+from tritune.trainer.rundir import run_path
+
+EXIT_AGAIN = 77
+
+
+def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
+    """Watch this machine's ranks to their end.
+
+    Args:
+        job: Slurm's variables.
+    """
+    requests = Requests().install()
+    if argv[:1] != ["--rendezvous"] or len(argv) < 2:
+        print("tritune: --rendezvous=HOST:PORT: it comes first; `tritune submit` writes this command", file=sys.stderr)
+        return EXIT_INPUT
+    rendezvous, argv = argv[1], argv[2:]
+    node, nodes = int(job.get("SLURM_NODEID", "0")), int(job.get("SLURM_NNODES", "1"))
+    config_dir, overrides = split_argv(argv)
+    try:
+        config = load_config(overrides, config_dir)
+    except INPUT_ERRORS as error:
+        if node == 0:
+            print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_INPUT if node == 0 else EXIT_DONE
+    run = run_path(config, overrides)
+    name = f"{job.get('SLURM_JOB_ID', 'none')}.{job.get('SLURM_RESTART_COUNT', '0')}"
+    outcome = supervise(
+        Attempt(name, argv, run, config.launch, config.launch.num_procs or 1, nodes, node, rendezvous), requests
+    )
+    if node != 0:
+        return EXIT_DONE  # another status would make srun kill the first machine's launcher before it has decided
+    wait = record(run, name, outcome, config.launch)
+    say_end(outcome, wait, run)
+    return _status(outcome, wait, requests)
+
+
+def _status(outcome: Outcome, wait: float | None, requests: Requests) -> int:
+    if outcome.code == EXIT_STOPPED and outcome.asked:
+        return EXIT_AGAIN
+    if wait is None:
+        return outcome.code
+    requests.sleep(wait)
+    return EXIT_AGAIN
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

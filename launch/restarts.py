@@ -1,0 +1,71 @@
+"""After an attempt: what is written down of it, and whether there is to be another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritune.trainer.checkpoint.names import saved_steps
+from tritune.trainer.config_launch import LaunchConfig
+from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED
+from tritune.trainer.redact import redact
+from tritune.trainer.rundir import now
+
+LOG = "attempts.jsonl"
+MAX_BACKOFF = 600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        code: 0 done, 2 wrong input, 75 stopped on request with a checkpoint, 1 anything else.
+        culprit: who made it fail, as a line.
+        asked: the signal that asked this launcher for a stop, if one did.
+    """
+
+    code: int
+    culprit: str | None = None
+    asked: str | None = None
+
+    @property
+    def crashed(self) -> bool:
+        return self.code not in (EXIT_DONE, EXIT_INPUT, EXIT_STOPPED)
+
+
+def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> float | None:
+    """Add a row to `attempts.jsonl`; return after how many seconds to try again, None for never.
+
+    A crash is tried again unless `max_restarts` were in vain before it: crashes in a row between which no checkpoint came.
+    """
+    path = run / LOG
+    before = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    root = run / "checkpoints"
+    saved = max((int(p.name.rpartition("-")[2]) for p in saved_steps(root)), default=0) if root.is_dir() else 0
+    in_vain = 0
+    for row in reversed(before):
+        if not (row["crashed"] and row["saved"] == saved):
+            break
+        in_vain += 1
+    wait = None
+    if outcome.crashed and outcome.asked:
+        wait = 0.0  # ended by the scheduler's own signals, which says nothing against the run
+    elif outcome.crashed and in_vain < limits.max_restarts:
+        wait = min(limits.backoff_seconds * 2**in_vain, MAX_BACKOFF)
+    row = {"time": now(), "attempt": attempt, "code": outcome.code, "crashed": outcome.crashed and not outcome.asked,
+           "asked": outcome.asked, "saved": saved, "culprit": outcome.culprit, "again_after": wait}  # fmt: skip
+    if run.is_dir():
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return wait
+
+
+def say_end(outcome: Outcome, wait: float | None, run: Path) -> None:
+    """The last line a user reads of an attempt that failed: who, and what comes now."""
+    if outcome.culprit is None:
+        return
+    then = "the same command goes on from its newest checkpoint" if wait is None else f"again in {wait:g} s"
+    print(f"tritune: {redact(outcome.culprit)}\ntritune: {run} failed; {then}", file=sys.stderr, flush=True)

@@ -1,0 +1,173 @@
+"""`tritune submit`: the configuration as one readable sbatch script, checked by everything that can, then submitted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+from tritune.launch.torchrun import gpus
+from tritune.trainer.__main__ import checked_config
+from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.config import Config
+from tritune.trainer.config_launch import SlurmConfig
+from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
+from tritune.trainer.redact import redact, redact_tree
+from tritune.trainer.rundir import LOCK, replace_file, run_path
+
+TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
+SCRIPT = "submit.sh"
+
+
+def submit(argv: list[str]) -> int:
+    """Render, check and submit; return 0, the job's status with `launch.wait`, or 2 for what is wrong."""
+    config_dir, overrides = split_argv(argv)
+    try:
+        config = load_config(overrides, config_dir)
+        launch = config.launch
+        if not isinstance(launch, SlurmConfig):
+            raise InputError("launch=local", "there is no scheduler to submit to", "Give launch=slurm")
+        processes = launch.num_procs or gpus(config.backend.device.value)
+        if not processes:
+            rule = "this machine has no GPU, which says nothing of the cluster's"
+            raise InputError("launch.num_procs=null", rule, "Give the processes of a node, one a GPU")
+        checked_config(overrides, config_dir, launch.nodes * processes)
+        run = run_path(config, overrides).resolve()
+        text = render(config, launch, run, argv, processes)
+        if launch.dry_run:
+            print(text, end="")
+            return 0
+        _require_free(run)
+        run.mkdir(parents=True, exist_ok=True)
+        script = run / SCRIPT
+        replace_file(script, text)
+        _sbatch(["--test-only", str(script)])
+        job = _sbatch(["--parsable", str(script)]).partition(";")[0]
+    except INPUT_ERRORS as error:
+        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        return EXIT_INPUT
+    print(f"submitted job {job}: {launch.nodes} node(s) x {processes} process(es)\nscript    {script}\nrun       {run}")
+    print(f"output    {run}/slurm-{job}{'_*' if launch.seeds else ''}.out", flush=True)
+    return _status_of(job) if launch.wait else 0
+
+
+def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], processes: int) -> str:
+    """Return the batch script.
+
+    Args:
+        run: absolute; of a seed's run it is the parent.
+        argv: what the user gave; `run.dir` and, with `launch.seeds`, `seed` are the script's own.
+        processes: on each node.
+
+    Raises:
+        InputError: something cannot stand in a script.
+    """
+    if not re.fullmatch(r"[\w./@+=,:-]+", str(run)):
+        rule = "it becomes part of an #SBATCH line, where nothing is quoted"
+        raise InputError(f"run.dir={run}", rule, "Use letters, digits and -_.+=@,: in the path")
+    if redact_tree(dict(launch.env)) != dict(launch.env):
+        rule = "it holds a secret, which would be written into the script"
+        raise InputError("launch.env", rule, "Export it in your shell: sbatch hands the environment on")
+    own = ("run.dir=", "launch.wait=", "launch.dry_run=", *(["seed="] if launch.seeds else []))
+    arguments = [word for word in argv if not word.startswith(own)]
+    if not launch.num_procs:
+        arguments.append(f"launch.num_procs={processes}")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                     keep_trailing_newline=True)  # fmt: skip
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    python = (
+        "python" if launch.container else shlex.quote(f"{launch.venv}/bin/python" if launch.venv else sys.executable)
+    )
+    return environment.from_string(TEMPLATE.read_text()).render(
+        directives=_directives(config, launch, run, processes),
+        srun=_srun(launch, processes),
+        setup=[f"module load {shlex.join(launch.modules)}"] if launch.modules else [],
+        env=launch.env,
+        seeds=launch.seeds,
+        run=run,
+        python=python,
+        arguments=arguments,
+        max_restarts=launch.max_restarts,
+    )
+
+
+def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) -> list[str]:
+    """sbatch's options, one word each: sbatch reads them before any shell does, so that nothing in them is expanded."""
+    output = f"{run}/slurm-%A_%a.out" if launch.seeds else f"{run}/slurm-%j.out"
+    words = [f"--job-name={launch.job_name}", f"--nodes={launch.nodes}", "--ntasks-per-node=1"]
+    if launch.gpus and config.backend.device.value != "cpu":
+        words.append(f"--gres=gpu:{processes}")
+    if launch.cpus_per_proc:
+        words.append(f"--cpus-per-task={launch.cpus_per_proc * processes}")
+    for option, value in (("mem", launch.memory), ("time", launch.time), ("partition", launch.partition),
+                          ("account", launch.account), ("qos", launch.qos), ("constraint", launch.constraint),
+                          ("reservation", launch.reservation)):  # fmt: skip
+        if value is not None:
+            words.append(f"--{option}={value}")
+    if launch.exclusive:
+        words.append("--exclusive")
+    if launch.seeds:
+        words.append(f"--array=0-{len(launch.seeds) - 1}")
+    words += ["--requeue", "--open-mode=append", f"--output={output}", f"--chdir={Path.cwd()}"]
+    if launch.grace_seconds:
+        words.append(f"--signal=B:USR1@{round(launch.grace_seconds)}")  # to the batch shell, which asks the run to stop
+    return words + launch.directives
+
+
+def _srun(launch: SlurmConfig, processes: int) -> list[str]:
+    words = ["--kill-on-bad-exit=1"]
+    if launch.cpus_per_proc:
+        words.append(f"--cpus-per-task={launch.cpus_per_proc * processes}")  # not handed down since Slurm 22.05
+    if launch.container:
+        words.append(f"--container-image={shlex.quote(launch.container)}")
+    if launch.mounts:
+        words.append(f"--container-mounts={shlex.quote(','.join(launch.mounts))}")
+    return words
+
+
+def _sbatch(arguments: list[str]) -> str:
+    try:
+        done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        rule = "sbatch is not found on this machine"
+        raise InputError(
+            "launch=slurm", rule, "Submit from a login node; launch.dry_run=true prints the script"
+        ) from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}"
+        raise InputError("launch=slurm", said.removeprefix("sbatch: ").rstrip("."), "See `sinfo` for what there is")
+    return done.stdout.strip()
+
+
+def _require_free(run: Path) -> None:
+    """Refuse a run directory whose job is still waiting or running."""
+    owner = run / LOCK
+    said = owner.read_text() if owner.is_file() else ""
+    job = json.loads(said).get("job") if said else None
+    if job is None:
+        return
+    found = subprocess.run(["squeue", "--noheader", f"--job={job}", "--format=%T"], capture_output=True, text=True)
+    if found.returncode == 0 and found.stdout.strip():
+        rule = f"job {job} has this directory, and is {found.stdout.split()[0].lower()}"
+        raise InputError(f"run.dir={run}", rule, f"Wait for it, `scancel {job}`, or give another run.dir")
+
+
+def _status_of(job: str) -> int:
+    """Wait for a job and all its requeues; return its exit status."""
+    import time
+
+    while True:
+        found = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
+        states = re.findall(r"\bJobState=(\w+)", found.stdout)
+        codes = [int(c) for c in re.findall(r"\bExitCode=(\d+):", found.stdout)]
+        if found.returncode or not states:
+            print(f"tritune: job {job}: Slurm no longer knows it: {' '.join(found.stderr.split())}", file=sys.stderr)
+            return 1
+        if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"} & set(states):
+            failed = any(s != "COMPLETED" for s in states)
+            return max(codes, default=0) or int(failed)
+        time.sleep(2.0)

@@ -1,0 +1,151 @@
+"""What the ranks of this machine say of themselves, read from outside: signs of life, errors, stacks; and whose fault it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritune.trainer.pulse import DUMP_SIGNAL, proc_stat, start_ticks
+
+DUMP_SECONDS = 3.0  # how long a rank may take to write its stacks
+# A rank that says this only lost another one.
+SECONDARY = ("PeerError", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process",
+             "NCCL communicator was aborted", "Timed out waiting", "recv, ", "Connection refused",
+             "BarrierTimeout")  # fmt: skip
+# Innermost frames of a rank that waits for others rather than holds them up.
+WAITING = ("torch/distributed/", "tritune/trainer/distributed", "trainer/distributed.py", "torch/autograd/graph.py")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The last sign of a rank. `due`: of the clock that all processes of a machine share, `time.monotonic`."""
+
+    rank: int
+    pid: int
+    started: str | None
+    phase: str
+    step: int
+    allowed: float
+    due: float
+
+    def alive(self) -> bool:
+        stat = proc_stat(self.pid)
+        return stat is not None and stat[0] != "Z" and stat[19] == self.started
+
+    def stopped(self) -> bool:
+        stat = proc_stat(self.pid)
+        return stat is not None and stat[0] in "Tt" and stat[19] == self.started
+
+    def signal(self, number: int) -> None:
+        if start_ticks(self.pid) == self.started:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """Who made a run fail. `weight` orders the candidates: the smallest, then the earliest, is to blame."""
+
+    weight: int
+    time: float
+    rank: int | None
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"weight": self.weight, "time": self.time, "rank": self.rank, "text": self.text}
+
+
+def ranks(folder: Path) -> list[Rank]:
+    """The ranks that have begun, in their order."""
+    found = []
+    for path in folder.glob("rank-*.pulse"):
+        text = path.read_text()
+        if text:  # made, not yet written
+            found.append(Rank(**json.loads(text)))
+    return sorted(found, key=lambda r: r.rank)
+
+
+def died(folder: Path, seen: list[Rank], host: str) -> list[Culprit]:
+    """The ranks that ended badly: by an error of their own, or without a word, which a signal does."""
+    culprits = []
+    for rank in seen:
+        note = folder / f"rank-{rank.rank}.error"
+        where = f"rank {rank.rank} on {host}"
+        if note.is_file() and note.stat().st_size:
+            said = json.loads(note.read_text())
+            weight = 3 if any(word in said["error"] for word in SECONDARY) else 2
+            culprits.append(Culprit(weight, said["time"], rank.rank, f"{where}: {said['error']}"))
+        elif rank.phase != "ended" and not rank.alive():
+            text = f"{where} (pid {rank.pid}) died without a word in phase {rank.phase} after step {rank.step}"
+            culprits.append(Culprit(1, time.time(), rank.rank, text))
+    return culprits
+
+
+def overdue(seen: list[Rank]) -> list[Rank]:
+    """The ranks from which no sign came in time."""
+    now = time.monotonic()
+    return [r for r in seen if r.phase != "ended" and r.due < now and r.alive()]
+
+
+def dump_stacks(folder: Path, seen: list[Rank], into: Path) -> None:
+    """Let every rank write its stacks, also one that is stopped, into `into/rank-<r>.stacks`."""
+    before = {r.rank: _size(folder / f"rank-{r.rank}.stacks") for r in seen}
+    for rank in seen:
+        rank.signal(DUMP_SIGNAL)
+        if rank.stopped():
+            rank.signal(signal.SIGCONT)  # its first act is to follow the signal before it
+    deadline = time.monotonic() + DUMP_SECONDS
+    while time.monotonic() < deadline:
+        if all(_size(folder / f"rank-{r.rank}.stacks") > before[r.rank] or not r.alive() for r in seen):
+            time.sleep(0.2)  # several threads are written one after the other
+            break
+        time.sleep(0.05)
+    into.mkdir(parents=True, exist_ok=True)
+    for rank in seen:
+        path = folder / f"rank-{rank.rank}.stacks"
+        if path.is_file():
+            (into / path.name).write_bytes(path.read_bytes()[before[rank.rank] :])
+
+
+def blame_for_hang(seen: list[Rank], stopped: set[int], stacks: Path, host: str) -> list[Culprit]:
+    """Which rank holds the others up: one that is stopped; else one that is behind; else one that waits for no other."""
+    culprits = []
+    last = max((r.step for r in seen), default=0)
+    for rank in seen:
+        path = stacks / f"rank-{rank.rank}.stacks"
+        frame = innermost(path.read_text() if path.is_file() else "")
+        where = f"rank {rank.rank} on {host} (pid {rank.pid})"
+        tail = (
+            f"in phase {rank.phase} after step {rank.step}, silent for more than {rank.allowed:g} s; its stacks: {path}"
+        )
+        if rank.rank in stopped:
+            culprits.append(Culprit(0, time.time(), rank.rank, f"{where} was stopped (SIGSTOP or a debugger) {tail}"))
+        elif not frame:
+            culprits.append(Culprit(1, time.time(), rank.rank, f"{where} hung and wrote no stacks {tail}"))
+        elif not any(word in frame for word in WAITING) or rank.step < last:
+            culprits.append(Culprit(2, time.time(), rank.rank, f"{where} hung at {frame} {tail}"))
+        else:
+            culprits.append(Culprit(4, time.time(), rank.rank, f"{where} waited at {frame} {tail}"))
+    return culprits
+
+
+def innermost(stacks: str) -> str:
+    """The innermost frame of the main thread, from faulthandler's text: `file:line in function`; empty without one."""
+    threads = [t for t in stacks.split("\n\n") if "File " in t]
+    if not threads:
+        return ""
+    # faulthandler writes the thread that got the signal as the current one; Python's main thread gets all signals
+    current = next((t for t in threads if t.startswith("Current thread")), threads[-1])
+    line = next(part for part in current.splitlines() if part.strip().startswith("File "))
+    file, _, rest = line.strip().removeprefix("File ").partition(", line ")
+    return f"{file.strip(chr(34))}:{rest.replace(' in ', ' in ', 1)}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,16 @@
+"""What a run's checkpoints are called; light, since the launcher reads it too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def saved_steps(root: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; not those moved aside or half written."""
+    found = root.glob("step-*") if root.is_dir() else []
+    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
