@@ -23,7 +23,7 @@ from test_supervise import at_step, attempts, curve, gone, pid_of, plant, wait_f
 
 pytestmark = pytest.mark.slow
 
-STEPS = 300
+STEPS, FEW = 300, 40
 TRACKING = ["linuxproc", pytest.param("cgroup" if cluster.cgroups() else "pgid")]
 
 
@@ -51,12 +51,19 @@ def settings(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(settings, tmp_path_factory) -> dict[int, list[tuple]]:
-    """By number of processes."""
+def unbroken(settings, tmp_path_factory) -> list[tuple]:
+    """Two processes."""
     root = tmp_path_factory.mktemp("unbroken")
-    for size in (1, 2):
-        harness.run([*settings, f"run.dir={root / str(size)}"], root / "logs", world_size=size)
-    return {size: curve(root / str(size)) for size in (1, 2)}
+    harness.run([*settings, f"run.dir={root / 'run'}"], root / "logs", world_size=2)
+    return curve(root / "run")
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory) -> list[tuple]:
+    """One process, for `FEW` steps."""
+    root = tmp_path_factory.mktemp("alone")
+    harness.run([*settings, f"train.max_steps={FEW}", f"run.dir={root / 'run'}"], root / "logs")
+    return curve(root / "run")
 
 
 @pytest.fixture
@@ -99,15 +106,17 @@ def attempt(found: Cluster, job: str, number: int, run: Path, beyond: int = 3):
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
-def test_four_processes_on_two_nodes_train_what_one_does(settings, unbroken, tmp_path, backend):
+def test_four_processes_on_two_nodes_train_what_one_does(settings, alone, tmp_path, backend):
     run = tmp_path / "run"
     with running() as found:
-        job = submit(found, [*settings, f"backend={backend}", "launch.num_procs=2", f"run.dir={run}"])
+        job = submit(
+            found, [*settings, f"train.max_steps={FEW}", f"backend={backend}", "launch.num_procs=2", f"run.dir={run}"]
+        )
         ended = found.wait_for_end(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), said(run)
     assert json.loads((run / "environment.json").read_text())["world_size"] == 4
-    ours, theirs = curve(run), unbroken[1]
-    assert len(ours) == len(theirs) == STEPS
+    ours, theirs = curve(run), alone
+    assert len(ours) == len(theirs) == FEW
     for (step, loss, norm, batch), (_, loss_1, norm_1, batch_1) in zip(ours, theirs, strict=True):
         assert loss == pytest.approx(loss_1, rel=1e-5), step
         assert norm == pytest.approx(norm_1, rel=1e-4), step
@@ -138,7 +147,7 @@ def test_a_job_that_is_interrupted_in_every_way_trains_as_if_it_never_was(
     states = [(a["code"], a["crashed"]) for a in attempts(run)]
     assert states == [(75, False)] * int(ended["Restarts"]) + [(0, False)], states
     assert len(harness.rows(run)) == STEPS
-    assert curve(run) == unbroken[2], "no step lost, none repeated"
+    assert curve(run) == unbroken, "no step lost, none repeated"
     first = re.findall(r"resume    from step-\d+, step (\d+)", said(run))
     stopped = re.findall(r"after step (\d+), saved", said(run))
     assert first == stopped, "each attempt went on where the one before it stopped"
@@ -172,7 +181,7 @@ def test_a_dead_rank_a_dead_torchrun_and_a_dead_machine(settings, unbroken, tmp_
         found.start_node("n2")
         ended = found.wait_for_end(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), said(run)
-    assert curve(run) == unbroken[2]
+    assert curve(run) == unbroken
 
 
 def test_a_second_job_on_the_same_directory_is_refused_and_a_cancelled_one_stays_so(settings, tmp_path, paced):
