@@ -10,6 +10,7 @@ State is read and written through rank-local fragments: no collective, no whole 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -52,7 +53,8 @@ warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+` is deprecated", 
 
 # On CPU it would compile an extension for inference, which training never calls: a compiler, a minute, and a lock on a shared
 # folder that a killed run leaves behind and every later one waits for.
-deepspeed.comm.torch.build_shm_op = lambda: None
+# By its full name: the attribute `deepspeed.comm.torch` is torch itself.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def _join() -> None:

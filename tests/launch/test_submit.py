@@ -1,0 +1,136 @@
+"""Rendered sbatch scripts: three cluster shapes as golden files, shellcheck, and everything that cannot stand in one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tritune.launch import slurm
+from tritune.trainer.compose import load_config
+
+GOLDEN = Path(__file__).with_name("golden")
+BASE = ["model=tiny", "data.train=/data/rows.jsonl", "train.max_steps=9"]
+SHAPES = {
+    "pyxis": ["launch=slurm_h100_pyxis", "launch.nodes=4", "launch.container=registry/tritune:1", "launch.partition=h100"],
+    "modules": ["launch=slurm_a100_modules", "launch.nodes=2", "launch.account=p123", "launch.venv=/home/u/my venv",
+                "report.question='Is it \"better\"; or $HOME?'"],
+    "array": ["launch=slurm_preemptible", "launch.seeds=[1,2,5]", "launch.qos=low", "launch.directives=[\"--mail-type=FAIL\"]",
+              "launch.env={A: 'x y$z', B: \"it's\"}"],
+}  # fmt: skip
+
+
+def script(overrides: list[str], monkeypatch, run="/runs/mine") -> str:
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: cls("/home/u/work")))
+    argv = [*BASE, *overrides]
+    config = load_config(argv)
+    return slurm.render(config, config.launch, Path(run), argv, config.launch.num_procs or 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_shapes(shape, monkeypatch):
+    """After a change that is meant: python tests/launch/test_submit.py writes them anew."""
+    assert script(SHAPES[shape], monkeypatch) == (GOLDEN / f"{shape}.sh").read_text()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_variable_in_a_directive_and_every_directive_before_the_first_command(shape):
+    lines = (GOLDEN / f"{shape}.sh").read_text().splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert len(directives) > 6
+    assert not [line for line in directives if re.search(r"[$`\"'\\]", line)]
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shellcheck(shape):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck (apt-get install shellcheck)")
+    done = subprocess.run(["shellcheck", str(GOLDEN / f"{shape}.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_words_reach_the_run_as_they_were_given(monkeypatch, tmp_path):
+    """The script is run, with stand-ins for Slurm's commands; srun writes down what it was given."""
+    for name, body in {
+        "scontrol": "echo n1",
+        "srun": f'for a in "$@"; do printf "%s\\0" "$a"; done > {tmp_path}/given',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    hard = [
+        "report.question='a \"b\" $HOME `x` \\\\ {1,2}'",
+        "tracking.tags=[a b,c]",
+        "launch=slurm",
+        "launch.num_procs=2",
+    ]
+    text = script(hard, monkeypatch, run=str(tmp_path / "run"))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    given = (tmp_path / "given").read_text().split("\0")[:-1]
+    assert given[given.index("--rendezvous") + 1] == "n1:20077"
+    assert given[given.index("--rendezvous") + 2 :] == [*BASE, *hard, f'run.dir="{tmp_path}/run"']
+    assert (
+        load_config(given[given.index("--rendezvous") + 2 :]).report.question
+        == load_config([*BASE, *hard]).report.question
+    )
+
+
+def submitted(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tritune.launch.cli", "submit", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launch.job_name=a b"], "launch.job_name=a b"),
+        (["launch.partition=$HOME"], "launch.partition"),
+        (["launch.time=tomorrow"], "launch.time=tomorrow: no time limit"),
+        (["launch.directives=['-p x']"], "launch.directives"),
+        (["launch.directives=['--comment=$USER']"], "launch.directives"),
+        (["launch.env={1A: x}"], "launch.env"),
+        (["launch.env={WANDB_API_KEY: 0123456789abcdef0123456789abcdef01234567}"], "launch.env: it holds a secret"),
+        (["launch.container=x", "launch.venv=/y"], "launch.venv"),
+        (["launch.mounts=['/a:/b']"], "launch.mounts"),
+        (["launch.seeds=[1,1]"], "launch.seeds"),
+        (["run.dir='/tmp/a b'"], "run.dir=/tmp/a b"),
+        (["launch.partitoin=x"], "launch.partition"),
+        (["launch=local"], "launch=local: there is no scheduler"),
+        (["backend=single"], "2 processes were started"),
+        (["data.train=/no/such.jsonl"], "/no/such.jsonl"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_queued(tmp_path, sft_file, overrides, message):
+    argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2",
+            f"run.dir={tmp_path}", *overrides]  # fmt: skip
+    done = submitted(*argv)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_slurm_it_says_so_and_a_dry_run_works(tmp_path, sft_file):
+    argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2"]
+    shown = submitted(*argv, f"run.dir={tmp_path / 'a'}", "launch.dry_run=true")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("#!/usr/bin/env bash\n")
+    assert not (tmp_path / "a").exists()
+    if shutil.which("sbatch") is None:
+        done = submitted(*argv, f"run.dir={tmp_path / 'b'}")
+        assert done.returncode == 2
+        assert "sbatch is not found" in done.stderr
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for shape, overrides in SHAPES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            text = script(overrides, patch)
+        (GOLDEN / f"{shape}.sh").write_text(text)
