@@ -15,6 +15,7 @@ Distributed fine-tuning of language models.
 verbs:
   train     train as the configuration says, from raw rows to a scored and exported model with its report
   submit    the same as a Slurm job: launch=slurm launch.nodes=N; launch.dry_run=true prints its script
+  doctor    software, GPUs, kernels, disk, clocks and network, here or on a job's machines: pass, warn or fail
   evaluate  score a run (run.dir=DIR), an export, an adapter or a hub model (model.path=PATH) on the splits given
   generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
   export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
@@ -49,7 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"tritune {__version__}")
         return 0
-    verbs = {"train": _train, "submit": _submit, "verify": _verify, "config": _config, "generate": _generate}
+    verbs = {
+        "train": _train,
+        "submit": _submit,
+        "doctor": _doctor,
+        "verify": _verify,
+        "config": _config,
+        "generate": _generate,
+    }
     verbs |= {name: partial(_read, name) for name in ("evaluate", "export", "report")}
     if argv[0] not in verbs:
         import difflib
@@ -71,6 +79,12 @@ def _submit(argv: list[str]) -> int:
     from tritune.launch.slurm import submit
 
     return submit(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from tritune.launch.doctor import doctor
+
+    return doctor(argv)
 
 
 def _verify(argv: list[str]) -> int:

@@ -98,6 +98,17 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
 def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) -> list[str]:
     """sbatch's options, one word each: sbatch reads them before any shell does, so that nothing in them is expanded."""
     output = f"{run}/slurm-%A_%a.out" if launch.seeds else f"{run}/slurm-%j.out"
+    words = resources(config, launch, processes)
+    if launch.seeds:
+        words.append(f"--array=0-{len(launch.seeds) - 1}")
+    words += ["--requeue", "--open-mode=append", f"--output={output}", f"--chdir={Path.cwd()}"]
+    if launch.grace_seconds:
+        words.append(f"--signal=B:USR1@{round(launch.grace_seconds)}")  # to the batch shell, which asks the run to stop
+    return words + launch.directives
+
+
+def resources(config: Config, launch: SlurmConfig, processes: int) -> list[str]:
+    """What to ask for, in the words of sbatch and srun."""
     words = [f"--job-name={launch.job_name}", f"--nodes={launch.nodes}", "--ntasks-per-node=1"]
     if launch.gpus and config.backend.device.value != "cpu":
         words.append(f"--gres=gpu:{processes}")
@@ -110,12 +121,7 @@ def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) 
             words.append(f"--{option}={value}")
     if launch.exclusive:
         words.append("--exclusive")
-    if launch.seeds:
-        words.append(f"--array=0-{len(launch.seeds) - 1}")
-    words += ["--requeue", "--open-mode=append", f"--output={output}", f"--chdir={Path.cwd()}"]
-    if launch.grace_seconds:
-        words.append(f"--signal=B:USR1@{round(launch.grace_seconds)}")  # to the batch shell, which asks the run to stop
-    return words + launch.directives
+    return words
 
 
 def _srun(launch: SlurmConfig, processes: int) -> list[str]:

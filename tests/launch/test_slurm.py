@@ -68,14 +68,15 @@ def alone(settings, tmp_path_factory) -> list[tuple]:
 
 @pytest.fixture
 def paced(tmp_path) -> dict[str, str]:
-    """A step takes a tenth of a second longer, so that a run can be met in its middle."""
+    """A step of the first attempts takes longer, so that a run can be met in its middle."""
     plant(tmp_path, '''
-        import time
+        import os, time
         from tritune.trainer.stop import Stop
+        pause = float(os.environ["PACE"]) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ["PACED"]) else 0.0
         agreed = Stop.agreed
-        Stop.agreed = lambda self, world: (time.sleep(0.1), agreed(self, world))[1]
+        Stop.agreed = lambda self, world: (time.sleep(pause), agreed(self, world))[1]
     ''')  # fmt: skip
-    return {"PYTHONPATH": str(tmp_path)}
+    return {"PYTHONPATH": str(tmp_path), "PACE": "0.1", "PACED": "3"}
 
 
 def submit(found: Cluster, arguments: list[str], **variables: str) -> str:
@@ -90,7 +91,7 @@ def said(run: Path) -> str:
 
 
 def attempt(found: Cluster, job: str, number: int, run: Path, beyond: int = 3):
-    """True once restart `number` of the job has made `beyond` steps of its own."""
+    """Whether restart `number` of the job has made `beyond` steps of its own."""
 
     def look() -> bool:
         if found.job(job).get("Restarts") != str(number):
@@ -131,7 +132,7 @@ def test_a_job_that_is_interrupted_in_every_way_trains_as_if_it_never_was(
     run = tmp_path / "run"
     with running(tracking) as found:
         limits = ["launch.num_procs=1", "launch.time=2", "launch.grace_seconds=20", f"run.dir={run}"]
-        job = submit(found, [*settings, "checkpoint.every=1000", *limits], **paced)
+        job = submit(found, [*settings, "checkpoint.every=1000", *limits], **paced | {"PACE": "0.4", "PACED": "4"})
         wait_for(attempt(found, job, 0, run))
         found.call("scancel", "--signal=USR1", job)
         wait_for(attempt(found, job, 1, run))
@@ -158,7 +159,7 @@ def test_a_dead_rank_a_dead_torchrun_and_a_dead_machine(settings, unbroken, tmp_
     with running() as found:
         job = submit(found, [*settings, "launch.num_procs=1", "launch.backoff_seconds=1", f"run.dir={run}"], **paced)
 
-        wait_for(attempt(found, job, 0, run, 25))
+        wait_for(attempt(found, job, 0, run, 21))
         victim, other = pid_of(run, 1), pid_of(run, 0)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
@@ -167,13 +168,13 @@ def test_a_dead_rank_a_dead_torchrun_and_a_dead_machine(settings, unbroken, tmp_
         assert time.monotonic() - killed < 40
         assert f"tritune: rank 1 on n2 (pid {victim}) was killed by SIGKILL" in said(run)
 
-        wait_for(attempt(found, job, 1, run, 25))
+        wait_for(attempt(found, job, 1, run, 21))
         agent = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{pid_of(run, 1)}/status").read_text())[1])
         os.kill(agent, signal.SIGKILL)
         wait_for(lambda: found.job(job)["Restarts"] == "2", 40)
         assert f"tritune: torchrun on n2 (pid {agent}) was killed by SIGKILL" in said(run)
 
-        wait_for(attempt(found, job, 2, run, 25))
+        wait_for(attempt(found, job, 2, run, 21))
         other = pid_of(run, 0)
         found.kill_node("n2")
         wait_for(lambda: gone(other), 30 + cluster.SLURMD_TIMEOUT)

@@ -221,12 +221,12 @@ def test_restarts_are_counted_while_no_checkpoint_comes(tmp_path):
     assert [a["again_after"] for a in attempts(tmp_path)] == [3.0, 6.0, None, None, 3.0, 0.0, 3.0, None, None]
 
 
-def plant(folder: Path, source: str) -> None:
+def plant(folder: Path, source: str, module: str = "tritune.trainer") -> None:
     """A `sitecustomize` that changes the trainer once it is imported: a fault in a real process."""
     lines = "\n".join("    " + line[8:] for line in source.strip("\n").splitlines())
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         "def change():\n" + lines + "\n"
-        "if any('tritune.trainer' in a for a in sys.orig_argv) and 'tritune.launch.agent' not in sys.orig_argv:\n"
+        f"if any({module!r} in a for a in sys.orig_argv) and 'tritune.launch.agent' not in sys.orig_argv:\n"
         "    change()\n"
     )

@@ -1,0 +1,141 @@
+"""`tritune doctor [overrides]`: would a run work here? Each check passes, warns or fails, and says what to do.
+
+    tritune doctor                                                    this machine
+    tritune doctor launch.num_procs=4                                 four processes of it, and what is between them
+    tritune doctor launch=slurm launch.nodes=2 launch.num_procs=8     through srun, on the machines a job would get
+    torchrun ... -m tritune.launch.doctor                             under your own launcher
+
+Exit status: 0 when nothing failed, 1 when something did, 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, local_checks
+from tritune.launch.torchrun import gpus
+from tritune.trainer.compose import compose_partly, split_argv
+from tritune.trainer.config import Config
+from tritune.trainer.config_launch import SlurmConfig
+from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT
+from tritune.trainer.redact import redact
+
+RENDEZVOUS_SECONDS = 60
+MARKS = {PASS: "pass", WARN: "WARN", FAIL: "FAIL"}
+
+
+def doctor(argv: list[str]) -> int:
+    """Check, print a table, and return the exit status."""
+    config_dir, overrides = split_argv(argv)
+    config, faults = compose_partly(overrides, config_dir)
+    if config is None or faults:
+        for fault in faults:
+            print(f"tritune: {redact(fault)}", file=sys.stderr)
+        return EXIT_INPUT
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return examine(config)
+    if isinstance(config.launch, SlurmConfig):
+        return subprocess.run(srun_command(config, argv)).returncode
+    processes = config.launch.num_procs or gpus(config.backend.device.value) or 1
+    if processes > 1:
+        return _under_torchrun(argv, processes)
+    return examine(config)
+
+
+def srun_command(config: Config, argv: list[str]) -> list[str]:
+    """One task a process, on machines such as a job of this configuration would get."""
+    from tritune.launch.slurm import resources
+
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    processes = launch.num_procs or 1
+    words = [
+        w for w in resources(config, launch, processes) if not w.startswith(("--ntasks-per-node", "--cpus-per-task"))
+    ]
+    words.append(f"--ntasks-per-node={processes}")
+    if launch.container:
+        words.append(f"--container-image={launch.container}")
+    python = "python" if launch.container else f"{launch.venv}/bin/python" if launch.venv else sys.executable
+    exports = ",".join(["ALL", *[f"{k}={shlex.quote(v)}" for k, v in launch.env.items()]])
+    return ["srun", "--label", f"--export={exports}", *words, python, "-m", "tritune.launch.doctor", *argv]
+
+
+def _under_torchrun(argv: list[str], processes: int) -> int:
+    """Failures are told by rank 0, in a file: torchrun's own status is 1 whatever its ranks' were."""
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "exit"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   "-m", "tritune.launch.doctor", *argv]  # fmt: skip
+        threads = str(max((os.cpu_count() or 1) // processes, 1))
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, "TRITUNE_EXIT_FILE": str(note), "PYTHONSAFEPATH": "1"}
+        done = subprocess.run(command, env=environment)
+        return int(note.read_text()) if note.is_file() else done.returncode
+
+
+def examine(config: Config) -> int:
+    """One rank of a check, alone or among several; rank 0 prints what all found."""
+    _take_slurm_s_ranks()
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    found = local_checks(config, host) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else []
+    if size > 1:
+        from tritune.launch.doctor_network import meet, mutual_checks
+
+        world, trouble = meet(config, min(RENDEZVOUS_SECONDS, int(config.backend.timeout_seconds)))
+        if world is None:
+            print(_table([*found, trouble]), flush=True)
+            return _leave(EXIT_FAILED, rank)
+        found = mutual_checks(config, world, host, found)
+    code = EXIT_FAILED if any(c.state == FAIL for c in found) else EXIT_DONE
+    if rank == 0:
+        print(_table(found), flush=True)
+        path = Path(config.run.dir) / "doctor.json" if config.run.dir else None
+        if path is not None and path.parent.is_dir() and os.access(path.parent, os.W_OK):
+            path.write_text(json.dumps([asdict(c) for c in found], indent=1) + "\n")
+    return _leave(code, rank)
+
+
+def _take_slurm_s_ranks() -> None:
+    """srun starts a task for each process: its numbers become those that torch reads."""
+    slurm = os.environ
+    if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
+        return
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], capture_output=True, text=True
+    )
+    first = names.stdout.split()[0] if names.stdout else slurm["SLURM_STEP_NODELIST"]
+    slurm.setdefault("MASTER_ADDR", first)
+    slurm.setdefault("MASTER_PORT", str(20000 + int(slurm["SLURM_JOB_ID"]) % 10000))
+    slurm |= {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"]}
+    slurm |= {"LOCAL_RANK": slurm["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(
+        int(slurm["SLURM_STEP_NUM_TASKS"]) // int(slurm["SLURM_STEP_NUM_NODES"]))}  # fmt: skip
+
+
+def _leave(code: int, rank: int) -> int:
+    note = os.environ.get("TRITUNE_EXIT_FILE")
+    if note is not None and rank == 0:
+        Path(note).write_text(str(code))
+        return 0
+    return code
+
+
+def _table(found: list[Check]) -> str:
+    width = max(len(c.name) for c in found)
+    lines = [f"{MARKS[c.state]}  {c.name:<{width}}  {redact(c.text)}" for c in found]
+    lines += [f"      {c.name:<{width}}  -> {c.remedy}" for c in found if c.state != PASS]
+    counts = ", ".join(f"{sum(c.state == s for c in found)} {word}" for s, word in ((PASS, "passed"), (WARN, "warned"),
+                                                                                   (FAIL, "failed")))  # fmt: skip
+    return "\n".join([*lines, counts])
+
+
+if __name__ == "__main__":
+    code = doctor(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # gloo's threads may outlive the interpreter's teardown
