@@ -3,7 +3,7 @@
     python -m tritune.launch.agent [torchrun options] -m tritune.trainer [overrides]
 
 It is `torch.distributed.run` itself, but for the ends: what failed goes to `agent.json` in `TRITUNE_NODE_DIR`, as
-`[{"local_rank": 1, "pid": 123, "code": -9, "time": ...}]`, and torchrun's own log to `torchrun.log` beside it, so that the
+`[{"rank": 1, "pid": 123, "code": -9, "time": ...}]`, and torchrun's own log to `torchrun.log` beside it, so that the
 terminal belongs to rank 0 and the failing rank's message stands last.
 """
 
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> int:
         elastic_launch(config=config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
         failures = [
-            {"local_rank": local, "pid": f.pid, "code": f.exitcode, "time": f.timestamp}
-            for local, f in error.failures.items()
+            {"rank": rank, "pid": f.pid, "code": f.exitcode, "time": f.timestamp} for rank, f in error.failures.items()
         ]
         (folder / "agent.json").write_text(json.dumps(failures))
         return 1

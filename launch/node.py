@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from tritune.launch.restarts import Outcome, record, say_end
+from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS
@@ -20,6 +20,7 @@ from tritune.trainer.redact import redact
 from tritune.trainer.rundir import run_path
 
 EXIT_AGAIN = 77
+BACKOFF = "again-after"  # in the run directory, for the batch script: seconds
 
 
 def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
@@ -47,18 +48,14 @@ def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
         Attempt(name, argv, run, config.launch, config.launch.num_procs or 1, nodes, node, rendezvous), requests
     )
     if node != 0:
-        return EXIT_DONE  # another status would make srun kill the first machine's launcher before it has decided
+        return EXIT_DONE  # srun ends with the highest status of all: it is to be the first machine's
     wait = record(run, name, outcome, config.launch)
     say_end(outcome, wait, run)
-    return _status(outcome, wait, requests)
-
-
-def _status(outcome: Outcome, wait: float | None, requests: Requests) -> int:
     if outcome.code == EXIT_STOPPED and outcome.asked:
         return EXIT_AGAIN
     if wait is None:
         return outcome.code
-    requests.sleep(wait)
+    (run / BACKOFF).write_text(f"{wait:g}\n")
     return EXIT_AGAIN
 
 

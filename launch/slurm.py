@@ -125,7 +125,7 @@ def resources(config: Config, launch: SlurmConfig, processes: int) -> list[str]:
 
 
 def _srun(launch: SlurmConfig, processes: int) -> list[str]:
-    words = ["--kill-on-bad-exit=1"]
+    words = ["--kill-on-bad-exit=0", "--wait=120"]  # each machine's launcher ends by itself, once they agree how
     if launch.cpus_per_proc:
         words.append(f"--cpus-per-task={launch.cpus_per_proc * processes}")  # not handed down since Slurm 22.05
     if launch.container:

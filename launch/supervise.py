@@ -177,8 +177,8 @@ def _explained(
     report = folder / "agent.json"
     explained = {c.rank: c for c in culprits}
     for failure in json.loads(report.read_text()) if report.is_file() else []:
-        rank = attempt.node * attempt.processes + failure["local_rank"]
-        known, code = explained.get(rank), failure["code"]
+        rank, code = failure["rank"], failure["code"]
+        known = explained.get(rank)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         where = f"rank {rank} on {attempt.host} (pid {failure['pid']})"
         if known is None:

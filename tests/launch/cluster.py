@@ -78,7 +78,7 @@ class Cluster:
         names = [f"slurmd.n{i}" for i in range(1, self.nodes + 1)] + ["slurmctld", "munged"]
         for name in names:
             self._stop(name)
-        for step in _processes("slurmstepd"):
+        for step in self._steps():
             os.kill(step, signal.SIGKILL)
         if self.tracking == "cgroup":
             found = [p for p in Path("/sys/fs/cgroup").rglob("slurm_n[0-9]*") if p.is_dir()]
@@ -96,7 +96,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As a machine that loses power: slurmd, the steps and all they started."""
         os.kill(self._pid(f"slurmd.{name}"), signal.SIGKILL)
-        for step in _processes("slurmstepd"):
+        for step in self._steps():
             if _hostname(step) == name:
                 for pid in _descendants(step):
                     os.kill(pid, signal.SIGKILL)
@@ -119,6 +119,18 @@ class Cluster:
                 raise TimeoutError(f"job {number} after {timeout} s: {job}")
             time.sleep(0.2)
         return job
+
+    def _steps(self) -> list[int]:
+        """Slurm's own processes on the nodes of this cluster, not of another beside it."""
+        mine = str(self.folder / "slurm.conf").encode()
+        found = []
+        for pid in _processes("slurmstepd"):
+            try:
+                if mine in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+            except OSError:  # it has ended meanwhile
+                continue
+        return found
 
     def _configure(self) -> None:
         d, host = self.folder, socket.gethostname().partition(".")[0]

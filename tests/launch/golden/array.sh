@@ -40,10 +40,10 @@ trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
 mkdir -p "$run_dir"
-rm -f "$run_dir/STOP"
+rm -f "$run_dir/STOP" "$run_dir/again-after"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun --kill-on-bad-exit=1 \
+srun --kill-on-bad-exit=0 --wait=120 \
   /venv/bin/python -m tritune.launch.node --rendezvous "$first:$((20000 + SLURM_JOB_ID % 10000))" \
   model=tiny \
   data.train=/data/rows.jsonl \
@@ -74,6 +74,7 @@ if [ -n "$again" ] && [ "$state" != JobState=CANCELLED ]; then
   # A job that ends by itself is not requeued, and one that waits here is ended by the requeue.
   trap '' USR1
   trap 'exit 75' TERM
+  if [ -s "$run_dir/again-after" ]; then sleep "$(cat "$run_dir/again-after")"; fi
   if scontrol requeue "$job"; then sleep 3600; fi
 fi
 if [ "$code" = 77 ]; then code=75; fi
