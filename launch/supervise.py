@@ -27,7 +27,7 @@ from tritune.launch.restarts import Outcome
 from tritune.launch.watchdog import Culprit, Rank
 from tritune.trainer.config_launch import LaunchConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED
-from tritune.trainer.pulse import NODE_DIR
+from tritune.trainer.pulse import LAUNCHED, NODE_DIR, process_birth
 from tritune.trainer.rundir import write_whole_json
 
 POLL_SECONDS = 0.2
@@ -130,6 +130,7 @@ def _environment(attempt: Attempt, folder: Path) -> dict[str, str]:
     threads = max((len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // attempt.processes, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONSAFEPATH": "1"}
     environment |= {NODE_DIR: str(folder), "TRITUNE_EXIT_FILE": str(folder / EXIT_FILE)}
+    environment |= {LAUNCHED: str(process_birth())} if Path("/proc/uptime").is_file() else {}
     environment |= {"TRITUNE_LOG_DIR": str(attempt.logs.resolve())}
     # A save takes as long as it takes; what is killed when is decided here.
     environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "86400"}

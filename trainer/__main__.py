@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
-from tritune.trainer.pulse import end_with_parent
+from tritune.trainer.pulse import begin, end_with_parent
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped with a checkpoint, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     leader = int(os.environ.get("RANK", "0")) == 0
+    begin("config")
     from tritune.trainer.compose import load_config, split_argv
 
     given = list(argv)
@@ -62,6 +63,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     Args:
         overrides: what the user gave, for the record of how to run it again.
     """
+    begin("imports")
     from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.finish import finish, score_base
@@ -87,6 +89,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
                 owned = True
                 progress.open_log(directory.path / "train.log")
                 stop.watch(directory.path)
+                pulse.startup_file = directory.path / "startup.json"
         progress.say(f"run       {directory.path}")
         built = build(config, world, directory, progress, stop, pulse)
         warn_of_slow_save(built)

@@ -73,6 +73,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
             require_replaceable(export_path(config, directory.path), config, directory.path)
         if world.rank == 0:
             check_resume(config, directory)
+    pulse.phase("data")
     with world.together("reading tokenizer and data"):
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))
@@ -86,6 +87,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         say(f"data      {name}: {examples.report.line()}")
     say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
 
+    pulse.phase("model")
     with world.together("loading the model"):
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
@@ -108,6 +110,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     )
 
     installed = install_kernels(config, model, kernels, world, say)
+    pulse.phase("backend")
     backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens, installed.head)
     checkpoint_activations(scorer, config.train, keys)
@@ -127,7 +130,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
         pulse=pulse, sinks=[],
     )  # fmt: skip
+    pulse.phase("dry run")
     dry_run(run)
+    pulse.phase("resume")
     _resume_or_start(run)
     if world.rank == 0:
         run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)

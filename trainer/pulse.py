@@ -25,6 +25,37 @@ DUMP_SIGNAL = signal.SIGUSR2
 SIZE = 512  # bytes of a sign; written over the last one at once, so that a reader never sees half of it
 FIRST_STEPS = 3  # they compile kernels and allocate: their time says nothing of later ones
 _PR_SET_PDEATHSIG = 1
+LAUNCHED = "TRITUNE_LAUNCHED"  # when the launcher was started, on the clock that all processes of a machine share
+
+_marks: list[tuple[str, float]] = []
+
+
+def begin(name: str) -> None:
+    """A part of the start-up begins; `config` is the first."""
+    if name == "config":
+        _marks.clear()
+    _marks.append((name, time.monotonic()))
+
+
+def startup() -> dict[str, float]:
+    """Seconds of each part of the start-up, from the launcher's first to the end of the first step."""
+    now, born = time.monotonic(), process_birth()
+    launched = os.environ.get(LAUNCHED)
+    marks = [("launcher", float(launched)), ("interpreter", born)] if launched else [("interpreter", born)]
+    marks += _marks
+    ends = [at for _, at in marks[1:]] + [now]
+    parts: dict[str, float] = {}
+    for (name, at), end in zip(marks, ends, strict=True):
+        parts[name] = round(parts.get(name, 0.0) + end - at, 3)
+    return {**parts, "total": round(now - marks[0][1], 3)}
+
+
+def process_birth() -> float:
+    """When this process began, to a hundredth of a second, on the clock that all processes of a machine share."""
+    age = float(Path("/proc/uptime").read_text().split()[0]) - float(start_ticks(os.getpid()) or 0) / os.sysconf(
+        "SC_CLK_TCK"
+    )
+    return time.monotonic() - age
 
 
 class Pulse:
@@ -48,17 +79,22 @@ class Pulse:
             self._stacks = (Path(folder) / f"rank-{rank}.stacks").open("a")
             faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=True)
             self._file = os.open(Path(folder) / f"rank-{rank}.pulse", os.O_WRONLY | os.O_CREAT, 0o644)
-        self.phase("setup")
+        self.startup_file: Path | None = None  # where the first step leaves how long each part of the start-up took
+        self.phase("process group")
 
     def phase(self, name: str) -> None:
         """Begin something that has no steps; the next sign is due within `quiet_seconds`."""
         self._last = None
+        if self._seen == 0:
+            begin(name)
         self._write(name, self._quiet)
 
     def step(self, step: int) -> None:
         """A step has ended; so has the phase before it."""
         now = time.monotonic()
         self._step = step
+        if self._seen == 0 and self.startup_file is not None and Path("/proc/uptime").is_file():
+            self.startup_file.write_text(json.dumps(startup(), indent=1) + "\n")
         if self._last is not None and self._seen >= FIRST_STEPS:
             self._steps.append(now - self._last)
         self._seen += 1

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,19 @@ ADDED = {
     "tritune export run.dir=runs/lora": [],
     "tritune report run.dir=runs/lora": [],
     "tritune config experiment=banking77": [],
+    "tritune doctor\n": ["backend.device=cpu"],
+    "tritune submit experiment=llama3_8b_lora": [
+        *SMALL,
+        "model.path=MODEL",
+        "model.pad_token=null",
+        "run.dir=runs/job",
+    ],
 }
 ELSEWHERE = {
     "tritune verify": "test_the_proofs_run, which is slow",
+    "tritune doctor launch=slurm": "tests/launch/test_doctor.py, on a virtual cluster",
+    "tritune train method=lora model.path=MODEL data.train=rows.jsonl train.epochs=2 launch.num_procs=2": "the next test",
+    "torchrun --nnodes=2": "the one after it",
     "make demo": "tests/launch/test_quickstart.py, and by hand in a fresh clone",
     "make test": "this very run",
     ". .venv/bin/activate": "by hand in a fresh clone",
@@ -65,7 +76,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def case(command: str) -> str | None:
-    return None if elsewhere(command) else next((start for start in ADDED if command.startswith(start)), None)
+    return None if elsewhere(command) else next((start for start in ADDED if f"{command}\n".startswith(start)), None)
 
 
 def elsewhere(command: str) -> bool:
@@ -122,6 +133,46 @@ def test_the_torchrun_command_runs(workspace):
                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert (workspace / "runs/llama/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_watched_command_runs(workspace):
+    (command,) = [c for c in COMMANDS if "launch.max_restarts=3" in c]
+    words = [sys.executable, "-m", "tritune.launch.cli", *shlex.split(command)[1:], *SMALL]
+    out = subprocess.run(words, cwd=workspace, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    assert json.loads((workspace / "runs/two/environment.json").read_text())["world_size"] == 2
+    assert (workspace / "runs/two/logs/rank-1.log").is_file()
+
+
+@pytest.mark.slow
+def test_two_machines_without_a_scheduler_train_what_one_does(workspace):
+    """The two torchruns of the README, meeting on the loopback, beside one with both processes: the same bits."""
+    (command,) = [c for c in COMMANDS if c.startswith("torchrun --nnodes=2")]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    command = command.replace("HOST", "127.0.0.1").replace("29500", port).replace("per-node=8", "per-node=1")
+    extra = [*SMALL, "model.path=MODEL", "model.pad_token=null", "export.enabled=false", "data.validation_share=0.3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    jobs = []
+    for node in ("0", "1"):
+        words = shlex.split(command.replace("/shared/llama", "runs/two-machines"))
+        words = [w.replace("--node-rank=0", f"--node-rank={node}") for w in words[1:]]
+        jobs.append(subprocess.Popen([*torchrun, *words, *extra], cwd=workspace, env=env))
+    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
+    one = [
+        "--standalone",
+        "--nproc-per-node=2",
+        *[w for w in words if not w.startswith("--n") and not w.startswith("--master")],
+    ]
+    one = [w.replace("runs/two-machines", "runs/one-machine") for w in one]
+    subprocess.run([*torchrun, *one, *extra], cwd=workspace, env=env, check=True, timeout=300)
+    both = [harness.rows(workspace / "runs" / name) for name in ("two-machines", "one-machine")]
+    assert len(both[0]) == 2
+    assert [(r["loss"], r["grad_norm"], r["batch"]) for r in both[0]] == [
+        (r["loss"], r["grad_norm"], r["batch"]) for r in both[1]
+    ]
 
 
 def test_the_demo_is_what_make_demo_runs():
