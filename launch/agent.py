@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         (folder / "agent.json").write_text(json.dumps(failures))
         return 1
     except SignalException as caught:
-        logging.getLogger("torch.distributed").warning("ended by %s", caught.sigval)
+        logging.getLogger("torch.distributed.elastic").warning("ended by %s", caught.sigval)
         return 1
     return 0
 

@@ -203,8 +203,8 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those the system gives away."""
-    for base in range(20000 + os.getpid() % 5000, 32000, 17):
+    """The first of `count` free ports in a row, below those the system gives away and above those of the jobs."""
+    for base in range(30000 + os.getpid() % 1000, 32600, 17):
         probes = []
         try:
             for i in range(count):

@@ -37,10 +37,12 @@ trap 'ask_to_stop TERM' TERM
 
 mkdir -p "$run_dir"
 rm -f "$run_dir/STOP" "$run_dir/again-after"
+# Another port for each attempt: whoever holds one does not hold the next.
+port=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=96 --container-image=registry/tritune:1 --container-mounts=/scratch:/scratch \
-  python -m tritune.launch.node --rendezvous "$first:$((20000 + SLURM_JOB_ID % 10000))" \
+  python -m tritune.launch.node --rendezvous "$first:$port" \
   model=tiny \
   data.train=/data/rows.jsonl \
   train.max_steps=9 \
