@@ -41,6 +41,7 @@ def line(table: str, name: str) -> str:
     return next(text for text in table.splitlines() if re.search(rf"(pass|WARN|FAIL)  (\S+ )?{name}\b", text))
 
 
+@pytest.mark.slow
 def test_two_machines_in_order(tmp_path):
     code, table = machines(f"run.dir={tmp_path}")
     assert code == 0, table
@@ -51,7 +52,8 @@ def test_two_machines_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("address", "said"), [("no-such-host.invalid", "does not resolve"), ("127.0.0.1", "no answer")]
+    ("address", "said"),
+    [("no-such-host.invalid", "does not resolve"), pytest.param("127.0.0.1", "no answer", marks=pytest.mark.slow)],
 )
 def test_a_wrong_rendezvous(tmp_path, address, said):
     variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": "9", "LOCAL_RANK": "0"}
@@ -81,6 +83,7 @@ def test_a_nearly_full_disk(tmp_path):
     assert "12 bytes for each that trains" in out
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_cannot_be_written(tmp_path):
     job = doctor(f"run.dir={tmp_path / 'run'}", wrap=on_tmpfs(tmp_path, "ro"))
     out, errors = job.communicate(timeout=60)
@@ -88,6 +91,7 @@ def test_a_run_directory_that_cannot_be_written(tmp_path):
     assert "Read-only file system" in line(out, "run directory"), errors
 
 
+@pytest.mark.slow
 def test_other_versions_on_another_machine(tmp_path):
     fake = tmp_path / "site" / "safetensors-0.5.1.dist-info"
     fake.mkdir(parents=True)
@@ -115,6 +119,7 @@ def test_a_slow_machine(tmp_path):
     assert re.search(r"WARN  pace +n2 takes [2-9]\.\d times as long as the fastest", table), table
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_off(tmp_path):
     plant(tmp_path, """
         import time
@@ -126,12 +131,14 @@ def test_a_clock_that_is_off(tmp_path):
     assert re.search(r"FAIL  clocks +n2 is \+(99|100)\.\d\d s from n1", table), table
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_shared(tmp_path):
     code, table = machines(f"run.dir={tmp_path}", wraps=((), on_tmpfs(tmp_path, "size=40g")))
     assert code == 1
     assert "n2 does not see what n1 writes" in line(table, "shared files"), table
 
 
+@pytest.mark.slow
 def test_an_interface_that_is_not_there(tmp_path):
     job = doctor(f"run.dir={tmp_path}", GLOO_SOCKET_IFNAME="ib7")
     out, _ = job.communicate(timeout=60)

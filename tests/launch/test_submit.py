@@ -82,11 +82,6 @@ def test_words_reach_the_run_as_they_were_given(monkeypatch, tmp_path):
     )
 
 
-def submitted(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tritune.launch.cli", "submit", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -107,25 +102,21 @@ def submitted(*overrides: str) -> subprocess.CompletedProcess[str]:
         (["data.train=/no/such.jsonl"], "/no/such.jsonl"),
     ],
 )  # fmt: skip
-def test_refused_before_anything_is_queued(tmp_path, sft_file, overrides, message):
+def test_refused_before_anything_is_queued(tmp_path, sft_file, capsys, overrides, message):
     argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2",
             f"run.dir={tmp_path}", *overrides]  # fmt: skip
-    done = submitted(*argv)
-    assert done.returncode == 2, done.stdout
-    assert message in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    assert slurm.submit(argv) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_without_slurm_it_says_so_and_a_dry_run_works(tmp_path, sft_file):
+def test_without_slurm_it_says_so_and_a_dry_run_works(tmp_path, sft_file, capsys, monkeypatch):
     argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2"]
-    shown = submitted(*argv, f"run.dir={tmp_path / 'a'}", "launch.dry_run=true")
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("#!/usr/bin/env bash\n")
+    assert slurm.submit([*argv, f"run.dir={tmp_path / 'a'}", "launch.dry_run=true"]) == 0
+    assert capsys.readouterr().out.startswith("#!/usr/bin/env bash\n")
     assert not (tmp_path / "a").exists()
-    if shutil.which("sbatch") is None:
-        done = submitted(*argv, f"run.dir={tmp_path / 'b'}")
-        assert done.returncode == 2
-        assert "sbatch is not found" in done.stderr
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.submit([*argv, f"run.dir={tmp_path / 'b'}"]) == 2
+    assert "sbatch is not found" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

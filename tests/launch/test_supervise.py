@@ -196,6 +196,7 @@ def test_a_save_longer_than_torchrun_s_grace_ends_whole(settings, unbroken, tmp_
     assert curve(run) == unbroken
 
 
+@pytest.mark.slow
 def test_the_file_stop_ends_a_run_once(settings, tmp_path):
     run = tmp_path / "run"
     job = launch([*settings, f"run.dir={run}"])
