@@ -43,7 +43,8 @@ def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
             print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT if node == 0 else EXIT_DONE
     run = run_path(config, overrides)
-    name = f"{job.get('SLURM_JOB_ID', 'none')}.{job.get('SLURM_RESTART_COUNT', '0')}"
+    # The step is part of it: what an earlier one in the same allocation left is not this one's.
+    name = ".".join(job.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     outcome = supervise(
         Attempt(name, argv, run, config.launch, config.launch.num_procs or 1, nodes, node, rendezvous), requests
     )

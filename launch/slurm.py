@@ -21,6 +21,7 @@ from tritune.trainer.rundir import LOCK, replace_file, run_path
 
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 SCRIPT = "submit.sh"
+POLL_SECONDS = 5.0
 
 
 def submit(argv: list[str]) -> int:
@@ -36,6 +37,7 @@ def submit(argv: list[str]) -> int:
             rule = "this machine has no GPU, which says nothing of the cluster's"
             raise InputError("launch.num_procs=null", rule, "Give the processes of a node, one a GPU")
         checked_config(overrides, config_dir, launch.nodes * processes)
+        _require_model(config)
         run = run_path(config, overrides).resolve()
         text = render(config, launch, run, argv, processes)
         if launch.dry_run:
@@ -149,6 +151,13 @@ def _sbatch(arguments: list[str]) -> str:
     return done.stdout.strip()
 
 
+def _require_model(config: Config) -> None:
+    """A folder that is written as one must be there; a hub id is known to the hub alone."""
+    for key, value in (("path", config.model.path), ("tokenizer", config.model.tokenizer)):
+        if value is not None and value.startswith(("/", ".", "~")) and not Path(value).is_dir():
+            raise InputError(f"model.{key}={value}", "there is no such folder on this machine", "Check the path")
+
+
 def _require_free(run: Path) -> None:
     """Refuse a run directory whose job is still waiting or running."""
     owner = run / LOCK
@@ -176,4 +185,4 @@ def _status_of(job: str) -> int:
         if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"} & set(states):
             failed = any(s != "COMPLETED" for s in states)
             return max(codes, default=0) or int(failed)
-        time.sleep(2.0)
+        time.sleep(POLL_SECONDS)

@@ -130,6 +130,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
         pulse=pulse, sinks=[],
     )  # fmt: skip
+    wrapped.register_forward_hook(lambda *_: pulse.beat())
     pulse.phase("dry run")
     dry_run(run)
     pulse.phase("resume")

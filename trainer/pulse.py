@@ -69,7 +69,7 @@ class Pulse:
 
     def __init__(self, rank: int, quiet_seconds: float, hang_factor: float, hang_seconds: float) -> None:
         self._quiet, self._factor, self._floor = quiet_seconds, hang_factor, hang_seconds
-        self._rank, self._step, self._seen = rank, 0, 0
+        self._rank, self._step, self._seen, self._phase = rank, 0, 0, ""
         self._steps: deque[float] = deque(maxlen=32)
         self._last: float | None = None
         self._stacks: IO[str] | None = None
@@ -89,6 +89,11 @@ class Pulse:
             begin(name)
         self._write(name, self._quiet)
 
+    def beat(self) -> None:
+        """Something of a phase without steps is done, a batch of an evaluation say: its time begins anew."""
+        if self._phase != "train":
+            self._write(self._phase, self._quiet)
+
     def step(self, step: int) -> None:
         """A step has ended; so has the phase before it."""
         now = time.monotonic()
@@ -104,6 +109,7 @@ class Pulse:
         self._write("train", allowed)
 
     def _write(self, phase: str, allowed: float) -> None:
+        self._phase = phase
         if self._file >= 0:
             sign = {"rank": self._rank, "pid": os.getpid(), "started": start_ticks(os.getpid()), "phase": phase,
                     "step": self._step, "allowed": round(allowed, 1), "due": time.monotonic() + allowed}  # fmt: skip

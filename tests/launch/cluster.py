@@ -13,7 +13,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
@@ -36,6 +38,23 @@ def missing() -> str | None:
 def cgroups() -> bool:
     """Whether Slurm 22.05 can track by cgroup here: version 1, with a freezer that can be written."""
     return os.access("/sys/fs/cgroup/freezer", os.W_OK) and not Path("/sys/fs/cgroup/cgroup.controllers").exists()
+
+
+@lru_cache
+def trouble(tracking: str) -> str | None:
+    """Why a cluster with this tracking does not work here: two nodes are started, and a step on both. None: it works."""
+    why = missing()
+    if why is not None:
+        return why
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    try:
+        with Cluster(folder, 2, tracking) as found:
+            names = found.call("srun", "--nodes=2", "--ntasks-per-node=1", "hostname").split()
+            return None if sorted(names) == ["n1", "n2"] else f"a step on two nodes said {names}"
+    except (TimeoutError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"the virtual Slurm ({tracking}) does not work here: {str(error)[:300]}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Cluster:

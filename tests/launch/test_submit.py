@@ -100,6 +100,7 @@ def test_words_reach_the_run_as_they_were_given(monkeypatch, tmp_path):
         (["launch=local"], "launch=local: there is no scheduler"),
         (["backend=single"], "2 processes were started"),
         (["data.train=/no/such.jsonl"], "/no/such.jsonl"),
+        (["model.tokenizer=/no/such"], "model.tokenizer=/no/such: there is no such folder"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_is_queued(tmp_path, sft_file, capsys, overrides, message):

@@ -55,7 +55,7 @@ def check(rows, unbroken, exact):
 def readers_of(writer, method):
     """Each pair of backends; the sizes in turn, so that each backend is read from and goes on at 1, 2 and 4.
 
-    All 75 of `full` and 25 of `lora` held once (22 minutes); these are 30 and 10.
+    All 75 of `full` and 25 of `lora` held when they were written; these are 30 and 10, since every start takes seconds.
     """
     place = BACKENDS.index(writer)
     if method == "lora":
