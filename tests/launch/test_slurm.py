@@ -102,7 +102,9 @@ def attempt(found: Cluster, job: str, number: int, run: Path, beyond: int = 3):
         if log.count("backend   ") <= number:
             return False
         resumed = re.findall(r"resume    from step-\d+, step (\d+)", log)
-        begun = int(resumed[number - 1]) if number and len(resumed) >= number else 0
+        if len(resumed) < number:
+            return False
+        begun = int(resumed[number - 1]) if number else 0
         return bool(logged) and logged[-1]["step"] >= begun + beyond
 
     return look
@@ -191,7 +193,7 @@ def test_a_second_job_on_the_same_directory_is_refused_and_a_cancelled_one_stays
     run = tmp_path / "run"
     arguments = [*settings, "launch.num_procs=1", f"run.dir={run}"]
     with running() as found:
-        job = submit(found, arguments, **paced)
+        job = submit(found, arguments, **paced | {"PACE": "0.5"})
         wait_for(at_step(run, 3))
         command = [sys.executable, "-m", "tritune.launch.cli", "submit", *arguments, "launch=slurm", "launch.nodes=2"]
         again = subprocess.run(command, env=found.env, capture_output=True, text=True)
