@@ -65,9 +65,9 @@ def start(model: str, data: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "tritune.launch.cli", "train", f"model.path={model}", f"data.train={data}",
-                   "data.max_length=128", "data.unsupervised=drop", "train.batch_size=8", "train.max_steps=1", "launch.num_procs=2",
-                   "backend.device=cpu", "export.enabled=false", "report.enabled=false", "evaluation.base=false",
-                   "evaluation.samples=0", f"run.dir={run}"]  # fmt: skip
+                   "data.max_length=128", "data.unsupervised=drop", "train.batch_size=8", "train.max_steps=1",
+                   "launch.num_procs=2", "backend.device=cpu", "export.enabled=false", "report.enabled=false",
+                   "evaluation.base=false", "evaluation.samples=0", f"run.dir={run}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)

@@ -219,6 +219,10 @@ def _agree(attempt: Attempt, code: int | None, agent_code: int, culprits: list[C
         while len(reports := _reports(attempt)) < attempt.nodes and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         every = [Culprit(**c) for report in reports for c in report["culprits"]]
+        said = {report["node"] for report in reports}
+        for node in sorted(set(range(attempt.nodes)) - said) if code is None or culprits else []:
+            text = f"machine {node + 1} of {attempt.nodes} left no word: it, or its launcher, may be lost"
+            every.append(Culprit(2, time.time(), None, text))
         outcome = _judge(attempt, code, agent_code, every, asked)
         write_whole_json(verdict, {"code": outcome.code, "culprit": outcome.culprit})
         return outcome

@@ -186,6 +186,7 @@ def test_a_dead_rank_a_dead_torchrun_and_a_dead_machine(settings, unbroken, tmp_
         found.start_node("n2")
         ended = found.wait_for_end(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), said(run)
+    assert "machine 2 of 2 left no word: it, or its launcher, may be lost" in said(run)
     assert curve(run) == unbroken
 
 
