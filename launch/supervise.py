@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tritune.trainer.pulse import LAUNCHED, NODE_DIR, process_birth
 from tritune.trainer.rundir import write_whole_json
 
 POLL_SECONDS = 0.2
+SHARED_SECONDS = 2.0  # between two looks at a file system that all machines use
 END_SECONDS = 15.0  # after one rank died the others have so long to say what they met
 PEER_SECONDS = 5.0  # a launcher waits so long for the others' reports, which were written at about the same time
 VERDICT_SECONDS = 40.0
@@ -140,7 +141,8 @@ def _environment(attempt: Attempt, folder: Path) -> dict[str, str]:
 def _watch(agent: subprocess.Popen[bytes], attempt: Attempt, folder: Path, requests: Requests) -> list[Culprit]:
     """Until torchrun has ended, or the attempt has failed for long enough; return who failed on this machine."""
     failed_at: float | None = None
-    told = False
+    told = elsewhere = False
+    look_again = 0.0
     while True:
         ended = agent.poll() is not None
         seen = watchdog.ranks(folder)
@@ -149,7 +151,9 @@ def _watch(agent: subprocess.Popen[bytes], attempt: Attempt, folder: Path, reque
         late = watchdog.overdue(seen) if attempt.limits.watchdog and failed_at is None and not ended else []
         if late:
             return _hang(attempt, folder, seen)
-        elsewhere = attempt.nodes > 1 and any(r["culprits"] for r in _reports(attempt))
+        if failed_at is None and attempt.nodes > 1 and time.monotonic() > look_again:
+            elsewhere = any(r["culprits"] for r in _reports(attempt))
+            look_again = time.monotonic() + SHARED_SECONDS
         if (culprits or elsewhere) and failed_at is None:
             failed_at = time.monotonic()
         if ended:
@@ -247,7 +251,7 @@ def _judge(attempt: Attempt, code: int | None, agent_code: int, culprits: list[C
 
 def _tell(attempt: Attempt, culprits: list[Culprit]) -> None:
     """Leave word for the launchers of the other machines."""
-    report: dict[str, Any] = {"node": attempt.node, "host": attempt.host, "culprits": [c.to_json() for c in culprits]}
+    report: dict[str, Any] = {"node": attempt.node, "host": attempt.host, "culprits": [asdict(c) for c in culprits]}
     write_whole_json(attempt.shared / f"node-{attempt.node}.json", report)
 
 

@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tritune.trainer.pulse import DUMP_SIGNAL, proc_stat, start_ticks
 
@@ -57,9 +56,6 @@ class Culprit:
     rank: int | None
     text: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {"weight": self.weight, "time": self.time, "rank": self.rank, "text": self.text}
-
 
 def ranks(folder: Path) -> list[Rank]:
     """The ranks that have begun, in their order."""
@@ -77,7 +73,7 @@ def died(folder: Path, seen: list[Rank], host: str) -> list[Culprit]:
     for rank in seen:
         note = folder / f"rank-{rank.rank}.error"
         where = f"rank {rank.rank} on {host}"
-        if note.is_file() and note.stat().st_size:
+        if note.is_file():
             said = json.loads(note.read_text())
             weight = 3 if any(word in said["error"] for word in SECONDARY) else 2
             culprits.append(Culprit(weight, said["time"], rank.rank, f"{where}: {said['error']}"))

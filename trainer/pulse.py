@@ -124,7 +124,10 @@ def note_error(rank: int, error: BaseException) -> None:
 
         text = redact(f"{type(error).__name__}: {error}")
         note = {"rank": rank, "error": text, "type": type(error).__name__, "time": time.time()}
-        (Path(folder) / f"rank-{rank}.error").write_text(json.dumps(note))
+        whole = Path(folder) / f"rank-{rank}.error"
+        part = whole.with_suffix(".part")
+        part.write_text(json.dumps(note))
+        part.replace(whole)  # the launcher looks five times a second
 
 
 def end_with_parent() -> None:
