@@ -143,13 +143,13 @@ def _watch(agent: subprocess.Popen[bytes], attempt: Attempt, folder: Path, reque
     failed_at: float | None = None
     told = elsewhere = False
     look_again = 0.0
+    patience = watchdog.Patience(attempt.limits.hang_seconds)
     while True:
         ended = agent.poll() is not None
         seen = watchdog.ranks(folder)
         requests.deliver(seen)
         culprits = watchdog.died(folder, seen, attempt.host)
-        late = watchdog.overdue(seen) if attempt.limits.watchdog and failed_at is None and not ended else []
-        if late:
+        if attempt.limits.watchdog and failed_at is None and not ended and patience.overdue(seen):
             return _hang(attempt, folder, seen)
         if failed_at is None and attempt.nodes > 1 and time.monotonic() > look_again:
             elsewhere = any(r["culprits"] for r in _reports(attempt))

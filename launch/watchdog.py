@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tritune.trainer.pulse import DUMP_SIGNAL, proc_stat, start_ticks
 
+SUSPENDED_SECONDS = 5.0  # the launcher looks five times a second, unless it is stopped itself
 DUMP_SECONDS = 3.0  # how long a rank may take to write its stacks
 # A rank that says this only lost another one.
 SECONDARY = ("PeerError", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process",
@@ -83,10 +84,33 @@ def died(folder: Path, seen: list[Rank], host: str) -> list[Culprit]:
     return culprits
 
 
-def overdue(seen: list[Rank]) -> list[Rank]:
-    """The ranks from which no sign came in time."""
-    now = time.monotonic()
-    return [r for r in seen if r.phase != "ended" and r.due < now and r.alive()]
+class Patience:
+    """Decides when a rank hangs: no sign in the time that it gave itself, or stopped for so long, whatever it does.
+
+    Args:
+        seconds: how long a rank may be stopped by a signal; and how long all have after this process itself slept, as it does
+            when a scheduler suspends a whole job.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._stopped: dict[int, float] = {}
+        self._looked = time.monotonic()
+        self._not_before = 0.0
+
+    def overdue(self, seen: list[Rank]) -> list[Rank]:
+        """The ranks that hang; to be asked every second or more often."""
+        now = time.monotonic()
+        if now - self._looked > SUSPENDED_SECONDS:
+            self._not_before = now + self._seconds
+            self._stopped = {}
+        self._looked = now
+        stopped = {r.rank for r in seen if r.stopped()}
+        self._stopped = {rank: self._stopped.get(rank, now) for rank in stopped}
+        if now < self._not_before:
+            return []
+        late = [r for r in seen if r.phase != "ended" and r.due < now and r.alive()]
+        return late or [r for r in seen if now - self._stopped.get(r.rank, now) > self._seconds]
 
 
 def dump_stacks(folder: Path, seen: list[Rank], into: Path) -> None:
@@ -117,9 +141,7 @@ def blame_for_hang(seen: list[Rank], stopped: set[int], stacks: Path, host: str)
         path = stacks / f"rank-{rank.rank}.stacks"
         frame = innermost(path.read_text() if path.is_file() else "")
         where = f"rank {rank.rank} on {host} (pid {rank.pid})"
-        tail = (
-            f"in phase {rank.phase} after step {rank.step}, silent for more than {rank.allowed:g} s; its stacks: {path}"
-        )
+        tail = f"in phase {rank.phase} after step {rank.step}, allowed {rank.allowed:g} s; its stacks: {path}"
         if rank.rank in stopped:
             culprits.append(Culprit(0, time.time(), rank.rank, f"{where} was stopped (SIGSTOP or a debugger) {tail}"))
         elif not frame:

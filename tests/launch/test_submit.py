@@ -15,7 +15,8 @@ from tritune.trainer.compose import load_config
 GOLDEN = Path(__file__).with_name("golden")
 BASE = ["model=tiny", "data.train=/data/rows.jsonl", "train.max_steps=9"]
 SHAPES = {
-    "pyxis": ["launch=slurm_h100_pyxis", "launch.nodes=4", "launch.container=registry/tritune:1", "launch.partition=h100"],
+    "pyxis": ["launch=slurm_h100_pyxis", "launch.nodes=4", "launch.container=registry/tritune:1",
+              "launch.mounts=['/scratch:/scratch']", "launch.partition=h100"],
     "modules": ["launch=slurm_a100_modules", "launch.nodes=2", "launch.account=p123", "launch.venv=/home/u/my venv",
                 "report.question='Is it \"better\"; or $HOME?'"],
     "array": ["launch=slurm_preemptible", "launch.seeds=[1,2,5]", "launch.qos=low", "launch.directives=[\"--mail-type=FAIL\"]",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import harness
 import pytest
+from tritune.launch import watchdog
 from tritune.launch.restarts import Outcome, record
 from tritune.trainer.config_launch import LaunchConfig
 
@@ -142,6 +143,32 @@ def test_a_stopped_rank_is_found_with_the_stacks_of_all(settings, tmp_path, rank
         stacks = (folder / f"rank-{found}.stacks").read_text()
         assert "most recent call first" in stacks
         assert "in fit" in stacks
+
+
+@pytest.mark.slow
+def test_a_rank_stopped_in_a_save_is_found_within_thirty_seconds(settings, tmp_path):
+    """At the shipped limits, and where a save may be silent for half an hour."""
+    run = tmp_path / "run"
+    job = launch([*settings, f"run.dir={run}", "checkpoint.every=1", "train.max_steps=100000"])
+    wait_for(at_step(run, 10))
+    os.kill(pid_of(run, 1), signal.SIGSTOP)
+    began = time.monotonic()
+    _, errors = job.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert "was stopped (SIGSTOP or a debugger) in phase" in errors
+
+
+def test_a_job_that_was_suspended_whole_is_no_hang(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    alive = watchdog.Rank(0, os.getpid(), watchdog.start_ticks(os.getpid()), "train", 7, 25.0, 1010.0)
+    patience = watchdog.Patience(25.0)
+    seen = {}
+    for moment in [*range(1000, 1010), *range(9000, 9030)]:  # between them the launcher slept with its ranks
+        clock[0] = float(moment)
+        seen[moment] = bool(patience.overdue([alive]))
+    assert not any(hangs for moment, hangs in seen.items() if moment < 9025), "awake again, a rank has its time anew"
+    assert all(hangs for moment, hangs in seen.items() if moment > 9025)
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=96 --container-image=regist
   launch=slurm_h100_pyxis \
   launch.nodes=4 \
   launch.container=registry/tritune:1 \
+  'launch.mounts=['"'"'/scratch:/scratch'"'"']' \
   launch.partition=h100 \
   "run.dir=\"$run_dir\"" &
 step=$!
