@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -84,11 +85,14 @@ def examine(config: Config) -> int:
     _take_slurm_s_ranks()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    found = local_checks(config, host) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else []
-    if size > 1:
+    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if size == 1:
+        found = local_checks(config, host)
+    else:
         from tritune.launch.doctor_network import meet, mutual_checks
 
         world, trouble = meet(config, min(RENDEZVOUS_SECONDS, int(config.backend.timeout_seconds)))
+        found = local_checks(config, host) if first_here else []  # after it: they take a minute where caches are cold
         if world is None:
             print(_table([*found, trouble]), flush=True)
             return _leave(EXIT_FAILED, rank)
@@ -107,15 +111,20 @@ def _take_slurm_s_ranks() -> None:
     slurm = os.environ
     if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
         return
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], capture_output=True, text=True
-    )
-    first = names.stdout.split()[0] if names.stdout else slurm["SLURM_STEP_NODELIST"]
-    slurm.setdefault("MASTER_ADDR", first)
+    slurm.setdefault("MASTER_ADDR", first_host(slurm["SLURM_STEP_NODELIST"]))
     slurm.setdefault("MASTER_PORT", str(20000 + int(slurm["SLURM_JOB_ID"]) % 10000))
     slurm |= {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"]}
     slurm |= {"LOCAL_RANK": slurm["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(
         int(slurm["SLURM_STEP_NUM_TASKS"]) // int(slurm["SLURM_STEP_NUM_NODES"]))}  # fmt: skip
+
+
+def first_host(names: str) -> str:
+    """The first of Slurm's list of names: `n[03-05,9],m1` -> `n03`. In a container there is no scontrol."""
+    prefix, bracket, rest = names.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.partition(",")[0]
+    number = re.match(r"\d+", rest)
+    return prefix + (number[0] if number else "")
 
 
 def _leave(code: int, rank: int) -> int:

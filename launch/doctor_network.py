@@ -16,6 +16,7 @@ from tritune.trainer.config import Config
 from tritune.trainer.distributed import World
 
 MESSAGE = 1 << 25  # bytes of the all-reduce
+LONG_SECONDS = 900  # the checks of one machine may take so much longer than another's
 SLOW = 1.5  # times the median of all machines
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0  # seconds
 
@@ -26,13 +27,15 @@ def meet(config: Config, seconds: int) -> tuple[World | None, Check]:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     use_cuda = torch.cuda.is_available() and config.backend.device.value != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a wait that fails then raises, where NCCL would abort
     try:
+        if use_cuda:
+            torch.cuda.set_device(device)
         if rank != 0:
             _reach(seconds)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(seconds=seconds))
-        dist.monitored_barrier(timeout=timedelta(seconds=seconds)) if not use_cuda else dist.barrier()
+        dist.monitored_barrier(dist.new_group(backend="gloo"), timeout=timedelta(seconds=seconds))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONG_SECONDS))
     except Exception as error:  # noqa: BLE001  said as a failed check
         text = (
             f"rank {rank} on {os.uname().nodename} met nobody at {where} in {seconds} s: {str(error).splitlines()[0]}"
@@ -42,7 +45,7 @@ def meet(config: Config, seconds: int) -> tuple[World | None, Check]:
                   "interface")  # fmt: skip
         return None, Check(FAIL, "rendezvous", text, remedy)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(rank, size, device, local), Check(PASS, "rendezvous", where)
+    return World(rank, size, device, local, group), Check(PASS, "rendezvous", where)
 
 
 def _reach(seconds: int) -> None:
@@ -139,12 +142,15 @@ def _all_reduce(world: World) -> Check:
     for _ in range(5):
         world.any(0)
         began = time.perf_counter()
-        dist.all_reduce(data)
+        try:
+            dist.all_reduce(data)
+        except RuntimeError as error:
+            return Check(FAIL, "all-reduce", str(error).splitlines()[0], "NCCL_DEBUG=INFO says which transport failed")
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
         data.fill_(1.0)
-    took = float(world.sum(torch.tensor(statistics.median(times[1:]), device=world.device)) / world.size)
+    took = statistics.mean(world.gather(statistics.median(times[1:])))
     bus = 2 * (world.size - 1) / world.size * MESSAGE / took / 1e9
     slow = world.device.type == "cuda" and bus < 10
     return Check(WARN if slow else PASS, "all-reduce", f"{MESSAGE >> 20} MiB in {took * 1e3:.1f} ms, bus {bus:.2f} GB/s",

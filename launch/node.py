@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
@@ -56,7 +57,8 @@ def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
         return EXIT_AGAIN
     if wait is None:
         return outcome.code
-    (run / BACKOFF).write_text(f"{wait:g}\n")
+    with suppress(OSError):  # said by `record` already; the job is then requeued at once
+        (run / BACKOFF).write_text(f"{wait:g}\n")
     return EXIT_AGAIN
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.config_launch import LaunchConfig
@@ -42,7 +44,7 @@ def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> f
     A crash is tried again unless `max_restarts` were in vain before it: crashes in a row between which no checkpoint came.
     """
     path = run / LOG
-    before = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    before = _rows(path)
     root = run / "checkpoints"
     saved = max((int(p.name.rpartition("-")[2]) for p in saved_steps(root)), default=0) if root.is_dir() else 0
     in_vain = 0
@@ -57,10 +59,21 @@ def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> f
         wait = min(limits.backoff_seconds * 2**in_vain, MAX_BACKOFF)
     row = {"time": now(), "attempt": attempt, "code": outcome.code, "crashed": outcome.crashed and not outcome.asked,
            "asked": outcome.asked, "saved": saved, "culprit": outcome.culprit, "again_after": wait}  # fmt: skip
-    if run.is_dir():
+    try:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+    except OSError as error:  # a full disk may be what ended the attempt
+        print(f"tritune: {path} could not be written: {error.strerror}", file=sys.stderr)
     return wait
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The attempts before; a row that was cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def say_end(outcome: Outcome, wait: float | None, run: Path) -> None:

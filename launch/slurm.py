@@ -22,6 +22,7 @@ from tritune.trainer.rundir import LOCK, replace_file, run_path
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 SCRIPT = "submit.sh"
 POLL_SECONDS = 5.0
+GUARD_SECONDS = 10  # so long before the grace is over the batch script requeues a job that is still saving
 
 
 def submit(argv: list[str]) -> int:
@@ -87,13 +88,16 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
     return environment.from_string(TEMPLATE.read_text()).render(
         directives=_directives(config, launch, run, processes),
         srun=_srun(launch, processes),
-        setup=[f"module load {shlex.join(launch.modules)}"] if launch.modules else [],
+        setup=["set +u", f"module load {shlex.join(launch.modules)}", "set -u"]
+        if launch.modules
+        else [],  # hooks of sites
         env=launch.env,
         seeds=launch.seeds,
         run=run,
         python=python,
         arguments=arguments,
         max_restarts=launch.max_restarts,
+        guard_seconds=max(round(launch.grace_seconds) - GUARD_SECONDS, 5) if launch.grace_seconds else 0,
     )
 
 
@@ -179,10 +183,10 @@ def _status_of(job: str) -> int:
         found = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
         states = re.findall(r"\bJobState=(\w+)", found.stdout)
         codes = [int(c) for c in re.findall(r"\bExitCode=(\d+):", found.stdout)]
-        if found.returncode or not states:
-            print(f"tritune: job {job}: Slurm no longer knows it: {' '.join(found.stderr.split())}", file=sys.stderr)
+        if "Invalid job id" in found.stderr:
+            print(f"tritune: job {job}: Slurm no longer knows it", file=sys.stderr)
             return 1
-        if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"} & set(states):
+        if states and not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"} & set(states):
             failed = any(s != "COMPLETED" for s in states)
             return max(codes, default=0) or int(failed)
         time.sleep(POLL_SECONDS)

@@ -32,6 +32,7 @@ from tritune.trainer.rundir import write_whole_json
 
 POLL_SECONDS = 0.2
 SHARED_SECONDS = 2.0  # between two looks at a file system that all machines use
+KILL_SECONDS = 60.0
 END_SECONDS = 15.0  # after one rank died the others have so long to say what they met
 PEER_SECONDS = 5.0  # a launcher waits so long for the others' reports, which were written at about the same time
 VERDICT_SECONDS = 40.0
@@ -142,13 +143,16 @@ def _watch(agent: subprocess.Popen[bytes], attempt: Attempt, folder: Path, reque
     """Until torchrun has ended, or the attempt has failed for long enough; return who failed on this machine."""
     failed_at: float | None = None
     told = elsewhere = False
-    look_again = 0.0
+    look_again, began = 0.0, time.monotonic()
     patience = watchdog.Patience(attempt.limits.hang_seconds)
     while True:
         ended = agent.poll() is not None
         seen = watchdog.ranks(folder)
         requests.deliver(seen)
         culprits = watchdog.died(folder, seen, attempt.host)
+        if len(seen) < attempt.processes and time.monotonic() - began > attempt.limits.quiet_seconds:
+            text = f"{attempt.processes - len(seen)} rank(s) on {attempt.host} did not begin; see {attempt.logs}"
+            return [Culprit(2, time.time(), None, text)]
         if attempt.limits.watchdog and failed_at is None and not ended and patience.overdue(seen):
             return _hang(attempt, folder, seen)
         if failed_at is None and attempt.nodes > 1 and time.monotonic() > look_again:
@@ -156,7 +160,7 @@ def _watch(agent: subprocess.Popen[bytes], attempt: Attempt, folder: Path, reque
             look_again = time.monotonic() + SHARED_SECONDS
         if (culprits or elsewhere) and failed_at is None:
             failed_at = time.monotonic()
-        if ended:
+        if ended or requests.caught.count(signal.SIGINT) > 2:
             return _explained(folder, attempt, culprits, agent)
         if culprits and not told and attempt.nodes > 1 and failed_at is not None and time.monotonic() - failed_at > 1.0:
             _tell(attempt, culprits)  # the others may wait in a collective that never ends
@@ -207,8 +211,14 @@ def _end(agent: subprocess.Popen[bytes], folder: Path) -> None:
     if agent.poll() is None:
         agent.kill()
     agent.wait()
-    for rank in watchdog.ranks(folder):
+    left = watchdog.ranks(folder)
+    for rank in left:
         rank.signal(signal.SIGKILL)
+    deadline = (
+        time.monotonic() + KILL_SECONDS
+    )  # one that frees pinned memory, or waits for a file server, takes its time
+    while any(rank.alive() for rank in left) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def _agree(attempt: Attempt, code: int | None, agent_code: int, culprits: list[Culprit], requests: Requests) -> Outcome:

@@ -13,7 +13,7 @@ from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.config import Config
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.redact import redact
-from tritune.trainer.rundir import STOP_FILE, run_path
+from tritune.trainer.rundir import run_path
 
 
 def train(argv: list[str]) -> int:
@@ -36,7 +36,6 @@ def train(argv: list[str]) -> int:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     run = run_path(config, overrides)
-    (run / STOP_FILE).unlink(missing_ok=True)  # whoever left it did not mean this start
     if processes == 1 and config.launch.max_restarts == 0:
         return main(argv)
     # Every rank must name the same directory, also where its name is made from the time.
@@ -49,8 +48,10 @@ def _watched(argv: list[str], run: Path, config: Config, processes: int) -> int:
         name = time.strftime("%Y%m%d-%H%M%S")
         outcome = supervise(Attempt(name, argv, run, config.launch, processes), requests)
         wait = record(run, name, outcome, config.launch)
+        if requests.caught:  # nobody but a scheduler starts again what was asked to stop
+            wait = None
         say_end(outcome, wait, run)
-        if wait is None or requests.caught:
+        if wait is None:
             return outcome.code
         requests.sleep(wait)
         if requests.caught:

@@ -19,7 +19,9 @@ SECONDARY = ("PeerError", "Connection closed by peer", "Connection reset by peer
              "NCCL communicator was aborted", "Timed out waiting", "recv, ", "Connection refused",
              "BarrierTimeout")  # fmt: skip
 # Innermost frames of a rank that waits for others rather than holds them up.
-WAITING = ("torch/distributed/", "tritune/trainer/distributed", "trainer/distributed.py", "torch/autograd/graph.py")
+# With NCCL the wait is where the GPU's result is read.
+WAITING = ("torch/distributed/", "trainer/distributed.py", "torch/autograd/graph.py", "torch/cuda/", "trainer/metrics/meter.py",
+           "trainer/backends/")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def ranks(folder: Path) -> list[Rank]:
     found = []
     for path in folder.glob("rank-*.pulse"):
         text = path.read_text()
-        if text:  # made, not yet written
+        with suppress(ValueError):  # made, not yet written
             found.append(Rank(**json.loads(text)))
     return sorted(found, key=lambda r: r.rank)
 
@@ -141,7 +143,8 @@ def blame_for_hang(seen: list[Rank], stopped: set[int], stacks: Path, host: str)
         path = stacks / f"rank-{rank.rank}.stacks"
         frame = innermost(path.read_text() if path.is_file() else "")
         where = f"rank {rank.rank} on {host} (pid {rank.pid})"
-        tail = f"in phase {rank.phase} after step {rank.step}, allowed {rank.allowed:g} s; its stacks: {path}"
+        tail = f"in phase {rank.phase} after step {rank.step}, allowed {rank.allowed:g} s "
+        tail += f"(launch.hang_seconds, quiet_seconds); its stacks: {path}"
         if rank.rank in stopped:
             culprits.append(Culprit(0, time.time(), rank.rank, f"{where} was stopped (SIGSTOP or a debugger) {tail}"))
         elif not frame:

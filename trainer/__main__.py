@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
-from tritune.trainer.pulse import begin, end_with_parent
+from tritune.trainer.pulse import begin, end_with_parent, launch_time
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
                 directory.acquire()
                 owned = True
                 progress.open_log(directory.path / "train.log")
-                stop.watch(directory.path)
+                stop.watch(directory.path, launch_time())
                 pulse.startup_file = directory.path / "startup.json"
         progress.say(f"run       {directory.path}")
         built = build(config, world, directory, progress, stop, pulse)
@@ -112,7 +112,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     except INPUT_ERRORS as error:
         progress.say(f"tritune: {error}")
         code, culprit = EXIT_INPUT, str(error)
-        if not leader and world is not None:  # before that, every rank sees the same
+        if world is None and not leader and int(os.environ.get("GROUP_RANK", "0")) > 0:
+            note_error(rank, error)  # of another machine: the first knows nothing of it
+        if not leader and (world is not None or os.environ.get("LOCAL_RANK") == "0"):
             print(f"tritune: rank {os.environ['RANK']}: {redact(str(error))}", file=sys.stderr)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)

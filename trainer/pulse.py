@@ -50,6 +50,14 @@ def startup() -> dict[str, float]:
     return {**parts, "total": round(now - marks[0][1], 3)}
 
 
+def launch_time() -> float:
+    """When the launcher of this process, or it itself where there is none, was started, in seconds since 1970."""
+    if not Path("/proc/uptime").is_file():
+        return 0.0
+    launched = os.environ.get(LAUNCHED)
+    return time.time() - (time.monotonic() - (float(launched) if launched else process_birth()))
+
+
 def process_birth() -> float:
     """When this process began, to a hundredth of a second, on the clock that all processes of a machine share."""
     age = float(Path("/proc/uptime").read_text().split()[0]) - float(start_ticks(os.getpid()) or 0) / os.sysconf(

@@ -57,13 +57,16 @@ class RunDir:
             raise InputError(f"run.dir={self.path}", rule, "Give another run.dir") from None
         job = os.environ.get("SLURM_JOB_ID")
         owner = self._take(lock)
-        if owner is not None and job is not None and json.loads(owner or "{}").get("job") == job:
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        said = json.loads(owner or "{}")
+        if owner is not None and job is not None and said.get("job") == job and said.get("restart", 0) < restart:
             owner = self._inherit(lock)
         if owner is not None:
             rule = f"a live run has this directory: {owner or 'unknown'}"
             raise InputError(f"run.dir={self.path}", rule, "Wait for it, stop it, or give another run.dir")
         lock.truncate(0)
-        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": now()}))
+        owned = {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "restart": restart, "since": now()}
+        lock.write(json.dumps(owned))
         lock.flush()
         self._lock = lock
         self.save_seconds = (self.read_json("status.json") or {}).get("save_seconds")
@@ -76,6 +79,10 @@ class RunDir:
         except BlockingIOError:
             lock.seek(0)
             return lock.read().strip()
+        except OSError as error:
+            rule = f"its file system has no locks ({error.strerror}), so that two runs could write there at once"
+            remedy = "Mount it with them (Lustre: -o flock), or give a run.dir on another"
+            raise InputError(f"run.dir={self.path}", rule, remedy) from None
 
     def _inherit(self, lock: IO[str]) -> str | None:
         """Take over from this very job's last attempt, which lives on where Slurm gave its machine up for lost."""

@@ -29,9 +29,15 @@ class Stop:
             signal.signal(number, self._catch)
         return self
 
-    def watch(self, directory: Path) -> None:
-        """Look for the file in a run directory from now on; for one rank alone, since the ranks agree anyway."""
+    def watch(self, directory: Path, started: float) -> None:
+        """Look for the file in a run directory from now on; for one rank alone, since the ranks agree anyway.
+
+        Args:
+            started: seconds since 1970; a file from before was not meant for this start, and goes.
+        """
         self._file = directory / STOP_FILE
+        if self._file.exists() and self._file.stat().st_mtime < started:
+            self._file.unlink()
 
     def agreed(self, world: World) -> str | None:
         """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on."""

@@ -20,25 +20,33 @@ set -u
 
 run_dir=/runs/mine
 job=$SLURM_JOB_ID
+set +u
 module load cuda
+set -u
 export NCCL_SOCKET_IFNAME=hsn
 export PYTHONSAFEPATH=1
 
 # A stop is asked for twice, by a file in the run directory and by a signal through srun: either may come late, or not at all.
+# Should the save take too long for the scheduler, the job is requeued all the same, before it would be ended for good.
 asked=""
 step=""
+guard=""
 # shellcheck disable=SC2317  # the traps below call it
 ask_to_stop() {
-  asked=$1
+  asked=${asked:-$1}
   echo "tritune: the job got $1: the run is to save and stop"
   touch "$run_dir/STOP"
   if [ -n "$step" ]; then kill -USR1 "$step" 2>/dev/null; fi
+  if [ "$1" = USR1 ] && [ -z "$guard" ]; then
+    (sleep 110 && scontrol requeue "$job") &
+    guard=$!
+  fi
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
 mkdir -p "$run_dir"
-rm -f "$run_dir/STOP" "$run_dir/again-after"
+rm -f "$run_dir/again-after"
 # Another port for each attempt: whoever holds one does not hold the next.
 port=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -59,18 +67,24 @@ step=$!
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?
+if [ -n "$guard" ]; then kill "$guard" 2>/dev/null; fi
 
 # 75: stopped on request. 77: stopped, or crashed, and to go on by itself. Anything else is the end.
 state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z_]*' | head -n 1)
 echo "tritune: attempt ${SLURM_RESTART_COUNT:-0} ended with $code, $state${asked:+, asked by $asked}"
 again=""
 if [ "$code" = 77 ] || { [ "$code" = 75 ] && [ -n "$asked" ]; }; then again=yes; fi
-if [ "$code" -gt 128 ]; then
+if [ "$code" -le 128 ]; then
+  rm -f "$run_dir/launcher-deaths"
+elif [ -n "$asked" ]; then
+  again=yes
+else
   # The launcher itself was killed, and could not count its attempts.
   echo "$code" >> "$run_dir/launcher-deaths"
   if [ "$(wc -l < "$run_dir/launcher-deaths")" -le 3 ]; then again=yes; fi
 fi
-if [ -n "$again" ] && [ "$state" != JobState=CANCELLED ]; then
+# A job that Slurm has ended already, by scancel or a requeue of its own, is left to it, unless it announced the end before.
+if [ -n "$again" ] && { [ "$state" = JobState=RUNNING ] || [ "$asked" = USR1 ]; }; then
   # A job that ends by itself is not requeued, and one that waits here is ended by the requeue.
   trap '' USR1
   trap 'exit 75' TERM
