@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,45 @@ def test_words_reach_the_run_as_they_were_given(monkeypatch, tmp_path):
         load_config(given[given.index("--rendezvous") + 2 :]).report.question
         == load_config([*BASE, *hard]).report.question
     )
+
+
+@pytest.mark.parametrize(("state", "code", "again"), [("RUNNING", 77, True), ("COMPLETING", 77, False), ("RUNNING", 75, False),
+                                                      ("RUNNING", 2, False), ("RUNNING", 137, True)])  # fmt: skip
+def test_what_is_requeued(monkeypatch, tmp_path, state, code, again):
+    """COMPLETING, with no word before: Slurm ended the job itself, by `scancel` say."""
+    done = play(monkeypatch, tmp_path, srun=f"exit {code}", state=state)
+    done.communicate(timeout=20)
+    assert ("requeue 77" in (tmp_path / "asked").read_text()) is again
+    assert done.returncode == (75 if code == 77 else code)
+
+
+def test_a_stop_that_takes_too_long_is_requeued_before_it_is_killed(monkeypatch, tmp_path):
+    """The run is asked by file and signal; ten seconds before the grace is over the job is requeued, saved or not."""
+    started = f"touch {tmp_path}/started; trap 'touch {tmp_path}/signalled' USR1; sleep 2 & wait; sleep 9; exit 77"
+    done = play(monkeypatch, tmp_path, srun=started, state="COMPLETING")
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    done.send_signal(signal.SIGUSR1)
+    time.sleep(6.5)
+    assert done.poll() is None, "it still saves"
+    assert (tmp_path / "run" / "STOP").exists()
+    assert (tmp_path / "signalled").exists()
+    assert (tmp_path / "asked").read_text().count("requeue 77") == 1
+    done.communicate(timeout=20)
+
+
+def play(monkeypatch, tmp_path, srun: str, state: str) -> subprocess.Popen[str]:
+    """Run a batch script with stand-ins for Slurm's commands; `asked` has what scontrol was asked for."""
+    text = script(
+        ["launch=slurm", "launch.num_procs=2", "launch.grace_seconds=15"], monkeypatch, run=str(tmp_path / "run")
+    )
+    scontrol = f'echo "$@" >> {tmp_path}/asked; case $1 in show) echo "n1 JobState={state}";; requeue) exit 1;; esac'
+    for name, body in (("scontrol", scontrol), ("srun", srun)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+    return subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 @pytest.mark.parametrize(
