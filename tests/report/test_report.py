@@ -124,6 +124,8 @@ def test_a_finished_run_with_its_own_figures(tritune, reported, tmp_path):
         for key in ("prompt", "base", "tuned", "reference"):
             assert sample[key] in page.text
     before = page.text
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "time": "2001-01-01T00:00:00+0000"}))  # another minute
     assert cli(["report", f'run.dir="{run}"']) == 0
     assert check(run / "report.html").text == before, "made anew, it says the same"
 
