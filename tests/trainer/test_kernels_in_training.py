@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_other_kernels(common, references, tmp_path):
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_parity_holds_with_kernels_on_and_off(common, tmp_path, method, kernels):
     backends = "verify.backends=[fsdp,zero3]"
-    argv = [*common, *METHODS[method], f"kernels={kernels}", "launch.num_procs=2", "verify.steps=4", backends]
+    argv = [*common, *METHODS[method], f"kernels={kernels}", "launch.num_procs=2", "verify.steps=2", backends]
     assert verify(["parity", *argv, f"run.dir={tmp_path}"]) == 0
     found = json.loads((tmp_path / "parity.json").read_text())
     assert found["holds"]
