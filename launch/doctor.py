@@ -29,6 +29,7 @@ from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT
 from tritune.trainer.redact import redact
 
 RENDEZVOUS_SECONDS = 60
+STEP = "TRITUNE_DOCTOR_STEP"  # set where srun started this process, which must not start srun again
 MARKS = {PASS: "pass", WARN: "WARN", FAIL: "FAIL"}
 
 
@@ -40,7 +41,7 @@ def doctor(argv: list[str]) -> int:
         for fault in faults:
             print(f"tritune: {redact(fault)}", file=sys.stderr)
         return EXIT_INPUT
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" in os.environ or STEP in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return examine(config)
     if isinstance(config.launch, SlurmConfig):
         return subprocess.run(srun_command(config, argv)).returncode
@@ -52,7 +53,7 @@ def doctor(argv: list[str]) -> int:
 
 def srun_command(config: Config, argv: list[str]) -> list[str]:
     """One task a process, on machines such as a job of this configuration would get."""
-    from tritune.launch.slurm import resources
+    from tritune.launch.slurm import container, interpreter, resources
 
     launch = config.launch
     assert isinstance(launch, SlurmConfig)
@@ -60,12 +61,9 @@ def srun_command(config: Config, argv: list[str]) -> list[str]:
     words = [
         w for w in resources(config, launch, processes) if not w.startswith(("--ntasks-per-node", "--cpus-per-task"))
     ]
-    words.append(f"--ntasks-per-node={processes}")
-    if launch.container:
-        words.append(f"--container-image={launch.container}")
-    python = "python" if launch.container else f"{launch.venv}/bin/python" if launch.venv else sys.executable
-    exports = ",".join(["ALL", *[f"{k}={shlex.quote(v)}" for k, v in launch.env.items()]])
-    return ["srun", "--label", f"--export={exports}", *words, python, "-m", "tritune.launch.doctor", *argv]
+    words += [f"--ntasks-per-node={processes}", *container(launch)]
+    exports = ",".join(["ALL", f"{STEP}=1", *[f"{k}={shlex.quote(v)}" for k, v in launch.env.items()]])
+    return ["srun", "--label", f"--export={exports}", *words, interpreter(launch), "-m", "tritune.launch.doctor", *argv]
 
 
 def _under_torchrun(argv: list[str], processes: int) -> int:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jinja2
@@ -82,19 +83,14 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                                      keep_trailing_newline=True)  # fmt: skip
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    python = (
-        "python" if launch.container else shlex.quote(f"{launch.venv}/bin/python" if launch.venv else sys.executable)
-    )
     return environment.from_string(TEMPLATE.read_text()).render(
         directives=_directives(config, launch, run, processes),
         srun=_srun(launch, processes),
-        setup=["set +u", f"module load {shlex.join(launch.modules)}", "set -u"]
-        if launch.modules
-        else [],  # hooks of sites
+        setup=["set +u", f"module load {shlex.join(launch.modules)}", "set -u"] if launch.modules else [],
         env=launch.env,
         seeds=launch.seeds,
         run=run,
-        python=python,
+        python=shlex.quote(interpreter(launch)),
         arguments=arguments,
         max_restarts=launch.max_restarts,
         guard_seconds=max(round(launch.grace_seconds) - GUARD_SECONDS, 5) if launch.grace_seconds else 0,
@@ -134,11 +130,20 @@ def _srun(launch: SlurmConfig, processes: int) -> list[str]:
     words = ["--kill-on-bad-exit=0", "--wait=120"]  # each machine's launcher ends by itself, once they agree how
     if launch.cpus_per_proc:
         words.append(f"--cpus-per-task={launch.cpus_per_proc * processes}")  # not handed down since Slurm 22.05
+    return words + [shlex.quote(word) for word in container(launch)]
+
+
+def container(launch: SlurmConfig) -> list[str]:
+    """srun's words for pyxis."""
+    words = [f"--container-image={launch.container}"] if launch.container else []
+    return words + ([f"--container-mounts={','.join(launch.mounts)}"] if launch.mounts else [])
+
+
+def interpreter(launch: SlurmConfig) -> str:
+    """The Python that a job runs: the image's, a virtual environment's, or the one that submits."""
     if launch.container:
-        words.append(f"--container-image={shlex.quote(launch.container)}")
-    if launch.mounts:
-        words.append(f"--container-mounts={shlex.quote(','.join(launch.mounts))}")
-    return words
+        return "python"
+    return f"{launch.venv}/bin/python" if launch.venv else sys.executable
 
 
 def _sbatch(arguments: list[str]) -> str:
@@ -177,8 +182,6 @@ def _require_free(run: Path) -> None:
 
 def _status_of(job: str) -> int:
     """Wait for a job and all its requeues; return its exit status."""
-    import time
-
     while True:
         found = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
         states = re.findall(r"\bJobState=(\w+)", found.stdout)

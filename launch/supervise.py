@@ -191,7 +191,9 @@ def _explained(
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         where = f"rank {rank} on {attempt.host} (pid {failure['pid']})"
         if known is None:
-            explained[rank] = Culprit(2, failure["time"], rank, f"{where} {how}; see above, or {_log(attempt, rank)}")
+            explained[rank] = Culprit(
+                2, failure["time"], rank, f"{where} {how}; see above, or {attempt.logs}/rank-{rank}.log"
+            )
         elif known.weight == 1 and failure["pid"] in by_pid:
             last = by_pid[failure["pid"]]
             text = f"{where} {how} in phase {last.phase} after step {last.step}"
@@ -200,10 +202,6 @@ def _explained(
         text = f"torchrun on {attempt.host} (pid {agent.pid}) was killed by {signal.Signals(-agent.returncode).name}"
         explained[None] = Culprit(0, time.time(), None, text)
     return list(explained.values())
-
-
-def _log(attempt: Attempt, rank: int) -> Path:
-    return attempt.logs / f"rank-{rank}.log"
 
 
 def _end(agent: subprocess.Popen[bytes], folder: Path) -> None:

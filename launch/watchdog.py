@@ -165,7 +165,7 @@ def innermost(stacks: str) -> str:
     current = next((t for t in threads if t.startswith("Current thread")), threads[-1])
     line = next(part for part in current.splitlines() if part.strip().startswith("File "))
     file, _, rest = line.strip().removeprefix("File ").partition(", line ")
-    return f"{file.strip(chr(34))}:{rest.replace(' in ', ' in ', 1)}"
+    return f"{file.strip(chr(34))}:{rest}"
 
 
 def _size(path: Path) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from test_slurm import running
 from test_supervise import plant
+from tritune.launch.doctor import srun_command
+from tritune.trainer.compose import load_config
 
 BASE = ["backend.device=cpu", "backend.timeout_seconds=20"]
 
@@ -157,6 +159,22 @@ def test_on_the_machines_of_a_job(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 ranks on 2 machine(s) met at n1:" in done.stdout
     assert {c["state"] for c in json.loads((tmp_path / "doctor.json").read_text())} <= {"pass", "warn"}
+
+
+def test_one_process_that_srun_started_does_not_start_srun_again(tmp_path):
+    """Its step has one task, like a process outside of Slurm; and a container is given what the job's is."""
+    config = load_config(["model=tiny", "data.train=x", "train.max_steps=1", "launch=slurm", "launch.container=image",
+                          "launch.mounts=['/a:/b']"])  # fmt: skip
+    words = srun_command(config, [])
+    assert {"--container-image=image", "--container-mounts=/a:/b"} < set(words)
+    (exported,) = [w for w in words if w.startswith("--export=")]
+    name, _, value = exported.split(",")[1].partition("=")
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "srun").chmod(0o755)
+    job = doctor("launch=slurm", f"run.dir={tmp_path}", **{name: value, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    out, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert "0 failed" in out
 
 
 def test_wrong_input(tmp_path):
