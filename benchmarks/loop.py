@@ -101,12 +101,13 @@ def fresh_model(run: Any) -> torch.nn.Module:
 
 def all_batches(run: Any) -> list[torch.Tensor]:
     """The run's batches in its order, as plain tensors [B, T]."""
-    from tritune.trainer.data.loader import collate, epoch_order
+    from tritune.trainer.data.loader import collate
+    from tritune.trainer.data.order import epoch_order
 
     train = run.splits["train"]
     order = epoch_order(len(train), run.config.seed, 0)
     rows = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
-    return [collate(train, r, run.loader.pad_id).input_ids for r in rows]
+    return [collate(train, r, run.loader.dealer.pad_id).input_ids for r in rows]
 
 
 class Bare:

@@ -85,7 +85,7 @@ def ours(name: str, model: Any, on: bool, ids: Tensor, dtype: torch.dtype) -> tu
     """The project's own layers and scorer; `on`: with the kernels in place. Returns the loss, and what was installed."""
     from tritune.kernels.dispatch import choose
     from tritune.kernels.install import Installed, install
-    from tritune.trainer.batch import Batch
+    from tritune.trainer.batch import rows_of
     from tritune.trainer.config import LoraConfig
     from tritune.trainer.methods.lora import add_lora
     from tritune.trainer.scorer import TokenScorer
@@ -96,13 +96,9 @@ def ours(name: str, model: Any, on: bool, ids: Tensor, dtype: torch.dtype) -> tu
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     done = install(model, choose("triton", {}, ids.device, dtype)) if on else Installed()
-    rows, length = ids.shape
-    predict = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].reshape(-1)
-    numbers = torch.arange(rows, device=ids.device)
-    lengths, labels = torch.full_like(numbers, length), torch.full_like(numbers, -1)
-    batch = Batch(ids, lengths, numbers, predict, ids[:, 1:].reshape(-1), labels, ids.numel(), 0, 0, 0, 0)
+    batch = rows_of(ids)
     scorer = TokenScorer(model, keys, 0, CHUNK_TOKENS, fused_head=done.head)
-    return lambda: scorer(batch, "summed_nll") / len(predict), done.lines()
+    return lambda: scorer(batch, "summed_nll") / len(batch.predict), done.lines()
 
 
 def theirs(name: str, model: Any, variant: str, ids: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -46,20 +46,30 @@ def _mix_int(x: int) -> int:
 
 
 def token_keys(seed: int, step: int, sample_ids_B: Tensor, num_positions: int) -> Tensor:
-    """Return int32 keys [B, T], one per token.
+    """Return int32 keys [B, T] of rows that are one sample each, from its first token on.
 
     Args:
         seed, step: of the run; only the low 32 bits count.
         sample_ids_B: int64 [B], the samples' numbers in the data set.
         num_positions: T.
     """
-    device = sample_ids_B.device
+    positions_T = torch.arange(num_positions, device=sample_ids_B.device)
+    return token_keys_at(seed, step, sample_ids_B[:, None], positions_T[None, :])
+
+
+def token_keys_at(seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
+    """Return int32 keys [B, T] of tokens anywhere in their samples.
+
+    Args:
+        seed, step: of the run; only the low 32 bits count.
+        sample_ids: int64, of a shape that broadcasts to [B, T]: the samples' numbers in the data set.
+        positions: int64, likewise: of the tokens in their samples.
+    """
     key = _mix_int(_mix_int(seed * GOLDEN + 1) ^ (step * GOLDEN))  # on the host: a copy to a GPU would wait for it
-    low = (sample_ids_B & 0xFFFFFFFF).to(torch.int32)
-    high = ((sample_ids_B >> 32) & 0xFFFFFFFF).to(torch.int32)
-    key_B = mix(mix(low ^ _int32(key)) + high * _int32(GOLDEN))
-    positions_T = torch.arange(num_positions, dtype=torch.int32, device=device)
-    return mix(key_B[:, None] ^ mix(positions_T * _int32(GOLDEN))[None, :])
+    low = (sample_ids & 0xFFFFFFFF).to(torch.int32)
+    high = ((sample_ids >> 32) & 0xFFFFFFFF).to(torch.int32)
+    sample_key = mix(mix(low ^ _int32(key)) + high * _int32(GOLDEN))
+    return mix(sample_key ^ mix(positions.to(torch.int32) * _int32(GOLDEN)))
 
 
 def threshold_of(p: float) -> int:

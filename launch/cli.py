@@ -16,6 +16,7 @@ verbs:
   train     train as the configuration says, from raw rows to a scored and exported model with its report
   submit    the same as a Slurm job: launch=slurm launch.nodes=N; launch.dry_run=true prints its script
   doctor    software, GPUs, kernels, disk, clocks and network, here or on a job's machines: pass, warn or fail
+  audit     read all data as train would, before a GPU is held: bad rows, leaks, cuts, duplicates, personal data
   evaluate  score a run (run.dir=DIR), an export, an adapter or a hub model (model.path=PATH) on the splits given
   generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
   export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "submit": _submit,
         "doctor": _doctor,
+        "audit": _audit,
         "verify": _verify,
         "config": _config,
         "generate": _generate,
@@ -85,6 +87,12 @@ def _doctor(argv: list[str]) -> int:
     from tritune.launch.doctor import doctor
 
     return doctor(argv)
+
+
+def _audit(argv: list[str]) -> int:
+    from tritune.trainer.audit.verb import main as audit
+
+    return audit(argv)
 
 
 def _verify(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the forked processes too
 for folder in ("kernels", "launch", "trainer"):  # judge.py, and what tests of one folder share
     sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
+
+# Tokenized rows of the tests go where nobody's own are, and away with them.
+_cache = tempfile.TemporaryDirectory(prefix="tritune-cache-")
+os.environ["TRITUNE_CACHE"] = _cache.name
 
 import harness  # noqa: E402  first of all: it sets the number of threads, which torch reads when it is imported
 import torch  # noqa: E402

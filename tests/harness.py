@@ -9,12 +9,40 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tritune.launch import processes
 from tritune.launch.processes import Job, preload
 
 preload(on_cpu=True)
+
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+from tritune.trainer.data.examples import Columns, Examples  # noqa: E402
+
+
+class Rows:
+    """Rows of a test, as ids with a mask of the tokens that are trained."""
+
+    def __init__(self) -> None:
+        self.columns, self.most = Columns(), -1
+
+    def add(self, ids: Sequence[int], mask: Sequence[bool], place: str, label: int = -1, num_bytes: int = 0) -> None:
+        edges = np.flatnonzero(np.diff(np.concatenate([[False, False], np.asarray(mask, bool)[1:], [False]]))).tolist()
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        self.most = max(self.most, label)
+        self.columns.add(ids, spans, place, label=str(label) if label >= 0 else None, num_bytes=num_bytes)
+
+    def freeze(self) -> Examples:
+        return Examples([pa.Table.from_batches([self.columns.batch()])], [str(i) for i in range(self.most + 1)])
+
+
+def mask_of(examples: Examples, row: int) -> list[bool]:
+    """Which tokens of a row are trained."""
+    mask = np.zeros(int(examples.lengths[row]), bool)
+    mask[examples.trained(row)] = True
+    return mask.tolist()
 
 
 def start(overrides: list[str], logs: Path, world_size: int = 1, env: dict[str, str] | None = None) -> Job:

@@ -10,15 +10,17 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.acceleration import choose_kernels, install_kernels
 from tritune.trainer.activations import checkpoint_activations
+from tritune.trainer.attention import choose_attention, require_documents_apart
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Form, Resume
-from tritune.trainer.data.loader import TrainLoader
+from tritune.trainer.config_choices import Dtype, Form, Packing, Resume
+from tritune.trainer.data.feed import make_loader
+from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
-from tritune.trainer.data.splits import Splits, read_splits, require_length
+from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.choices import Choices, lay_out
@@ -41,7 +43,7 @@ from tritune.trainer.model import (
     storage_dtype,
     widen_masters,
 )
-from tritune.trainer.objectives import Objective
+from tritune.trainer.objectives import Objective, Sources
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
@@ -74,18 +76,20 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if world.rank == 0:
             check_resume(config, directory)
     pulse.phase("data")
-    with world.together("reading tokenizer and data"):
+    watch = Watch(progress.reading, pulse.beat)
+    with world.together("reading tokenizer and data", patiently=pulse.beat):
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))
         require_length(config, context_length(architecture))
         stops = model_stop_ids(config.model, architecture)
-        pad = choose_pad_token(tokenizer, config.model.pad_token, stop_token_ids(tokenizer, stops))
+        stop_ids = stop_token_ids(tokenizer, stops)
+        pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture), stops)
+        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
         choices = lay_out_choices(config, splits, tokenizer)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
-    say(f"data      tokenized in {time.perf_counter() - began:.1f} s; padding token {pad}")
+    say(f"data      read in {time.perf_counter() - began:.1f} s; padding token {pad}")
 
     pulse.phase("model")
     with world.together("loading the model"):
@@ -109,6 +113,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
     )
 
+    if config.data.packing is not Packing.none:
+        say(f"attention {choose_attention(model, world.device)}: packed rows do not see one another")
     installed = install_kernels(config, model, kernels, world, say)
     pulse.phase("backend")
     backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
@@ -119,11 +125,15 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim), weights)
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
-    loader = _make_loader(config, splits, state, tokenizer, backend)
+    with world.together("laying out the training rows"):
+        loader = make_loader(config, splits, tokenizer, stop_ids, state, _dealer(config, tokenizer, backend))
+        told = loader.describe()
+    for line in told:
+        say(line)
     run = Run(
         config=config, world=world, backend=backend, objective=make_objective(config, splits.labels, tokenizer),
         model=wrapped, scorer=scorer, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples,
-        choices=choices, labels=splits.labels, stops=stop_token_ids(tokenizer, stops),
+        choices=choices, labels=splits.labels, stops=stop_ids,
         parameters=(trainable, total), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
@@ -200,9 +210,22 @@ def dry_run(run: Run) -> None:
         except torch.OutOfMemoryError as error:
             rule = f"the longest micro-batch does not fit in memory ({str(error).splitlines()[0]})"
             remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
-            raise InputError(f"train.micro_batch_size={run.loader.micro_batch_size}", rule, remedy) from None
+            raise InputError(f"train.micro_batch_size={run.loader.dealer.micro_batch_size}", rule, remedy) from None
     _forward_and_backward(run, last=True)
     run.backend.forget()
+    if run.config.data.packing is not Packing.none:
+        _require_documents_apart(run)
+
+
+def _require_documents_apart(run: Run) -> None:
+    """On this run's own model, as the backend wrapped it."""
+    config, want = run.config, "class_logits" if run.heads else "token_nll"
+    run.model.eval()
+    require_documents_apart(
+        lambda batch: run.model(batch, want), run.core.config.get_text_config().vocab_size, run.world.device,
+        half=config.model.dtype is Dtype.bfloat16,
+    )  # fmt: skip
+    run.model.train()
 
 
 def _forward_and_backward(run: Run, last: bool) -> None:
@@ -217,7 +240,7 @@ def _resume_or_start(run: Run) -> None:
         saved = run.store.load(found, run.backend.tensors())
         run.backend.refresh()
         with run.world.together("checking what was saved"):
-            if saved["data"] != run.splits["train"].digest:
+            if saved["data"] != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             run.state.load_json(saved["train"])
@@ -234,32 +257,27 @@ def _resume_or_start(run: Run) -> None:
             run.directory.write_json("data.json", reports | {"labels": run.labels})
 
 
-def _make_loader(
-    config: Config, splits: Splits, state: TrainState, tokenizer: PreTrainedTokenizerBase, backend: Backend
-) -> TrainLoader:
-    train = splits.examples["train"]
-    steps_per_epoch = -(-len(train) // config.train.batch_size)
-    ends = [config.train.max_steps, config.train.epochs and config.train.epochs * steps_per_epoch]
-    return TrainLoader(
-        train, state, seed=config.seed, batch_size=config.train.batch_size,
-        micro_batch_size=config.train.micro_batch_size, total_steps=min(e for e in ends if e),
-        pad_id=tokenizer.pad_token_id, dp_rank=backend.dp_rank, dp_size=backend.dp_size, device=backend.device,
-        order=config.verify.order,
+def _dealer(config: Config, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Dealer:
+    return Dealer(
+        config.train.batch_size, config.train.micro_batch_size, tokenizer.pad_token_id, backend.dp_rank, backend.dp_size,
+        backend.device, config.train.unpack, config.verify.order,
     )  # fmt: skip
 
 
-def _make_due(config: Config, loader: TrainLoader) -> Due:
+def _make_due(config: Config, loader: Loader) -> Due:
     eval_every = config.evaluation.every or loader.steps_per_epoch
     return Due(config.train.log_every, eval_every, config.checkpoint.every or eval_every, loader.total_steps)
 
 
 def make_objective(config: Config, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Objective:
     """The objective that `config.objective` names."""
+    named = config.data.sources
+    sources = Sources(tuple(named), tuple(s.loss_weight for s in named.values()))
     if config.objective.name == "classify":
-        return Classify(len(labels))
+        return Classify(len(labels), sources=sources)
     if config.objective.name == "classify_token":
-        return Classify(len(labels), label_token_ids(labels, tokenizer))
-    return LanguageModel()
+        return Classify(len(labels), label_token_ids(labels, tokenizer), sources)
+    return LanguageModel(sources)
 
 
 def _device_name(device: torch.device) -> str:

@@ -164,10 +164,17 @@ def _apply(composed: Any, override: Override) -> str | None:
     if fault:
         return f"{text}: {fault}"
     try:
-        OmegaConf.update(composed, key, override.value(), force_add=True, merge=False)
+        if key.startswith("data.sources."):  # a source is made by the first key that names it, typed as the schema says
+            composed.merge_with(_nested(key.split("."), override.value()))
+        else:
+            OmegaConf.update(composed, key, override.value(), force_add=True, merge=False)
     except OmegaConfBaseException as error:
         return f"{text}: {conversion(error, composed, key)}"
     return None
+
+
+def _nested(names: list[str], value: Any) -> dict[str, Any]:
+    return {names[0]: _nested(names[1:], value) if len(names) > 1 else value}
 
 
 def _unresolved(node: Any, prefix: str = "") -> list[str]:

@@ -18,12 +18,10 @@ from tritune.trainer.config_choices import (
     Dtype,
     Form,
     Implementation,
-    Kind,
     Resume,
     Schedule,
-    TextUnit,
-    Unsupervised,
 )
+from tritune.trainer.config_data import AuditConfig, CacheConfig, DataConfig
 from tritune.trainer.config_launch import SCHEMAS as LAUNCH_SCHEMAS
 from tritune.trainer.config_launch import LaunchConfig
 
@@ -39,25 +37,6 @@ class ModelConfig:
     chat_template: str | None = None  # a Jinja file or "chatml"; default: the tokenizer's own
     pad_token: str | None = None  # default: the tokenizer's own, unless it is a stop token
     add_tokens: list[str] = field(default_factory=list)  # new tokens; embeddings are resized
-
-
-@dataclass
-class DataConfig:
-    train: str | None = None  # .jsonl .csv .parquet .txt, a datasets folder, or hf://name[@config]:split
-    validation: str | None = None
-    test: str | None = None
-    retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
-    validation_share: float = 0.0  # cut from `train` by content hash, where `validation` is not given
-    test_share: float = 0.0
-    kind: Kind = Kind.auto
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # our name -> the file's: prompt: instruction, label: category
-    text_unit: TextUnit = TextUnit.paragraph
-    max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
-    unsupervised: Unsupervised = Unsupervised.refuse
-    require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
-    labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
 
 
 @dataclass
@@ -113,6 +92,7 @@ class TrainConfig:
     epochs: int | None = None
     max_steps: int | None = None  # the earlier of the two ends the run
     max_nonfinite: int = 3  # steps in a row with a NaN or infinite gradient before the run fails
+    unpack: bool = False  # compute each row of a pack apart: slower, the same run; for proofs
     log_every: int = 1
     deterministic: bool = False  # refuse nondeterministic GPU kernels
     activation_checkpointing: Activations = Activations.none
@@ -228,6 +208,8 @@ class Config:
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -281,9 +263,6 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "launch": LAUNCH_SCHEMAS,
 }
 GROUPS = (*SCHEMAS, "experiment")
-
-# Our names of a row's columns, which data.columns maps to a file's.
-COLUMNS = ("messages", "prompt", "input", "response", "text", "label")
 
 # What `<group>.name` may be. It follows from the option chosen; a YAML that sets it by hand is refused unless it fits.
 NAMES: dict[str, tuple[str, ...]] = {

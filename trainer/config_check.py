@@ -10,7 +10,6 @@ from typing import Any
 
 from tritune.trainer.config import (
     CHOICE_METRICS,
-    COLUMNS,
     METRICS,
     NAMES,
     SCHEMAS,
@@ -21,6 +20,7 @@ from tritune.trainer.config import (
     TrainConfig,
 )
 from tritune.trainer.config_backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
+from tritune.trainer.config_check_data import check_data
 from tritune.trainer.config_choices import Activations, Dtype, Form
 from tritune.trainer.config_launch import check_launch
 
@@ -51,25 +51,10 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         "model.tokenizer",
         "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
     )
-    rule(not training or c.data.train is not None, "data.train", "there is nothing to train on. Give data.train=<file>")
+    has_rows = c.data.train is not None or bool(c.data.sources)
+    rule(not training or has_rows, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
-    rule(c.data.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
-    for key in ("validation", "test"):
-        share = getattr(c.data, f"{key}_share")
-        rule(0.0 <= share < 1.0, f"data.{key}_share", "a share lies in [0, 1). Use e.g. 0.1")
-        rule(
-            not (share and getattr(c.data, key)),
-            f"data.{key}_share",
-            f"data.{key} is given as well. Set one of the two",
-        )
-    rule(
-        c.data.validation_share + c.data.test_share < 1.0,
-        "data.validation_share",
-        "with data.test_share nothing is left to train on. Their sum must stay below 1",
-    )
-    for name in c.data.columns:
-        if name not in COLUMNS:
-            faults.append(f"data.columns.{name}: there is no such column here. Map one of {', '.join(COLUMNS)}")
+    check_data(c, rule, faults)
     if isinstance(c.method, LoraConfig):
         rule(c.method.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
         rule(0.0 <= c.method.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")

@@ -43,6 +43,35 @@ class Unsupervised(StrEnum):
     drop = "drop"
 
 
+class BadRows(StrEnum):
+    """What happens to a row that cannot be read: it ends the run before it starts, or is counted and left out."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
+class Overlong(StrEnum):
+    """What happens to a row above `data.max_length`."""
+
+    cut = "cut"
+    drop = "drop"
+    refuse = "refuse"
+
+
+class Duplicates(StrEnum):
+    """What happens to a row that stands in the same file before."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+class Packing(StrEnum):
+    """What a sequence of `train.batch_size` is: one row, or rows packed into `data.max_length` tokens, best fit decreasing."""
+
+    none = "none"
+    best_fit = "best_fit"
+
+
 class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"

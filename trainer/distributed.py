@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tritune.trainer.config_backends import BackendConfig, Device
 from tritune.trainer.errors import InputError, PeerError
+
+MEET_SECONDS = 0.05  # between looks whether all ranks have come
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,35 @@ class World:
             return self
         return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
 
+    def meet(self, name: str, beat: Callable[[], None]) -> None:
+        """Wait until every rank has come to `name`, however long it takes; no collective is open meanwhile.
+
+        For work that one rank of a machine does for the others, such as tokenizing: a collective would run into its time limit.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()  # as torch's own barriers do
+        store.set(f"tritune/{name}/{self.rank}", "here")
+        while not store.check([f"tritune/{name}/{rank}" for rank in range(self.size)]):
+            beat()
+            time.sleep(MEET_SECONDS)
+
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str, patiently: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a block on all ranks; if it fails on one, fail on all, before the next collective can hang.
 
         The lowest failing rank raises its own exception and the others a `PeerError` that names it.
+
+        Args:
+            patiently: wait for the others without a time limit, calling this again and again.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as caught:  # noqa: BLE001  reported to every rank, then raised again
             error = caught
+        if patiently is not None:
+            self.meet(doing, patiently)
         failures = [(r, e) for r, e in enumerate(self.gather(None if error is None else _portable(error))) if e]
         if not failures:
             return

@@ -111,7 +111,7 @@ def _score(run: Run, who: str) -> Scores:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
             objective: Objective = LanguageModel() if name == "retention" else run.objective
             scores[name] = evaluate(objective, run.model, run.splits[name], run.backend, run.config.evaluation.batch_size,
-                                    run.loader.pad_id, run.choices.get(name))  # fmt: skip
+                                    run.loader.dealer.pad_id, run.choices.get(name))  # fmt: skip
     return scores
 
 
@@ -138,7 +138,7 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
 def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:
     config, device = run.config, run.backend.device
     if isinstance(run.objective, Classify):
-        args = (run.splits[split], run.model, run.objective, run.labels, run.loader.pad_id, device)
+        args = (run.splits[split], run.model, run.objective, run.labels, run.loader.dealer.pad_id, device)
         return classify(samples, *args)
     return answer(samples, run.core, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
                   context_length(run.core.config), config.model.dtype.value == "float64")  # fmt: skip

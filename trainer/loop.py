@@ -13,14 +13,14 @@ from tritune.trainer.backends import Backend
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.data.loader import TrainLoader
+from tritune.trainer.data.loader import Loader
 from tritune.trainer.distributed import World, generator_digest, seed_forward
 from tritune.trainer.errors import NonFiniteError
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
-from tritune.trainer.objectives import Objective, window_weight
+from tritune.trainer.objectives import Objective, means_by_source, window_weight
 from tritune.trainer.optim import learning_rate
 from tritune.trainer.pulse import Pulse
 from tritune.trainer.rundir import RunDir
@@ -60,7 +60,7 @@ class Run:
     labels: list[str]
     stops: list[int]
     parameters: tuple[int, int]
-    loader: TrainLoader
+    loader: Loader
     store: CheckpointStore
     state: TrainState
     due: Due
@@ -98,13 +98,13 @@ def fit(run: Run) -> str | None:
             with backend.sync(last=i == len(micro_batches) - 1):
                 loss = objective(run.model, batch)
                 backend.backward((loss.sums * (backend.dp_size / weight).to(loss.sums.dtype)).sum())
-            run.meter.add(loss.sums, batch)
+            run.meter.add(loss, batch)
 
         # -- update
         lr = learning_rate(config.optim, state.step, run.loader.total_steps)
         mean_loss, tokens, label_tokens = run.meter.step(weight)
         grad_norm = float(backend.step(config.optim.max_norm, lr, refuse=not math.isfinite(mean_loss)))
-        state.advance(run.loader.steps_per_epoch)
+        run.loader.advance()
         state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
         count_nonfinite(run, mean_loss, grad_norm, micro_batches)
         stopping = run.stop.agreed(run.world)
@@ -143,13 +143,13 @@ def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list
     samples = sorted(
         {s for ids in run.world.gather([b.sample_ids.tolist() for b in micro_batches]) for b in ids for s in b}
     )
-    places = [run.splits["train"].places[s] for s in samples if s >= 0]
+    places = run.loader.places([s for s in samples if s >= 0][:8])
     message = f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
-    run.progress.say(f"{message} ({state.nonfinite} of {limit} in a row). Rows: {', '.join(places[:8])}")
+    run.progress.say(f"{message} ({state.nonfinite} of {limit} in a row). Rows: {', '.join(places)}")
     if state.nonfinite >= limit:
         run.store.wait()
         raise NonFiniteError(
-            f"{message}, nor were the {limit - 1} before it. Lower optim.lr, or look at the rows: {', '.join(places[:8])}"
+            f"{message}, nor were the {limit - 1} before it. Lower optim.lr, or look at the rows: {', '.join(places)}"
         )
 
 
@@ -157,6 +157,8 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
     row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
+    if run.meter.by_source is not None:
+        row |= means_by_source(run.objective.sources.names, run.meter.by_source)
     if run.world.rank == 0:
         row |= {"batch": run.meter.batch, "rng": generator_digest(run.world.device)}
         run.directory.append("metrics.jsonl", row)
@@ -171,7 +173,7 @@ def validate(run: Run) -> bool:
     config, state = run.config, run.state
     run.pulse.phase("evaluate")
     figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
-                       config.evaluation.batch_size, run.loader.pad_id, run.choices.get("validation"))  # fmt: skip
+                       config.evaluation.batch_size, run.loader.dealer.pad_id, run.choices.get("validation"))  # fmt: skip
     metric = config.evaluation.metric
     state.evaluated = state.step
     improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)
@@ -192,7 +194,7 @@ def save(run: Run) -> None:
     run.pulse.phase("save")
     with run.world.together("writing the logs"):
         run.directory.sync_logs()
-    saved = {"train": run.state.to_json(), "data": run.splits["train"].digest}
+    saved = {"train": run.state.to_json(), "data": run.loader.digest}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)
     run.directory.save_seconds = run.store.seconds
     warn_of_slow_save(run)

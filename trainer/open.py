@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import Config, DataConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Dtype
+from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError

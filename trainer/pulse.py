@@ -140,7 +140,13 @@ def note_error(rank: int, error: BaseException) -> None:
 
 def end_with_parent() -> None:
     """Let the kernel kill this process when its parent dies: no rank outlives a launcher that was killed (Linux)."""
-    if os.environ.get(NODE_DIR) is not None and hasattr(os, "pidfd_open"):
+    if os.environ.get(NODE_DIR) is not None:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it dies (Linux)."""
+    if hasattr(os, "pidfd_open"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

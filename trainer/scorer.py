@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from tritune.kernels.dropout import token_keys
+from tritune.kernels.dropout import token_keys, token_keys_at
 from tritune.kernels.linear_cross_entropy import token_nll_reference
-from tritune.trainer.batch import Batch
+from tritune.trainer.attention import document_bounds, within_rows
+from tritune.trainer.batch import Batch, rows_of
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.sites import TokenKeys
 from tritune.trainer.model import CLASS_HEAD
@@ -44,8 +45,8 @@ class TokenScorer(nn.Module):
     def forward(self, batch: Batch, want: Want) -> Tensor:
         """Return what is wanted of `batch`.
 
-        `token_nll`: [M], -log p of each target token. `summed_nll`: [], their sum. `last_logits`: [B, V] after each row's
-        last token. `class_logits`: [B, C] from the classification head. All in float32 or wider.
+        `token_nll`: [M], -log p of each target token. `summed_nll`: [], their sum. `last_logits`: [D, V] after each document's
+        last token. `class_logits`: [D, C] from the classification head. All in float32 or wider.
         """
         if self._widest is not None:
             with KeepFloat64():
@@ -53,17 +54,18 @@ class TokenScorer(nn.Module):
         return self._score(batch, want)
 
     def _score(self, batch: Batch, want: Want) -> Tensor:
-        num_rows, num_positions = batch.input_ids.shape
         keys = None
         if self.keys is not None and self.training:
-            keys = token_keys(self.seed, batch.step, batch.sample_ids, num_positions)
+            keys = _keys(self.seed, batch)
             self.keys.set(keys)
         decoder = getattr(self.model, self.model.base_model_prefix)
         # No attention mask: rows are padded on the right and attention is causal, so the mask would change no real
-        # token, and without it SDPA takes its fast causal path.
-        hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        flat = hidden.reshape(num_rows * num_positions, -1)
-        last = torch.arange(num_rows, device=flat.device) * num_positions + batch.lengths - 1
+        # token, and without it SDPA takes its fast causal path. Packed documents are told apart by their positions.
+        hidden = decoder(
+            input_ids=batch.input_ids, use_cache=False, **document_bounds(batch, self.model)
+        ).last_hidden_state
+        flat = hidden.reshape(batch.input_ids.numel(), -1)
+        last = batch.starts + batch.lengths - 1
         if want in ("token_nll", "summed_nll"):
             predicting, summed = flat[batch.predict], want == "summed_nll"
             if self.fused_head:
@@ -73,18 +75,20 @@ class TokenScorer(nn.Module):
             nll = token_nll_reference(predicting, head, batch.targets, self.chunk_tokens)
             return nll.sum() if summed else nll
         if want == "last_logits":
-            logits = self._head(keys, last)(flat[last], 0, num_rows)
+            logits = self._head(keys, last)(flat[last], 0, len(last))
         else:
             logits = getattr(self.model, CLASS_HEAD)(flat[last])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """The Hugging Face model's own logits, [B, T, V] or [B, C] of a classifier."""
-        return self.model(input_ids=input_ids.to(self.model.device), use_cache=False).logits
+        with within_rows(self.model):
+            return self.model(input_ids=input_ids.to(self.model.device), use_cache=False).logits
 
     def generate(self, **arguments) -> Tensor:
         """The model's own `generate`, for whoever must gather parameters around it."""
-        return self.model.generate(**arguments)  # type: ignore[operator]
+        with within_rows(self.model):
+            return self.model.generate(**arguments)  # type: ignore[operator]
 
     def _head(self, keys: Tensor | None, positions: Tensor):
         """Return the output head as a function of hidden[start:stop], start, stop, as the model's family computes it."""
@@ -97,6 +101,13 @@ class TokenScorer(nn.Module):
             return scaled_logits(output(hidden), config)
 
         return head
+
+
+def _keys(seed: int, batch: Batch) -> Tensor:
+    """Of every token, [B, T]: the same whether its document stands alone or among others."""
+    if batch.packs is None:
+        return token_keys(seed, batch.step, batch.sample_ids, batch.input_ids.shape[1])
+    return token_keys_at(seed, batch.step, batch.sample_ids[batch.packs.documents], batch.packs.positions)
 
 
 def scaled_logits(logits: Tensor, config) -> Tensor:
@@ -124,11 +135,7 @@ def require_same_logits(scorer: TokenScorer) -> None:
     """
     model, num_tokens = scorer.model, 8
     ids = torch.arange(num_tokens) * 7 % model.config.get_text_config().vocab_size
-    batch = Batch(
-        input_ids=ids[None], lengths=torch.tensor([num_tokens]), sample_ids=torch.tensor([0]),
-        predict=torch.arange(num_tokens - 1), targets=ids[1:], labels=torch.tensor([-1]),
-        num_tokens=num_tokens, num_bytes=0, digest=0, step=0, index=0,
-    )  # fmt: skip
+    batch = rows_of(ids[None])
     training = scorer.training
     scorer.eval()
     nll = scorer(batch, "token_nll")

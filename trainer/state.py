@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from tritune.trainer.errors import CheckpointError
@@ -17,6 +17,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         epoch, window: the cursor: which window of which epoch comes next.
+        sources, used: of a stream: (passes, rows) read of each source before `window`, and sequences of it that were taken.
         tokens, label_tokens: seen since the start, padding not counted.
         nonfinite: steps in a row whose update was refused.
         skipped: steps refused in all.
@@ -29,6 +30,8 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     window: int = 0
+    sources: list[list[int]] = field(default_factory=list)
+    used: int = 0
     tokens: int = 0
     label_tokens: int = 0
     nonfinite: int = 0
@@ -64,7 +67,9 @@ class TrainState:
         Raises:
             CheckpointError: other fields, or values of other types: another version wrote it, or nobody did.
         """
-        kinds = {"best": (float, int, type(None)), "best_step": (int, type(None)), "train_seconds": (float, int)}
+        kinds: dict[str, Any] = {
+            "sources": list, "best": (float, int, type(None)), "best_step": (int, type(None)), "train_seconds": (float, int),
+        }  # fmt: skip
         known = [f.name for f in fields(self)]
         if not isinstance(values, dict) or sorted(values) != sorted(known):
             raise CheckpointError(f"the saved state has other fields than {', '.join(known)}")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from harness import mask_of
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config_choices import Unsupervised
-from tritune.trainer.data.examples import blocks, conversations, documents, labelled
+from tritune.trainer.data.encode import Conversations, Documents, Labelled
+from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import collate
+from tritune.trainer.data.pipeline import encode_records
+from tritune.trainer.data.splits import require_stop_token
+from tritune.trainer.data.tables import Divider, require_supervision
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos, byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
 
@@ -40,8 +46,52 @@ def chat(*contents, place="rows.jsonl:1") -> Record:
 
 
 def row(examples, i):
-    part = slice(examples.starts[i], examples.starts[i + 1])
-    return examples.ids[part].tolist(), examples.supervised[part].tolist()
+    return examples.ids(i).tolist(), mask_of(examples, i)
+
+
+def all_ids(examples) -> list[int]:
+    return [t for i in range(len(examples)) for t in examples.ids(i).tolist()]
+
+
+def places(examples) -> list[str]:
+    return [examples.place(i) for i in range(len(examples))]
+
+
+def tokenized(records, encoder, data, block=None, labels=()) -> Examples:
+    """From records to rows, as a source's chunks go."""
+    batches, left_out = [], []
+    divider = Divider({}, data, block, lambda _, batch: batches.append(batch), lambda *why: left_out.append(why))
+    divider.take(encode_records(records, encoder))
+    divider.end()
+    report = divider.sinks["train"].report
+    assert len(left_out) == report.bad + report.dropped + report.too_long + report.duplicates
+    if isinstance(encoder, Conversations):
+        require_supervision({"train": report}, data)
+    made = Examples([pa.Table.from_batches(batches)] if batches else [], labels, None, report)
+    assert made.digest == divider.sinks["train"].digest.hexdigest() or labels or not batches, (
+        "as it is written, so it is read"
+    )
+    return made
+
+
+def conversations(records, tokenizer, config, model_stops=()) -> Examples:
+    stops = stop_token_ids(tokenizer, list(model_stops))
+    made = tokenized(records, Conversations(tokenizer, config.data, stops), config.data)
+    if config.data.require_stop_token:
+        require_stop_token([made.report], tokenizer, stops)
+    return made
+
+
+def labelled(records, tokenizer, config, labels) -> Examples:
+    return tokenized(records, Labelled(tokenizer, config.data, config.objective), config.data, labels=labels)
+
+
+def blocks(records, tokenizer, config) -> Examples:
+    return tokenized(records, Documents(tokenizer, separate=True), config.data, config.data.max_length)
+
+
+def documents(records, tokenizer, limit) -> Examples:
+    return tokenized(records, Documents(tokenizer, separate=False, limit=limit), config().data)
 
 
 def random_text(rng: random.Random, size: int) -> str:
@@ -164,8 +214,8 @@ def test_rows_without_an_answer():
     with pytest.raises(InputError, match=r"f:2.*1 of 2 rows"):
         conversations([good, mute], tokenizer, config())
     examples = conversations([good, mute], tokenizer, config(unsupervised=Unsupervised.drop))
-    assert examples.places == ["f:1"]
-    assert examples.report.dropped == ["f:2"]
+    assert places(examples) == ["f:1"]
+    assert (examples.report.dropped, examples.report.dropped_places) == (1, ["f:2"])
     with pytest.raises(InputError, match="every row"):
         conversations([mute], tokenizer, config(unsupervised=Unsupervised.drop))
 
@@ -176,7 +226,7 @@ def test_rows_whose_answer_is_cut_off():
     with pytest.raises(InputError, match=r"f:2 \(its answer lies beyond the cut\)"):
         conversations(rows, tokenizer, config(max_length=60))
     kept = conversations(rows, tokenizer, config(max_length=60, unsupervised=Unsupervised.drop))
-    assert kept.places == ["f:1"]
+    assert places(kept) == ["f:1"]
     assert kept.report.rows == 1
 
 
@@ -208,12 +258,12 @@ def test_blocks_cover_every_token_once(length):
     examples = blocks([Record(f"f:{i}", text=t) for i, t in enumerate(texts)], tokenizer, config(max_length=length))
     stream = [i for t in texts for i in tokenizer(t)["input_ids"]]
     rest = len(stream) % length == 1  # a last block of one token predicts nothing
-    assert examples.ids.tolist() == (stream[:-1] if rest else stream)
+    assert all_ids(examples) == (stream[:-1] if rest else stream)
     assert (examples.lengths[:-1] == length).all()
     assert 2 <= examples.lengths[-1] <= length
     for i in range(len(examples)):
         assert row(examples, i)[1] == [False] + [True] * (int(examples.lengths[i]) - 1)
-    assert examples.report.tokens == len(examples.ids)
+    assert examples.report.tokens == len(all_ids(examples))
     # bytes of what is predicted: a byte token spells one, a special one none, whole characters at their last byte
     assert examples.num_bytes.sum() <= sum(len(t.encode()) for t in texts)
 
@@ -223,10 +273,10 @@ def test_blocks_separate_documents_with_eos_where_no_bos_is_added():
     tokenizer.backend_tokenizer.post_processor = None
     assert not adds_bos(tokenizer)
     examples = blocks([Record("f:1", text="ab"), Record("f:2", text="cd")], tokenizer, config(max_length=100))
-    assert tokenizer.decode(examples.ids.tolist()) == "ab<eos>cd<eos>"
+    assert tokenizer.decode(all_ids(examples)) == "ab<eos>cd<eos>"
     assert adds_bos(byte_tokenizer())
     bos = blocks([Record("f:1", text="ab"), Record("f:2", text="cd")], byte_tokenizer(), config(max_length=100))
-    assert tokenizer.decode(bos.ids.tolist()) == "<bos>ab<bos>cd"
+    assert tokenizer.decode(all_ids(bos)) == "<bos>ab<bos>cd"
 
 
 def test_bytes_of_blocks_sum_to_the_predicted_text():
@@ -243,7 +293,7 @@ def test_documents_count_every_byte(name, shared):
     tokenizer, rng = tokenizers(shared)[name], random.Random(2)
     texts = [random_text(rng, n) for n in range(1, 120)] + ["Once upon a time, there was a cat.", "é", "😀", "ab"]
     examples = documents([Record(f"f:{i}", text=t) for i, t in enumerate(texts)], tokenizer, 10_000)
-    found = dict(zip(examples.places, examples.num_bytes.tolist(), strict=True))
+    found = dict(zip(places(examples), examples.num_bytes.tolist(), strict=True))
     for i, text in enumerate(texts):
         ids = tokenizer(text, return_offsets_mapping=True)
         if len(ids["input_ids"]) < 2:
@@ -277,11 +327,11 @@ def test_labels():
     records = [Record(f"f:{i}", text=f"text {i}", label=x) for i, x in enumerate(["b", "a", "c", "a"])]
     examples = labelled(records, tokenizer, labels_config(), ["a", "b", "c"])
     assert examples.labels.tolist() == [1, 0, 2, 0]
-    assert not examples.supervised.any()
+    assert not any(any(mask_of(examples, i)) for i in range(4))
     assert [tokenizer.decode(row(examples, i)[0]) for i in range(4)] == [f"<bos>text {i}" for i in range(4)]
     assert collate(examples, [2, 0], 0).labels.tolist() == [2, 1]
-    with pytest.raises(InputError, match=r"f:9.*'d'"):
-        labelled([Record("f:9", text="x", label="d")], tokenizer, labels_config(), ["a", "b"])
+    unknown = labelled([Record("f:9", text="x", label="d")], tokenizer, labels_config(), ["a", "b"])
+    assert unknown.labels.tolist() == [-1]
     with pytest.raises(InputError, match=r"f:9.*empty"):
         labelled([Record("f:9", text=" \n", label="a")], tokenizer, labels_config(), ["a", "b"])
 
@@ -391,7 +441,7 @@ def test_the_models_own_stop_tokens_count_as_stop_tokens():
         "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
     )
     examples = conversations([chat("q", "r")], tokenizer, config(), [tokenizer.convert_tokens_to_ids("<end_of_turn>")])
-    assert "r<end_of_turn>" in tokenizer.decode(examples.ids[examples.supervised].tolist())
+    assert "r<end_of_turn>" in tokenizer.decode(examples.ids(0)[examples.trained(0)].tolist())
 
 
 def test_load_tokenizer(tmp_path, shared):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,8 @@ from scipy.stats import chi2
 from tritune.trainer.config import TrainConfig
 from tritune.trainer.config_check import derived_accumulation
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.data.loader import TrainLoader, collate, deal, epoch_order, evaluation_batches
+from tritune.trainer.data.loader import Dealer, TrainLoader, collate, deal, evaluation_batches
+from tritune.trainer.data.order import Order, epoch_order
 from tritune.trainer.state import TrainState
 
 CPU = torch.device("cpu")
@@ -20,25 +22,25 @@ CPU = torch.device("cpu")
 
 def examples(count: int, seed=0, longest=30) -> Examples:
     rng = np.random.default_rng(seed)
-    result = Examples()
+    result = harness.Rows()
     for i in range(count):
         n = int(rng.integers(1, longest))
         result.add(rng.integers(1, 90, n), rng.random(n) < 0.5, f"row {i}", label=int(rng.integers(-1, 4)), num_bytes=i)
     return result.freeze()
 
 
-def loader(data, rank=0, ranks=1, *, batch=7, micro=None, steps=10, seed=3, state=None) -> TrainLoader:
-    return TrainLoader(
-        data, state or TrainState(), seed=seed, batch_size=batch, micro_batch_size=micro, total_steps=steps, pad_id=0,
-        dp_rank=rank, dp_size=ranks, device=CPU,
-    )  # fmt: skip
+def loader(
+    data, rank=0, ranks=1, *, batch=7, micro=None, steps=10, seed=3, state=None, capacity=None, unpack=False
+) -> TrainLoader:
+    dealer = Dealer(batch, micro, 0, rank, ranks, CPU, unpack)
+    return TrainLoader(Order(data, seed, capacity=capacity), state or TrainState(), dealer, None, steps)
 
 
 def run(train: TrainLoader):
     """Drive it as the training loop does."""
     for window in train:
         yield window
-        train.state.advance(train.steps_per_epoch)
+        train.advance()
 
 
 def ids(window) -> list[int]:
@@ -127,8 +129,7 @@ def test_collate_equals_the_obvious():
         width = max(int(data.lengths[r]) for r in rows)
         expected, predict, targets = [], [], []
         for b, r in enumerate(rows):
-            tokens = data.ids[data.starts[r] : data.starts[r + 1]].tolist()
-            wanted = data.supervised[data.starts[r] : data.starts[r + 1]].tolist()
+            tokens, wanted = data.ids(r).tolist(), harness.mask_of(data, r)
             expected.append(tokens + [99] * (width - len(tokens)))
             for t in range(1, len(tokens)):
                 if wanted[t]:
@@ -137,14 +138,43 @@ def test_collate_equals_the_obvious():
         assert batch.input_ids.tolist() == expected
         assert batch.predict.tolist() == predict
         assert batch.targets.tolist() == targets
-        assert batch.lengths.tolist() == [len(data.ids[data.starts[r] : data.starts[r + 1]]) for r in rows]
+        assert batch.lengths.tolist() == [len(data.ids(r)) for r in rows]
         assert batch.labels.tolist() == data.labels[rows].tolist()
         assert batch.sample_ids.tolist() == rows
         assert batch.num_tokens == sum(batch.lengths.tolist())
         assert batch.num_bytes == sum(rows)
         assert (batch.step, batch.index) == (5, 2)
-        for name in ("input_ids", "lengths", "sample_ids", "predict", "targets", "labels"):
+        assert batch.starts.tolist() == [b * width for b in range(len(rows))]
+        assert batch.packs is None
+        for name in ("input_ids", "starts", "lengths", "sample_ids", "predict", "targets", "labels", "sources"):
             assert getattr(batch, name).dtype == torch.int64
+
+
+def test_packs_lie_one_behind_the_other():
+    data, rng = examples(40), random.Random(2)
+    for _ in range(60):
+        numbers = rng.sample(range(40), 12)
+        cuts = sorted(rng.sample(range(1, 12), rng.randint(1, 4)))
+        packs = [np.array(numbers[a:b]) for a, b in itertools.pairwise([0, *cuts, 12])]
+        batch, alone = collate(data, packs, 99), [collate(data, [r], 99) for r in numbers]
+        width, flat = batch.input_ids.shape[1], batch.input_ids.reshape(-1)
+        assert width == max(int(data.lengths[p].sum()) for p in packs)
+        assert batch.sample_ids.tolist() == numbers
+        assert batch.digest == sum(one.digest for one in alone), "the same rows, however they lie"
+        targets = iter(batch.targets.tolist())
+        for d, (r, one) in enumerate(zip(numbers, alone, strict=True)):
+            start, n = int(batch.starts[d]), int(batch.lengths[d])
+            assert flat[start : start + n].tolist() == data.ids(r).tolist()
+            mine = batch.predict[(batch.predict >= start) & (batch.predict < start + n)]
+            assert (mine - start).tolist() == one.predict.tolist()
+            assert [next(targets) for _ in one.targets] == one.targets.tolist()
+            assert batch.packs.positions.reshape(-1)[start : start + n].tolist() == list(range(n))
+            assert set(batch.packs.documents.reshape(-1)[start : start + n].tolist()) == {d}
+        bounds = batch.packs.bounds.tolist()
+        assert {*batch.starts.tolist(), *(batch.starts + batch.lengths).tolist()} <= set(bounds)
+        assert {b * width for b in range(len(packs) + 1)} <= set(bounds), "no document reaches over two rows"
+        assert batch.packs.longest == max(np.diff(bounds))
+        assert (batch.packs.positions.reshape(-1)[[b for b in bounds if b < len(flat)]] == 0).all()
 
 
 def test_the_filler():
@@ -175,7 +205,7 @@ def test_windows_are_the_same_over_any_number_of_ranks(ranks, micro):
 def test_epochs_cover_every_sample_once_in_the_global_order():
     data = examples(23)
     train = loader(data, steps=12)
-    assert train.steps_per_epoch == 4
+    assert train.steps_in(0) == 4
     windows = [ids(w) for w in run(train)]
     assert [len(w) for w in windows] == [7, 7, 7, 2] * 3
     for epoch in range(3):
@@ -219,3 +249,34 @@ def test_evaluation_visits_each_row_once(ranks, batch):
         assert all(len(b.sample_ids) <= batch for p in parts for b in p)
         tokens = sum(b.predict.numel() for p in parts for b in p)
         assert tokens == sum(collate(data, [i], 0).predict.numel() for i in range(count))
+
+
+@pytest.mark.parametrize(("ranks", "micro", "unpack"), [(1, None, False), (2, 1, False), (3, None, True), (2, 4, True)])
+def test_packed_windows_are_the_same_however_they_are_computed(ranks, micro, unpack):
+    data = examples(60)
+    alone = [sorted(ids(w)) for w in run(loader(data, batch=3, capacity=40))]
+    parts = [list(run(loader(data, r, ranks, batch=3, micro=micro, capacity=40, unpack=unpack))) for r in range(ranks)]
+    assert len({len(w) for w in alone}) > 1, "packs hold various numbers of rows"
+    for step, expected in enumerate(alone):
+        windows = [p[step] for p in parts]
+        assert sorted(s for w in windows for s in ids(w)) == expected
+        assert all((b.packs is None) or not unpack for w in windows for b in w)
+
+
+def test_an_epoch_ends_where_its_packs_do():
+    data = examples(60)
+    dealer, order = Dealer(4, None, 0, 0, 1, CPU), Order(data, 3, capacity=40)
+    train = TrainLoader(order, TrainState(), dealer, 3, None)
+    seen = [s for w in run(train) for s in ids(w)]
+    assert np.bincount(seen).tolist() == [3] * 60
+    assert train.state.epoch == 3
+    assert train.total_steps == sum(train.steps_in(e) for e in range(3))
+    assert TrainLoader(order, TrainState(), dealer, 3, 2).total_steps == 2
+
+
+def test_examples_of_several_sources():
+    data = Examples([examples(3).table, examples(5, seed=1).table])
+    assert data.sources.tolist() == [0] * 3 + [1] * 5
+    batch = collate(data, [1, 4, 7], 0)
+    assert batch.sources.tolist() == [0, 1, 1]
+    assert data.digest != Examples([examples(5, seed=1).table, examples(3).table]).digest

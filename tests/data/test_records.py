@@ -9,10 +9,10 @@ import math
 import random
 
 import pytest
-from tritune.trainer.config import DataConfig
 from tritune.trainer.config_choices import Kind, TextUnit
-from tritune.trainer.data.kinds import Record, read_records, split_by_content
-from tritune.trainer.data.records import read_rows, require_source
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data.records import hub_version, read_rows, require_source
 from tritune.trainer.errors import InputError
 
 ROWS = [
@@ -96,8 +96,8 @@ def test_csv_cells_with_line_ends(tmp_path):
 def test_csv_faults(tmp_path):
     with pytest.raises(InputError, match=r"f\.csv:3: .*3 cells.*header 2"):
         read(write(tmp_path / "f.csv", "text,label\na,b\na,b,c\n"))
-    with pytest.raises(InputError, match="empty"):
-        read(write(tmp_path / "g.csv", ""))
+    with pytest.raises(InputError, match=r"f\.csv:1: .*column b stands twice"):
+        read(write(tmp_path / "f.csv", "a,b,b\n1,2,3\n"))
 
 
 def test_csv_with_a_long_document(tmp_path):
@@ -149,7 +149,8 @@ def test_text_by_file(tmp_path):
     rows = read(write(tmp_path / "f.txt", TEXT), TextUnit.file)
     assert [r.fields["text"] for r in rows] == [TEXT]
     assert places(rows) == [1]
-    assert read(write(tmp_path / "g.txt", " \n\n"), TextUnit.file) == []
+    with pytest.raises(InputError, match=r"data\.train=.*g\.txt: the file holds no row"):
+        read(write(tmp_path / "g.txt", " \n\n"), TextUnit.file)
 
 
 def test_shakespeare_by_paragraph(shared):
@@ -214,6 +215,19 @@ def test_hub_rows_that_do_not_read_are_the_users_error(tmp_path, no_hub):
         list(read_rows("hf://./broken:train", "data.train", TextUnit.line))
 
 
+def test_the_version_of_a_hub_dataset_follows_its_rows(tmp_path, no_hub):
+    import os
+
+    (tmp_path / "folder").mkdir()
+    versions = []
+    for seconds, rows in ((10**9, ROWS), (10**9, ROWS), (10**9 + 1, ROWS[:2])):
+        os.utime(write(tmp_path / "folder" / "train.jsonl", jsonl(rows)), (seconds, seconds))
+        versions.append(hub_version("hf://./folder:train"))
+    assert versions[0] == versions[1] != versions[2]
+    with pytest.raises(InputError, match="did not load"):
+        hub_version("hf://./nowhere:train")
+
+
 def test_sources_that_are_not_there(tmp_path):
     write(tmp_path / "near.jsonl", "{}")
     with pytest.raises(InputError, match=r"data\.train=.*near\.jsonl"):
@@ -228,7 +242,9 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def records(path, objective, **config) -> list[Record]:
-    return list(read_records(str(path), "data.train", DataConfig(**config), objective))
+    data = DataConfig(**config)
+    reading = Reading(data, objective)
+    return [reading.record(row) for row in read(path, data.text_unit)]
 
 
 def test_kinds_are_read_off_the_columns(tmp_path):
@@ -282,10 +298,13 @@ def some(count: int, seed=0) -> list[Record]:
 
 
 def where(rows, shares) -> dict[str, str]:
-    rest, parts = split_by_content(rows, shares)
-    found = {r.place: "train" for r in rest}
-    found |= {r.place: name for name, part in parts.items() for r in part}
-    assert len(found) == len(rows) == len(rest) + sum(map(len, parts.values())), "each row in one part"
+    """Place -> split, by the points of the rows: the first share takes the lowest."""
+    found = {}
+    for row in rows:
+        point, edge = row.point(row.digest()), 0.0
+        assert 0 <= point < 1
+        names = [name for name, share in shares.items() if point < (edge := edge + share)]
+        found[row.place] = names[0] if names else "train"
     return found
 
 
@@ -300,13 +319,6 @@ def test_split_depends_on_content_alone():
     assert half == {p: found[p] for p in half}, "rows that were added moved none of the old ones"
     moved = [Record("g:" + r.place, text=r.text, label="z") for r in rows]
     assert where(moved, shares) == {"g:" + p: name for p, name in found.items()}, "neither place nor label counts"
-
-
-def test_split_keeps_the_order_of_the_file():
-    rest, parts = split_by_content(some(300), {"validation": 0.3})
-    for part in (rest, parts["validation"]):
-        numbers = [int(r.place[2:]) for r in part]
-        assert numbers == sorted(numbers)
 
 
 def test_duplicates_land_together():

@@ -10,10 +10,8 @@ import re
 
 import pytest
 from transformers import AutoTokenizer
-from tritune.trainer.config import Config, ModelConfig
-from tritune.trainer.data.examples import conversations
-from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.templates import ChatTemplate, _block_names
+from tritune.trainer.config import ModelConfig
+from tritune.trainer.data.templates import ChatTemplate, _block_names, double_bos, token_spans, verify
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import CHATML, byte_tokenizer, load_tokenizer, stop_token_ids
 
@@ -86,6 +84,16 @@ def bytes_with(template: str):
     return tokenizer
 
 
+def encode(tokenizer, messages) -> tuple[list[int], list[bool]]:
+    """Token ids and, for each, whether it is trained."""
+    rendered = ChatTemplate(tokenizer).render(messages, "here")
+    out = tokenizer(rendered.text, add_special_tokens=False)
+    mask = [False] * len(out["input_ids"])
+    for start, stop in token_spans(out[0], rendered):
+        mask[start:stop] = [True] * (stop - start)
+    return list(out["input_ids"]), mask
+
+
 def spans(tokenizer, ids, mask) -> list[str]:
     """The trained stretches, decoded."""
     result, inside = [], False
@@ -106,7 +114,7 @@ def test_marks_give_transformers_own_mask(name):
     messages = (CONVERSATIONS | PADDED)[name]
     tokenizer = bytes_with(CHATML)
     assert ChatTemplate(tokenizer).has_marks
-    ids, mask = ChatTemplate(tokenizer).encode(messages, "here")
+    ids, mask = encode(tokenizer, messages)
     theirs = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
     )
@@ -123,7 +131,7 @@ def test_built_in_chatml_on_a_real_tokenizer(shared):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end == 513
     messages = CONVERSATIONS["system"]
-    ids, mask = ChatTemplate(tokenizer).encode(messages, "here")
+    ids, mask = encode(tokenizer, messages)
     assert [i for i, m in zip(ids, mask, strict=True) if m].count(end) == 2
     assert ids.count(end) == 5
     assert end in stop_token_ids(tokenizer)
@@ -149,8 +157,8 @@ def test_recognizing_marks(template, expected):
 
 def test_marks_written_tightly_still_give_the_exact_mask():
     tight = CHATML.replace("{%- generation -%}", "{%generation%}").replace("{%- endgeneration -%}", "{%endgeneration%}")
-    ids, mask = ChatTemplate(bytes_with(tight)).encode(CONVERSATIONS["multi"], "here")
-    assert (ids, mask) == ChatTemplate(bytes_with(CHATML)).encode(CONVERSATIONS["multi"], "here")
+    ids, mask = encode(bytes_with(tight), CONVERSATIONS["multi"])
+    assert (ids, mask) == encode(bytes_with(CHATML), CONVERSATIONS["multi"])
 
 
 # -- no marks --------------------------------------------------------------------------------------------
@@ -162,8 +170,8 @@ def test_with_and_without_marks_agree(name):
     messages = (CONVERSATIONS | PADDED)[name]
     marked, unmarked = bytes_with(CHATML), bytes_with(UNMARKED_CHATML)
     assert not ChatTemplate(unmarked).has_marks
-    ids, mask = ChatTemplate(unmarked).encode(messages, "here")
-    wanted_ids, wanted = ChatTemplate(marked).encode(messages, "here")
+    ids, mask = encode(unmarked, messages)
+    wanted_ids, wanted = encode(marked, messages)
     assert ids == wanted_ids
     assert spans(unmarked, ids, mask) == spans(marked, wanted_ids, wanted)
     assert mask == wanted
@@ -194,7 +202,7 @@ def test_answers_are_trained_and_nothing_of_other_turns(template, name):
     if template == "trimming" and name == "only-spaces":
         messages = messages[2:]
     tokenizer = bytes_with(UNMARKED[template])
-    ids, mask = ChatTemplate(tokenizer).encode(messages, "here")
+    ids, mask = encode(tokenizer, messages)
     parts = segments(UNMARKED[template], messages)
     text = "".join(p for p, _ in parts)
     assert tokenizer.decode(ids) == text, "the oracle renders the same text"
@@ -230,7 +238,7 @@ def test_the_header_of_the_next_turn_is_never_trained(name):
     """Turn ends are found by comparing with what follows a last answer; Phi 3's goes on with `<|endoftext|>` there and
     `<|user|>` here, which share their first two characters: bytes of their own where these are no special tokens."""
     tokenizer = bytes_with(PHI3)
-    ids, mask = ChatTemplate(tokenizer).encode(CONVERSATIONS[name], "here")
+    ids, mask = encode(tokenizer, CONVERSATIONS[name])
     for span in spans(tokenizer, ids, mask)[:-1]:
         assert span.rstrip("\n").endswith("<|end|>"), span
 
@@ -239,7 +247,7 @@ def test_templates_whose_frame_contains_the_answer():
     """An answer that also stands in what the template writes before it ("think" in "<think>")."""
     tokenizer = bytes_with(THINKING)
     for answer in ("think", "k", ">", "\n\n<"):
-        ids, mask = ChatTemplate(tokenizer).encode(turns("q", answer, "r", "ordinary"), "here")
+        ids, mask = encode(tokenizer, turns("q", answer, "r", "ordinary"))
         first = spans(tokenizer, ids, mask)[0]
         assert first.endswith(f"{answer}<|im_end|>") or first.endswith(f"{answer}<|im_end|>\n"), first
 
@@ -251,7 +259,7 @@ def test_phi3_tokenizer(name, shared):
     messages = (CONVERSATIONS | PADDED)[name]
     template = ChatTemplate(tokenizer)
     assert not template.has_marks
-    ids, mask = template.encode(messages, "here")
+    ids, mask = encode(tokenizer, messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -286,9 +294,9 @@ def test_a_template_that_rewrites_history_is_refused():
         "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     template = ChatTemplate(bytes_with(rewriting))
-    template.encode(turns("a", "bcd"), "here")
+    template.render(turns("a", "bcd"), "here")
     with pytest.raises(InputError, match=r"rows.jsonl:7") as error:
-        template.encode(turns("a", "bcd", "e", "fgh"), "rows.jsonl:7")
+        template.render(turns("a", "bcd", "e", "fgh"), "rows.jsonl:7")
     assert "generation" in error.value.remedy
 
 
@@ -298,7 +306,7 @@ def test_a_template_that_fails_names_the_row():
     )
     template = ChatTemplate(bytes_with(alternating))
     with pytest.raises(InputError, match=r"rows\.jsonl:3.*System role not supported"):
-        template.encode(turns("a", "b", system="s"), "rows.jsonl:3")
+        template.render(turns("a", "b", system="s"), "rows.jsonl:3")
 
 
 def test_no_template_is_refused():
@@ -312,20 +320,52 @@ def test_a_tokenizer_with_several_named_templates(tmp_path):
     tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN}
     tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
-    ids, mask = ChatTemplate(tokenizer).encode(CONVERSATIONS["multi"], "here")
-    assert (ids, mask) == ChatTemplate(bytes_with(CHATML)).encode(CONVERSATIONS["multi"], "here")
+    ids, mask = encode(tokenizer, CONVERSATIONS["multi"])
+    assert (ids, mask) == encode(bytes_with(CHATML), CONVERSATIONS["multi"])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_token_ids(tokenizer)
 
 
 @pytest.mark.parametrize("template", ["chatml-marked", *UNMARKED])
-@pytest.mark.parametrize("kind", ["messages", "pair"])
-def test_never_two_bos(template, kind):
+def test_never_two_bos(template):
     """The byte tokenizer adds a BOS of its own to plain text; some templates write one."""
     tokenizer = bytes_with(CHATML if template == "chatml-marked" else UNMARKED[template])
-    if kind == "messages":
-        record = Record("here", messages=turns("a", "b"))
-    else:
-        record = Record("here", prompt="a", response="b")
-    ids = conversations([record], tokenizer, Config()).ids.tolist()
+    ids, _ = encode(tokenizer, turns("a", "b"))
     assert ids.count(tokenizer.bos_token_id) == ("bos_token" in tokenizer.chat_template)
     assert ids == tokenizer.apply_chat_template(turns("a", "b"), return_dict=True)["input_ids"]
+    assert not double_bos(tokenizer, ids)
+    assert double_bos(tokenizer, [tokenizer.bos_token_id, *tokenizer("<bos>")["input_ids"]])
+
+
+@pytest.mark.parametrize("template", ["chatml-marked", *UNMARKED])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_verify_finds_nothing_where_training_and_asking_agree(template, name):
+    tokenizer = bytes_with(CHATML if template == "chatml-marked" else UNMARKED[template])
+    assert verify(tokenizer, ChatTemplate(tokenizer), CONVERSATIONS[name], "here") is None
+
+
+def test_verify_says_what_is_wrong():
+    head = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    tail = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    faults = {
+        # the mark begins after a word that the model must write itself
+        "token 19, and the first that is trained is token 24": (
+            "{% if m.role == 'assistant' %}{{ 'Sure:' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+            "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        ),
+        "none is trained": "{{ m.content }}{% generation %}{% endgeneration %}",
+        "its tokens spell 'REPLY": (
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content|upper + '<|im_end|>' }}{% endgeneration %}"
+            "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        ),
+    }
+    for said, body in faults.items():
+        tokenizer = bytes_with(head + body + tail)
+        complaint = verify(tokenizer, ChatTemplate(tokenizer), turns("a", "reply"), "here")
+        assert complaint is not None
+        assert said in complaint
+    dated = bytes_with(
+        "{% if add_generation_prompt %}{{ 'now ' }}{% endif %}" + head + faults["its tokens spell 'REPLY"] + tail
+    )
+    complaint = verify(dated, ChatTemplate(dated), turns("a", "reply"), "here")
+    assert complaint is not None
+    assert "in training and" in complaint

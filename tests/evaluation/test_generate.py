@@ -10,7 +10,8 @@ import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tritune.launch.cli import main as cli
-from tritune.trainer.config import Config, DataConfig, GenerateConfig, ModelConfig
+from tritune.trainer.config import Config, GenerateConfig, ModelConfig
+from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.examples import conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import harness
 import pytest
 import torch
 from peft import PeftModel
@@ -30,7 +31,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # asked for; float32 sums of a few hundred
 
 def rows(vocab: int, num_labels: int = 3, lengths=(12, 5, 20, 9)) -> Examples:
     g = torch.Generator().manual_seed(0)
-    result = Examples()
+    result = harness.Rows()
     for i, n in enumerate(lengths):
         ids = torch.randint(3, vocab, (n,), generator=g).tolist()
         result.add(ids, [True] * n, f"row {i}", label=i % num_labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def factors(layers: set[str]) -> set[str]:
 
 def examples(lengths=(7, 3, 11, 5)) -> Examples:
     g = torch.Generator().manual_seed(4)
-    result = Examples()
+    result = harness.Rows()
     for i, n in enumerate(lengths):
         result.add(torch.randint(1, 40, (n,), generator=g).tolist(), [True] * n, f"row {i}", label=i % 2)
     return result.freeze()

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 from tritune.trainer.activations import checkpoint_activations
-from tritune.trainer.batch import Batch
+from tritune.trainer.batch import rows_of
 from tritune.trainer.config import LoraConfig, TrainConfig
 from tritune.trainer.config_choices import Activations
 from tritune.trainer.layers import compile_layers, decoder_layers
@@ -45,12 +45,7 @@ def scorer(pretrained, keeps="none", offload=False, compiled=False, dropout=0.3)
 
 def batch(num_positions, seed):
     ids = torch.randint(3, 250, (2, num_positions), generator=torch.Generator().manual_seed(seed))
-    count = 2 * num_positions - 1
-    return Batch(
-        input_ids=ids, lengths=torch.full((2,), num_positions), sample_ids=torch.arange(2) + seed,
-        predict=torch.arange(count), targets=ids.reshape(-1)[1:], labels=torch.full((2,), -1),
-        num_tokens=count + 1, num_bytes=0, digest=0, step=1, index=0,
-    )  # fmt: skip
+    return rows_of(ids, step=1, first_sample=seed)
 
 
 def loss_and_gradients(made):
@@ -102,7 +97,7 @@ def test_names_stay(pretrained):
 def test_no_wrapping_without_gradients(pretrained):
     made = scorer(pretrained, "full").eval()
     with torch.no_grad():
-        assert made(batch(9, 1), "token_nll").shape == (17,)
+        assert made(batch(9, 1), "token_nll").shape == (16,)
 
 
 @pytest.mark.slow

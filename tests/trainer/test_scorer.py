@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -82,7 +83,7 @@ def build(family: str, auto=AutoModelForCausalLM, dtype=torch.float32, **changes
 def rows(lengths=LENGTHS, labels=True) -> Examples:
     """Ragged rows without the padding token, about half of their tokens supervised."""
     rng = np.random.default_rng(5)
-    examples = Examples()
+    examples = harness.Rows()
     for i, n in enumerate(lengths):
         examples.add(rng.integers(3, PAD, n), rng.random(n) < 0.6, f"row {i}", label=i % CLASSES if labels else -1)
     return examples.freeze()

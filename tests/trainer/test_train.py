@@ -145,7 +145,7 @@ def test_unsupervised_rows_are_dropped_and_named(tritune, tiny, sft_file, tmp_pa
     result = tritune(*tiny, f"data.train={data}", "data.unsupervised=drop", f"run.dir={tmp_path / 'b'}")
     assert result.code == 0, result.err
     assert "1 rows dropped" in result.err
-    assert json.loads((tmp_path / "b" / "data.json").read_text())["train"]["dropped"] == [
+    assert json.loads((tmp_path / "b" / "data.json").read_text())["train"]["dropped_places"] == [
         f"{data}:121 (its answer lies beyond the cut)"
     ]
 
@@ -163,7 +163,7 @@ def test_instructions_through_a_real_template(tritune, tiny, shared, tmp_path):
     result = tritune(*tiny, *arguments, f"run.dir={tmp_path}")
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "data.json").read_text())["train"]
-    assert report["rows"] + len(report["dropped"]) == 2000
+    assert report["rows"] + report["dropped"] == 2000
     assert report["stop_rows"] > 0.9 * report["rows"]
     assert 0.1 < report["supervised_tokens"] / report["tokens"] < 0.9
 

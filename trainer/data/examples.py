@@ -1,34 +1,57 @@
-"""Records -> token ids with a supervision mask, held in flat arrays; what was cut or dropped is counted and named."""
+"""Tokenized rows as Arrow columns, in memory or memory-mapped from the cache."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, Config
-from tritune.trainer.config_choices import Unsupervised
-from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.templates import ChatTemplate
+import pyarrow as pa
+import pyarrow.compute as pc
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 NAMED = 3  # how many places a message lists
+
+# ids: the row's tokens. trained: [start, stop) pairs, flat, of positions whose tokens are predicted; never 0, before which
+# nothing stands. num_bytes: UTF-8 length of what the predicted tokens spell (0 where not counted). full_length: tokens before
+# the cut. digest: of the content, label left out (16 bytes).
+SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.int32()),
+        "label": pa.string(),
+        "num_bytes": pa.int64(),
+        "full_length": pa.int32(),
+        "digest": pa.binary(16),
+        "place": pa.string(),
+    }
+)
 
 
 @dataclass
 class DataReport:
-    """What became of a source: shown at the start and written to `data.json`."""
+    """What became of a source: shown at the start and written to `data.json`.
+
+    Attributes:
+        dropped, bad: rows without a supervised token, and rows that could not be read; `dropped_places` and `bad_places` have the
+            first few, each with why.
+        duplicates, too_long, filtered: rows left out by `data.duplicates`, `data.overlong` and near duplicates.
+        stop_rows: rows in which a stop token is trained.
+    """
 
     rows: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
-    dropped: list[str] = field(default_factory=list)  # places of rows without a supervised token
-    stop_rows: int = 0  # rows in which a stop token is trained
+    dropped: int = 0
+    dropped_places: list[str] = field(default_factory=list)
+    bad: int = 0
+    bad_places: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    too_long: int = 0
+    stop_rows: int = 0
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -37,208 +60,189 @@ class DataReport:
             parts.append(f"{share:.0%} supervised")
         if self.truncated_rows:
             parts.append(f"{self.truncated_rows:,} rows cut by {self.truncated_tokens:,} tokens")
+        if self.too_long:
+            parts.append(f"{self.too_long:,} rows dropped as too long")
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} duplicates dropped")
         if self.dropped:
-            parts.append(f"{len(self.dropped):,} rows dropped without a supervised token: {_places(self.dropped)}")
+            places = name_places(self.dropped_places, self.dropped)
+            parts.append(f"{self.dropped:,} rows dropped without a supervised token: {places}")
+        if self.bad:
+            parts.append(f"{self.bad:,} bad rows skipped: {name_places(self.bad_places, self.bad)}")
         return ", ".join(parts)
 
 
-class Examples:
-    """Tokenized rows in flat arrays.
+def joined(reports: Sequence[DataReport]) -> DataReport:
+    """The sum of several."""
+    whole = DataReport()
+    for report in reports:
+        for one in fields(DataReport):
+            setattr(whole, one.name, getattr(whole, one.name) + getattr(report, one.name))
+    return whole
 
-    Row i has ids `ids[starts[i]:starts[i + 1]]` (int32), `supervised` for each token, class `labels[i]` (-1: none) and
-    `num_bytes[i]`, the UTF-8 length of what its predicted tokens spell (0 where not counted). `digest` is the SHA-256 of every
-    token, mask and label: two equal ones train the same.
-    """
+
+def name_places(places: Sequence[str], count: int) -> str:
+    """The first few of `count` places."""
+    return ", ".join(places[:NAMED]) + (f" and {count - NAMED:,} more" if count > NAMED else "")
+
+
+class Columns:
+    """Collects rows and makes an Arrow record batch of them."""
 
     def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
-        self._supervised: list[np.ndarray] = []
-        self._labels: list[int] = []
-        self._num_bytes: list[int] = []
-        self.places: list[str] = []
-        self.report = DataReport()
+        self._columns: dict[str, list] = {name: [] for name in SCHEMA.names}
 
     def add(
-        self,
-        ids: Sequence[int] | np.ndarray,
-        supervised: Sequence[bool],
-        place: str,
-        label: int = -1,
-        num_bytes: int = 0,
-    ) -> None:
-        self._ids.append(np.asarray(ids, dtype=np.int32))
-        self._supervised.append(np.asarray(supervised, dtype=bool))
-        self._labels.append(label)
-        self._num_bytes.append(num_bytes)
-        self.places.append(place)
-        self.report.rows += 1
-        self.report.tokens += len(ids)
-        self.report.supervised_tokens += int(self._supervised[-1].sum())
-
-    def freeze(self) -> Examples:
-        """Concatenate; no row can be added after this."""
-        self.lengths = np.array([len(x) for x in self._ids], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int32)
-        self.supervised = np.concatenate(self._supervised) if self._supervised else np.zeros(0, bool)
-        self.labels = np.array(self._labels, dtype=np.int64)
-        self.num_bytes = np.array(self._num_bytes, dtype=np.int64)
-        digest = hashlib.sha256()
-        for part in (self.ids, self.supervised, self.starts, self.labels):
-            digest.update(part.data)
-        self.digest = digest.hexdigest()
-        del self._ids, self._supervised, self._labels, self._num_bytes
-        return self
+        self, ids: Sequence[int] | np.ndarray, trained: Sequence[tuple[int, int]], place: str, *,
+        label: str | None = None, num_bytes: int = 0, full_length: int | None = None, digest: bytes = bytes(16),
+    ) -> None:  # fmt: skip
+        values = (ids, [x for span in trained for x in span], label, num_bytes, full_length or len(ids), digest, place)
+        for name, value in zip(SCHEMA.names, values, strict=True):
+            self._columns[name].append(value)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._columns["ids"])
+
+    def batch(self) -> pa.RecordBatch:
+        arrays = [pa.array(self._columns[field.name], field.type) for field in SCHEMA]
+        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def conversations(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config, model_stops: Sequence[int] = ()
-) -> Examples:
-    """Messages, or prompt and response, with the loss on the responses.
+class Examples:
+    """Tokenized rows, numbered from 0.
 
-    A tokenizer with a chat template renders both; without one, prompt and response are joined by a line end and closed
-    with the end-of-text token, and messages are refused.
+    Attributes:
+        lengths, num_bytes: int64 [N].
+        labels: int64 [N], classes; -1 where there is none.
+        sources: int64 [N], numbers of the sources that rows came from: by default each table is one.
+        numbers: int64 [N], of the samples: by default from 0 on.
+        digest: SHA-256 of every token, span and label: two equal ones train the same.
 
     Args:
-        model_stops: ids that end an answer by the model's own generation config.
+        tables: of `SCHEMA`, one a source, in order.
+        labels: the label set, whose order numbers the classes.
+        digests: of the tables, where they are known.
     """
-    stops = set(stop_token_ids(tokenizer, list(model_stops)))
-    begin = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-    examples = Examples()
-    for record in records:
-        messages, prompt_text, response_text = record.messages, record.prompt or "", record.response or ""
-        if messages is None and template is not None:
-            messages = [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": response_text}]
-        if messages is not None:
-            ids, mask = (template or ChatTemplate(tokenizer)).encode(messages, record.place)
-        else:
-            # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
-            prompt = tokenizer(f"{begin}{prompt_text}\n", add_special_tokens=False)["input_ids"]
-            response = tokenizer(response_text, add_special_tokens=False)["input_ids"] if response_text else []
-            end = [tokenizer.eos_token_id] if response and tokenizer.eos_token_id is not None else []
-            ids, mask = prompt + response + end, [False] * len(prompt) + [True] * (len(response) + len(end))
-        _add_truncated(examples, ids, mask, record.place, stops, config)
-    _require_supervision(examples, config)
-    if config.data.require_stop_token and len(examples) and not examples.report.stop_rows:
-        rule = "no stop token is trained in any row, so the model would not learn to end an answer"
-        remedy = "Use a template whose answers end with one, or data.require_stop_token=false"
-        raise InputError(f"stop tokens {tokenizer.convert_ids_to_tokens(sorted(stops))}", rule, remedy)
-    return examples.freeze()
+
+    def __init__(
+        self, tables: Sequence[pa.Table], labels: Sequence[str] = (), digests: Sequence[str] | None = None,
+        report: DataReport | None = None, sources: np.ndarray | None = None, numbers: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        self.report = report or describe(self.table)
+        self._ids = [_flat(chunk) for chunk in self.table["ids"].chunks]
+        self._trained = [_flat(chunk) for chunk in self.table["trained"].chunks]
+        self._first = np.cumsum([0] + [len(chunk) for chunk in self.table["ids"].chunks])
+        lengths = [np.diff(offsets) for _, offsets in self._ids]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
+        self.num_bytes = self.table["num_bytes"].to_numpy()
+        self.label_set = list(labels)
+        index = pc.index_in(self.table["label"], value_set=pa.array(list(labels), pa.string()))
+        self.labels = pc.fill_null(index, -1).to_numpy().astype(np.int64)
+        by_table = np.repeat(np.arange(len(tables)), [len(t) for t in tables]).astype(np.int64)
+        self.sources = by_table if sources is None else sources
+        self.numbers = np.arange(len(self.lengths)) if numbers is None else numbers
+        parts = digests if digests is not None else [table_digest(t) for t in tables]
+        self.digest = parts[0] if len(parts) == 1 and not labels else _joined([*parts, *labels])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, row: int) -> np.ndarray:
+        """The tokens of a row, int32 [n]; a view."""
+        return self._slice(self._ids, row)
+
+    def spans(self, row: int) -> np.ndarray:
+        """[start, stop) of the positions whose tokens are predicted, int32 [k, 2]."""
+        return self._slice(self._trained, row).reshape(-1, 2)
+
+    def trained(self, row: int) -> np.ndarray:
+        """Positions whose tokens are predicted, int64 [m], ascending."""
+        spans = self.spans(row)
+        if len(spans) == 1:
+            return np.arange(spans[0, 0], spans[0, 1], dtype=np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b, dtype=np.int64) for a, b in spans)])
+
+    def some(self, rows: np.ndarray) -> Examples:
+        """A few rows, in the order given."""
+        taken = [self.table.take(pa.array(rows))]
+        return Examples(taken, self.label_set, [""], None, self.sources[rows], self.numbers[rows])
+
+    @staticmethod
+    def join(parts: Sequence[Examples]) -> Examples:
+        """Rows of several, which keep their numbers and sources."""
+        if len(parts) == 1:
+            return parts[0]
+        sources, numbers = (np.concatenate([getattr(p, name) for p in parts]) for name in ("sources", "numbers"))
+        return Examples([p.table for p in parts], parts[0].label_set, [""], None, sources, numbers)
+
+    def place(self, row: int) -> str:
+        """Where the row stands: file:line."""
+        return self.table["place"][int(row)].as_py()
+
+    def _slice(self, chunks: list[tuple[np.ndarray, np.ndarray]], row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._first, row, side="right")) - 1
+        values, offsets = chunks[chunk]
+        at = int(row) - int(self._first[chunk])
+        return values[offsets[at] : offsets[at + 1]]
 
 
-def labelled(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config, labels: list[str]
-) -> Examples:
-    """Text and label: the text's tokens, the label's index in `labels`."""
-    examples, index = Examples(), {label: i for i, label in enumerate(labels)}
-    prompt = config.objective.prompt if isinstance(config.objective, ClassifyTokenConfig) else "{text}"
-    head, _, tail = prompt.partition("{text}")
-    tail_ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-    rows = list(records)
-    texts = [head + (r.text or "") for r in rows]
-    # What follows the text must follow its words, not an end-of-text token that some tokenizers put there.
-    begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
-    encoded = tokenizer(texts, add_special_tokens=not tail)["input_ids"] if texts else []
-    for record, ids in zip(rows, encoded, strict=True):
-        if record.label not in index:
-            rule = f"the label {record.label!r} is not in the label set"
-            remedy = (
-                f"It has {', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}: mend the row, or give data.labels"
-            )
-            raise InputError(record.place, rule, remedy)
-        if not (record.text or "").strip():
-            raise InputError(record.place, "the text is empty", "Remove the row")
-        ids = begin + ids
-        room = config.data.max_length - len(tail_ids)  # the text is cut, never what follows it
-        if room < 1:
-            remedy = "Raise data.max_length or shorten objective.prompt"
-            raise InputError(
-                f"data.max_length={config.data.max_length}", "the prompt leaves no room for the text", remedy
-            )
-        if len(ids) > room:
-            examples.report.truncated_rows += 1
-            examples.report.truncated_tokens += len(ids) - room
-        ids = ids[:room] + tail_ids
-        examples.add(ids, [False] * len(ids), record.place, index[record.label])
-    return examples.freeze()
+def require_known_labels(examples: Examples, labels: Sequence[str]) -> None:
+    """Refuse a row whose label is not among `labels`, where there are any.
 
-
-def blocks(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, config: Config) -> Examples:
-    """Plain text as one stream, cut into blocks of `data.max_length` tokens; every token but a block's first is predicted.
-
-    Documents are separated by BOS where the tokenizer adds one to a text, otherwise by the end-of-text token.
+    Raises:
+        InputError: it names the row.
     """
-    streams = [_document(r.text or "", tokenizer) for r in records]
-    if not adds_bos(tokenizer) and tokenizer.eos_token_id is not None:
-        end = (np.array([tokenizer.eos_token_id]), np.zeros(1, np.int64))
-        streams = [part for stream in streams for part in (stream, end)]
-    examples = Examples()
-    if streams:
-        ids = np.concatenate([s[0] for s in streams])
-        num_bytes = np.concatenate([s[1] for s in streams])
-        length = config.data.max_length
-        for start in range(0, len(ids), length):
-            part = ids[start : start + length]
-            if len(part) > 1:
-                examples.add(
-                    part,
-                    [False] + [True] * (len(part) - 1),
-                    f"block {start // length}",
-                    num_bytes=int(num_bytes[start + 1 : start + length].sum()),
-                )
-    return examples.freeze()
+    if labels and (examples.labels < 0).any():
+        row = int(np.flatnonzero(examples.labels < 0)[0])
+        rule = f"the label {examples.table['label'][row].as_py()!r} is not in the label set"
+        known = f"{', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}"
+        raise InputError(examples.place(row), rule, f"It has {known}: mend the row, or give data.labels")
 
 
-def documents(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-    """Plain text, one document a row, cut at `max_length`: what forgetting is measured on."""
-    examples = Examples()
-    for record in records:
-        ids, num_bytes = _document(record.text or "", tokenizer)
-        cut = len(ids) - max_length
-        if cut > 0:
-            examples.report.truncated_rows += 1
-            examples.report.truncated_tokens += cut
-        ids, num_bytes = ids[:max_length], num_bytes[:max_length]
-        if len(ids) > 1:
-            examples.add(ids, [False] + [True] * (len(ids) - 1), record.place, num_bytes=int(num_bytes[1:].sum()))
-    return examples.freeze()
+def describe(table: pa.Table) -> DataReport:
+    """Count rows, tokens and cuts of a table."""
+    tokens, before, supervised = 0, 0, 0
+    cut = 0
+    for batch in table.to_batches():
+        lengths = np.diff(_flat(batch["ids"])[1])
+        full = batch["full_length"].to_numpy()
+        tokens, before, cut = tokens + int(lengths.sum()), before + int(full.sum()), cut + int((full > lengths).sum())
+        values, offsets = _flat(batch["trained"])
+        spans = values[offsets[0] : offsets[-1]].reshape(-1, 2)
+        supervised += int((spans[:, 1] - spans[:, 0]).sum())
+    return DataReport(len(table), tokens, supervised, cut, before - tokens)
 
 
-def _document(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and, for each, how many UTF-8 bytes of the text it is the first to reach the end of."""
-    out = tokenizer(text, return_offsets_mapping=True, verbose=False)  # it warns of lengths that we cut below
-    byte_end = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])]).astype(np.int64)
-    ends = byte_end[np.array([j for _, j in out["offset_mapping"]], dtype=np.int64)]
-    reached = np.maximum.accumulate(ends)
-    return np.array(out["input_ids"]), np.diff(reached, prepend=0)
+def table_digest(table: pa.Table) -> str:
+    """SHA-256 over tokens, spans and labels, whatever the chunks."""
+    digest = TableDigest()
+    for batch in table.to_batches():
+        digest.update(batch)
+    return digest.hexdigest()
 
 
-def _add_truncated(
-    examples: Examples, ids: list[int], mask: list[bool], place: str, stops: set[int], config: Config
-) -> None:
-    limit = config.data.max_length
-    if len(ids) > limit:
-        examples.report.truncated_rows += 1
-        examples.report.truncated_tokens += len(ids) - limit
-    if any(mask[1:limit]):
-        examples.add(ids[:limit], mask[:limit], place)
-        examples.report.stop_rows += any(m and i in stops for i, m in zip(ids[:limit], mask[:limit], strict=True))
-    else:
-        examples.report.dropped.append(place + (" (its answer lies beyond the cut)" if any(mask[1:]) else ""))
+class TableDigest:
+    """SHA-256 of a table's tokens, spans and labels as its batches come."""
+
+    def __init__(self) -> None:
+        self._hashes = [hashlib.sha256() for _ in range(4)]
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        for hashes, name in ((self._hashes[:2], "ids"), (self._hashes[2:], "trained")):
+            values, offsets = _flat(batch[name])
+            hashes[0].update(values[offsets[0] : offsets[-1]].data)
+            hashes[1].update(np.diff(offsets).astype(np.int32).data)
+        self._hashes[3].update("\0".join(x or "" for x in batch["label"].to_pylist()).encode())
+
+    def hexdigest(self) -> str:
+        return _joined([h.hexdigest() for h in self._hashes])
 
 
-def _require_supervision(examples: Examples, config: Config) -> None:
-    dropped = examples.report.dropped
-    if dropped and (config.data.unsupervised is Unsupervised.refuse or not len(examples)):
-        count = "every row" if not len(examples) else f"{len(dropped)} of {len(dropped) + len(examples)} rows"
-        remedy = f"Mend them, raise data.max_length={config.data.max_length}"
-        remedy += ", or drop them: data.unsupervised=drop" if len(examples) else ", or check the chat template"
-        raise InputError(_places(dropped), f"{count} has no token to train on", remedy)
+def _joined(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _places(places: list[str]) -> str:
-    return ", ".join(places[:NAMED]) + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
+def _flat(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a list array, without a copy."""
+    return chunk.values.to_numpy(), chunk.offsets.to_numpy()

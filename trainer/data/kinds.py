@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tritune.trainer.config import COLUMNS, DataConfig
 from tritune.trainer.config_choices import Kind
-from tritune.trainer.data.records import Row, read_rows
+from tritune.trainer.config_data import COLUMNS, ROLES, DataConfig
+from tritune.trainer.data.records import Row
 from tritune.trainer.errors import InputError
 
-ROLES = ("system", "user", "assistant", "tool")
 _NEEDS = {
     Kind.messages: ("messages",),
     Kind.prompt_response: ("prompt", "response"),
@@ -44,58 +42,61 @@ class Record:
     """One row, in one of our kinds. Fields that its kind does not have are None."""
 
     place: str
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     response: str | None = None
     text: str | None = None
     label: str | None = None
+    tools: list[Any] | None = None
+    group: str | None = None  # value of the column `data.group`
 
     def digest(self) -> bytes:
         """SHA-256 of the content, not of the place: equal rows land in the same split wherever they stand."""
         content = [self.messages, self.prompt, self.response, self.text]
+        content += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).digest()
 
+    def point(self, digest: bytes) -> float:
+        """Where the row lies in [0, 1) when a source is divided: by its group where there is one, else by its content."""
+        if self.group is not None:
+            digest = hashlib.sha256(self.group.encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
-def read_records(source: str, key: str, config: DataConfig, objective: str) -> Iterator[Record]:
-    """Yield the records of a source.
 
-    Raises:
-        InputError: a file that does not read, a column that is missing, a value of the wrong type.
+class Reading:
+    """Rows of one source to records. The kind is settled by the first good row.
+
+    Attributes:
+        kind: None until a row was read.
+        seen: which of the columns named in `data.columns` and `data.group` some row had.
     """
-    kind: Kind | None = None
-    unseen = set(config.columns.values())
-    for row in read_rows(source, key, config.text_unit):
-        unseen -= row.fields.keys()
-        columns = columns_of(row, config)
-        kind = kind or _kind(row, columns, config, objective)
-        yield _record(row, kind, columns, config)
-    if unseen and kind is not None:
-        ours, theirs = next((o, t) for o, t in config.columns.items() if t in unseen)
-        rule = f"no row of {source} has the column {theirs}"
-        raise InputError(f"data.columns.{ours}={theirs}", rule, f"The last row has {', '.join(row.fields)}")
+
+    def __init__(self, config: DataConfig, objective: str, kind: Kind | None = None) -> None:
+        self.config, self.objective, self.kind = config, objective, kind
+        self.seen: set[str] = set()
+        self._wanted = set(named_columns(config).values())
+        self._columns: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def record(self, row: Row) -> Record:
+        """Convert one row.
+
+        Raises:
+            InputError: a column that is missing, a value of the wrong type.
+        """
+        names = tuple(row.fields)
+        columns = self._columns.get(names)
+        if columns is None:
+            columns = self._columns[names] = columns_of(row, self.config)
+            self.seen |= self._wanted & row.fields.keys()
+        if self.kind is None:
+            self.kind = _kind(row, columns, self.config, self.objective)
+        return _record(row, self.kind, columns, self.config)
 
 
-def split_by_content(
-    records: Iterable[Record], shares: dict[str, float]
-) -> tuple[list[Record], dict[str, list[Record]]]:
-    """Divide records by the hash of their content: the same row lands in the same split, whatever the run's seed, the
-    order of the file or what was added to it.
-
-    Args:
-        shares: split name -> share of the rows; what is left over stays in the first list.
-    """
-    rest: list[Record] = []
-    parts: dict[str, list[Record]] = {name: [] for name in shares}
-    for record in records:
-        point = int.from_bytes(record.digest()[:8], "big") / 2**64
-        for name, share in shares.items():
-            if point < share:
-                parts[name].append(record)
-                break
-            point -= share
-        else:
-            rest.append(record)
-    return rest, parts
+def named_columns(config: DataConfig) -> dict[str, str]:
+    """Config key -> the column of the file that it names."""
+    named = {f"data.columns.{ours}": theirs for ours, theirs in config.columns.items()}
+    return named | ({"data.group": config.group} if config.group else {})
 
 
 def columns_of(row: Row, config: DataConfig) -> dict[str, str]:
@@ -132,13 +133,18 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
             wanted = config.columns.get(name, name)
             rule = f"the column {wanted} is missing; this row has {', '.join(row.fields)}"
             raise InputError(row.place, rule, f"Map it: data.columns.{name}=<name in the file>")
+    group = _string(row, config.group) if config.group and config.group in row.fields else None
+    if config.group and group is None:
+        rule = f"the column {config.group} is missing; this row has {', '.join(row.fields)}"
+        raise InputError(row.place, rule, "Mend the row, or leave out data.group")
     if kind is Kind.messages:
-        return Record(row.place, messages=messages_of(row, columns["messages"]))
+        tools = _tools_of(row, columns["tools"]) if "tools" in columns else None
+        return Record(row.place, messages=messages_of(row, columns["messages"]), tools=tools, group=group)
     values = {name: _string(row, columns[name]) for name in _NEEDS[kind]}
     if kind is Kind.prompt_response and "input" in columns:
         extra = _string(row, columns["input"])
         values["prompt"] += f"\n\n{extra}" if extra else ""
-    return Record(row.place, None, **values)
+    return Record(row.place, group=group, **values)
 
 
 def _string(row: Row, column: str) -> str:
@@ -146,10 +152,11 @@ def _string(row: Row, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         rule = f"column {column} is {json.dumps(value, default=str)[:60]}, and must be text"
         raise InputError(row.place, rule, "Mend the row")
-    return _require_unicode(str(value), row.place)
+    return _require_text(str(value), row.place)
 
 
-def messages_of(row: Row, column: str) -> list[dict[str, str]]:
+def messages_of(row: Row, column: str) -> list[dict[str, Any]]:
+    """The turns of a conversation: role and content, and whatever else a template may read (`tool_calls`, `name`)."""
     value: Any = row.fields[column]
     if not isinstance(value, list) or not value:
         raise InputError(
@@ -157,21 +164,44 @@ def messages_of(row: Row, column: str) -> list[dict[str, str]]:
         )
     messages = []
     for index, message in enumerate(value):
-        ok = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
-        if not ok:
-            rule = (
-                f"message {index} is {json.dumps(message, default=str)[:80]}, without a known role and a text content"
-            )
+        if isinstance(message, dict):  # Parquet fills the keys that other rows have with None
+            message = {k: v for k, v in message.items() if v is not None or k == "content"}
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not _has_content(message):
+            said = json.dumps(message, default=str)[:80]
+            rule = f"message {index} is {said}, without a known role and a text content"
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
-        messages.append({"role": message["role"], "content": _require_unicode(message["content"], row.place)})
+        for part in message.values():
+            if isinstance(part, str):
+                _require_text(part, row.place)
+        messages.append(message)
     return messages
 
 
-def _require_unicode(text: str, place: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+def _has_content(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _tools_of(row: Row, column: str) -> list[Any] | None:
+    """The tools a conversation may call: a list of JSON schemas, or the JSON text of one."""
+    value: Any = row.fields[column]
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InputError(row.place, f"column {column} is not JSON", "Write a list of JSON schemas") from None
+    if value is not None and value != "" and not isinstance(value, list):
+        raise InputError(row.place, f"column {column} is no list of tools", "Write a list of JSON schemas")
+    return value or None
+
+
+def _require_text(text: str, place: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes, and NUL, which only damage puts there."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         rule = f"character {error.start} is half of a surrogate pair, {text[error.start]!r}"
         raise InputError(place, rule, "Write the whole character, or remove it") from None
+    if "\0" in text:
+        raise InputError(place, f"character {text.index(chr(0))} is NUL", "Remove it: the file is damaged")
     return text

@@ -1,50 +1,35 @@
-"""One global order of samples, and from it each rank's micro-batches.
+"""From the global order each rank's micro-batches.
 
-The order of an epoch is a function of (seed, epoch). A window is `train.batch_size` consecutive samples of it: one optimizer
-step. Within a window rows are sorted by length, cut into micro-batches and dealt to the ranks in turn; where the count does
-not divide, empty micro-batches of weight 0 fill up, so that all ranks run equally many collectives. A job resumed with
-another number of ranks sees exactly the samples it would have seen.
+A window is `train.batch_size` consecutive sequences of the order: one optimizer step. Within a window sequences are sorted by
+length, cut into micro-batches and dealt to the ranks in turn; where the count does not divide, empty micro-batches of weight 0
+fill up, so that all ranks run equally many collectives. A job resumed with another number of ranks sees exactly the samples it
+would have seen.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from tritune.trainer.batch import Batch
+from tritune.trainer.batch import Batch, Packs
 from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.order import Order
 from tritune.trainer.state import TrainState
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the permutation of an epoch, int64 [num_samples].
-
-    Samples are sorted by a hash (SplitMix64, Steele et al. 2014) and not by a library's generator: a new version of
-    NumPy or PyTorch cannot reorder a run that is resumed under it.
-    """
-    with np.errstate(over="ignore"):
-        stream = _splitmix(np.uint64(seed & (2**64 - 1))) ^ _splitmix(np.uint64(epoch) + np.uint64(0x5851F42D4C957F2D))
-        keys = _splitmix(np.arange(num_samples, dtype=np.uint64) + _splitmix(stream))
-    return np.argsort(keys, kind="stable")
-
-
-def _splitmix(x):
-    z = x + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def deal(
     rows: np.ndarray, lengths: np.ndarray, micro_batch_size: int | None, dp_rank: int, dp_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Return this rank's micro-batches of a window as (index in the window, sample numbers); empty ones fill.
+    """Return this rank's micro-batches of a window as (index in the window, numbers); empty ones fill.
 
     Args:
-        rows: sample numbers of the window, in the global order.
-        lengths: tokens of every sample of the data set.
+        rows: numbers of the window's rows or packs, in the global order.
+        lengths: tokens by number.
         micro_batch_size: rows per micro-batch at most; None for as many as fall to a rank.
     """
     per_rank = -(-len(rows) // dp_size)
@@ -55,75 +40,192 @@ def deal(
     return [(i, groups[i]) for i in range(dp_rank, len(groups), dp_size)]
 
 
-def collate(examples: Examples, rows: Sequence[int] | np.ndarray, pad_id: int, step: int = 0, index: int = 0) -> Batch:
-    """Build a `Batch` from sample numbers; without any, one padding token of weight 0."""
-    lengths = [int(examples.lengths[r]) for r in rows] or [1]
-    width = max(lengths)
-    input_ids = np.full((len(lengths), width), pad_id, dtype=np.int64)
-    predict, targets, digest = [], [], 0
-    for b, r in enumerate(rows):
-        start, n = examples.starts[r], lengths[b]
-        input_ids[b, :n] = examples.ids[start : start + n]
-        wanted = np.flatnonzero(examples.supervised[start + 1 : start + n])  # position t predicts token t + 1
-        predict.append(b * width + wanted)
-        targets.append(input_ids[b, wanted + 1])
-        digest += zlib.crc32(input_ids[b, :n].tobytes() + wanted.tobytes(), int(r))
-    empty = np.zeros(0, np.int64)
-    filler = len(rows) == 0
+def collate(
+    examples: Examples,
+    rows: Sequence[int] | np.ndarray | Sequence[np.ndarray],
+    pad_id: int,
+    step: int = 0,
+    index: int = 0,
+) -> Batch:
+    """Build a `Batch` from sample numbers, or from packs of them; without any, one padding token of weight 0."""
+    packs = [np.atleast_1d(r) for r in rows]
+    widths = [int(examples.lengths[p].sum()) for p in packs] or [1]
+    width = max(widths)
+    input_ids = np.full((len(widths), width), pad_id, dtype=np.int64)
+    starts, predict, targets, digest = [], [], [], 0
+    for b, pack in enumerate(packs):
+        at = 0
+        for r in pack:
+            ids, wanted = examples.ids(r), examples.trained(r)
+            input_ids[b, at : at + len(ids)] = ids
+            starts.append(b * width + at)
+            predict.append(b * width + at + wanted - 1)  # position t predicts token t + 1
+            targets.append(ids[wanted])
+            digest += zlib.crc32(
+                input_ids[b, at : at + len(ids)].tobytes() + (wanted - 1).tobytes(), int(examples.numbers[r])
+            )
+            at += len(ids)
+    samples = np.concatenate(packs).astype(np.int64) if packs else np.array([-1])
+    filler, empty = not packs, np.zeros(0, np.int64)
+    lengths = np.array([1]) if filler else examples.lengths[samples]
+    packed = len(samples) > len(packs) and not filler
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        lengths=torch.tensor(lengths),
-        sample_ids=torch.tensor([-1] if filler else [int(r) for r in rows]),
+        starts=torch.tensor(starts or [0]),
+        lengths=torch.from_numpy(lengths),
+        sample_ids=torch.from_numpy(samples if filler else examples.numbers[samples]),
         predict=torch.from_numpy(np.concatenate([empty, *predict])),
-        targets=torch.from_numpy(np.concatenate([empty, *targets])),
-        labels=torch.tensor([-1] if filler else [int(examples.labels[r]) for r in rows]),
-        num_tokens=0 if filler else sum(lengths),
-        num_bytes=int(sum(examples.num_bytes[r] for r in rows)),
+        targets=torch.from_numpy(np.concatenate([empty, *targets]).astype(np.int64)),
+        labels=torch.from_numpy(np.array([-1]) if filler else examples.labels[samples]),
+        sources=torch.from_numpy(np.array([0]) if filler else examples.sources[samples]),
+        packs=lay_out(np.array(starts), lengths, len(packs), width) if packed else None,
+        num_tokens=0 if filler else sum(widths),
+        num_bytes=0 if filler else int(examples.num_bytes[samples].sum()),
         digest=digest,
         step=step,
         index=index,
     )
 
 
-class TrainLoader:
-    """Yields a list of micro-batches per optimizer step, from the state's cursor to the last step.
+def lay_out(starts: np.ndarray, lengths: np.ndarray, num_rows: int, width: int) -> Packs:
+    """Where documents lie in rows of `width` tokens; the padding behind a row's last one counts as a document of its own."""
+    size = num_rows * width
+    bounds = np.union1d(np.concatenate([starts, starts + lengths]), np.arange(num_rows + 1) * width)
+    spans = np.diff(bounds)
+    positions = np.arange(size) - np.repeat(bounds[:-1], spans)
+    # Padding takes the number of the document before it: nothing reads what it computes.
+    documents = np.repeat(np.searchsorted(starts, bounds[:-1], side="right") - 1, spans)
+    return Packs(
+        positions=torch.from_numpy(positions.reshape(num_rows, width)),
+        documents=torch.from_numpy(documents.reshape(num_rows, width)),
+        bounds=torch.from_numpy(bounds.astype(np.int32)),
+        longest=int(spans.max()),
+    )
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """Makes a window's micro-batches for one rank.
 
     Args:
-        order: 0 for the longest micro-batch first; another number takes this rank's in a random order of that number, which
+        unpack: compute every row of a pack apart; the steps have the same rows.
+        shuffle: 0 for the longest micro-batch first; another number takes this rank's in a random order of that number, which
             changes nothing but the rounding of their sum.
     """
 
-    def __init__(
-        self, examples: Examples, state: TrainState, *, seed: int, batch_size: int, micro_batch_size: int | None,
-        total_steps: int, pad_id: int, dp_rank: int, dp_size: int, device: torch.device, order: int = 0,
-    ) -> None:  # fmt: skip
-        self.examples, self.state = examples, state
-        self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
-        self.total_steps, self.pad_id = total_steps, pad_id
-        self.dp_rank, self.dp_size, self.device, self.order = dp_rank, dp_size, device, order
-        self.steps_per_epoch = -(-len(examples) // batch_size)
+    batch_size: int
+    micro_batch_size: int | None
+    pad_id: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    unpack: bool = False
+    shuffle: int = 0
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        epoch, order = -1, np.zeros(0, np.int64)
-        while self.state.step < self.total_steps:
-            if self.state.epoch != epoch:
-                epoch, order = self.state.epoch, epoch_order(len(self.examples), self.seed, self.state.epoch)
-            start = self.state.window * self.batch_size
-            yield self._window(order[start : start + self.batch_size])
+    def window(self, examples: Examples, packs: list[np.ndarray], step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        if self.unpack:
+            packs = [np.array([row]) for pack in packs for row in pack]
+        lengths = np.array([examples.lengths[p].sum() for p in packs])
+        dealt = deal(np.arange(len(packs)), lengths, self.micro_batch_size, self.dp_rank, self.dp_size)
+        if self.shuffle:
+            dealt = [dealt[i] for i in np.random.default_rng([self.shuffle, step]).permutation(len(dealt))]
+        groups = [(i, [packs[n] for n in numbers]) for i, numbers in dealt]
+        return [collate(examples, group, self.pad_id, step, i).to(self.device) for i, group in groups]
+
+    def longest(self, examples: Examples, rows: np.ndarray, bounds: np.ndarray) -> list[Batch]:
+        """The most expensive micro-batch of some sequences, laid out as `Order.epoch` does."""
+        if self.unpack:
+            bounds = np.arange(len(rows) + 1)
+        totals = np.add.reduceat(examples.lengths[rows], bounds[:-1])
+        per_rank = -(-self.batch_size // self.dp_size)
+        fullest = np.argsort(-totals, kind="stable")[: min(self.micro_batch_size or per_rank, per_rank)]
+        packs = [rows[bounds[i] : bounds[i + 1]] for i in fullest]
+        return [collate(examples, packs, self.pad_id).to(self.device)]
+
+
+class Loader(Protocol):
+    """Yields a list of micro-batches per optimizer step, from the state's cursor to the last step.
+
+    Attributes:
+        digest: of what it reads; a resumed run must find the same.
+        steps_per_epoch: of the first epoch; of the whole run where there is no epoch.
+    """
+
+    dealer: Dealer
+    total_steps: int
+    steps_per_epoch: int
+    digest: str
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+
+    def advance(self) -> None:
+        """The last window is done: move the state's cursor."""
+        ...
 
     def longest(self) -> list[Batch]:
         """The most expensive micro-batch that can come, for a dry run: memory runs out now and not at step 200."""
-        per_rank = -(-self.batch_size // self.dp_size)
-        size = min(self.micro_batch_size or per_rank, per_rank, len(self.examples))
-        rows = np.argsort(-self.examples.lengths, kind="stable")[:size]
-        return [collate(self.examples, rows, self.pad_id).to(self.device)]
+        ...
 
-    def _window(self, rows: np.ndarray) -> list[Batch]:
-        dealt = deal(rows, self.examples.lengths, self.micro_batch_size, self.dp_rank, self.dp_size)
-        step = self.state.step + 1
-        if self.order:
-            dealt = [dealt[i] for i in np.random.default_rng([self.order, step]).permutation(len(dealt))]
-        return [collate(self.examples, group, self.pad_id, step, i).to(self.device) for i, group in dealt]
+    def places(self, samples: Sequence[int]) -> list[str]:
+        """Where samples of the last window stand: file:line."""
+        ...
+
+    def describe(self) -> list[str]:
+        """What packing, mixing and streaming make of the rows, to be said at the start."""
+        ...
+
+
+class TrainLoader:
+    """Windows of rows that are all known: `Loader`."""
+
+    def __init__(
+        self, order: Order, state: TrainState, dealer: Dealer, epochs: int | None, max_steps: int | None
+    ) -> None:
+        self.order, self.state, self.dealer = order, state, dealer
+        self.digest, self.steps_per_epoch = order.examples.digest, self.steps_in(0)
+        self.total_steps = self._end(epochs, max_steps)
+
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; packs fill differently in each."""
+        return -(-self.order.num_sequences(epoch) // self.dealer.batch_size)
+
+    def _end(self, epochs: int | None, max_steps: int | None) -> int:
+        """The last step: the earlier of the two ends that are given."""
+        if epochs is None:
+            assert max_steps is not None, "config.check() requires one of the two"
+            return max_steps
+        total = 0
+        for epoch in range(epochs):
+            total += self.steps_in(epoch) if self.order.capacity else self.steps_per_epoch
+            if max_steps is not None and total >= max_steps:
+                return max_steps
+        return total
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while self.state.step < self.total_steps:
+            rows, bounds = self.order.epoch(self.state.epoch)
+            first = self.state.window * self.dealer.batch_size
+            edges = bounds[first : first + self.dealer.batch_size + 1]
+            packs = [rows[a:b] for a, b in itertools.pairwise(edges)]
+            yield self.dealer.window(self.order.examples, packs, self.state.step + 1)
+
+    def advance(self) -> None:
+        self.state.advance(self.steps_in(self.state.epoch))
+
+    def longest(self) -> list[Batch]:
+        if self.order.capacity is None:  # of all rows: a source of a mixture may leave some to later epochs
+            count = len(self.order.examples)
+            return self.dealer.longest(self.order.examples, np.arange(count), np.arange(count + 1))
+        return self.dealer.longest(self.order.examples, *self.order.epoch(self.state.epoch))
+
+    def places(self, samples: Sequence[int]) -> list[str]:
+        return [self.order.examples.place(s) for s in samples]
+
+    def describe(self) -> list[str]:
+        if self.order.capacity is None:
+            return []
+        return [f"packing   {self.order.describe()}; with another packing, length or window it would be another run"]
 
 
 def evaluation_batches(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, Config, DataConfig, ObjectiveConfig
+from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
 from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.kinds import columns_of, messages_of
 from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.data.templates import render

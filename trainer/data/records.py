@@ -1,197 +1,309 @@
-"""Read rows from files. A row keeps its place (`file:line`), so that every later complaint can name it.
+"""Read rows. A row keeps its place (`file:line`), so that every later complaint can name it.
 
-Formats: JSONL, CSV, Parquet, plain text, a folder written by `datasets`, and `hf://name[@config]:split` for the hub.
+Reading cuts files into chunks of raw rows, which any process can parse. One row or a thousand files: memory stays the same.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tritune.trainer.config import DataConfig
 from tritune.trainer.config_choices import TextUnit
-from tritune.trainer.errors import InputError
+from tritune.trainer.data.chunks import BLANK, Batch, Cells, Chunk, Lines, Row, Texts, after, parse_chunk, stream_of
+from tritune.trainer.data.files import (
+    CHUNK_BYTES,
+    LINE_BYTES,
+    format_of,
+    is_saved,
+    line_blocks,
+    source_files,
+    text_blocks,
+    too_long,
+)
+from tritune.trainer.data.files import FORMATS as FORMATS
+from tritune.trainer.data.files import require_source as require_source
+from tritune.trainer.data.files import require_sources as require_sources
+from tritune.trainer.errors import InputError, reason
 
-FORMATS = ".jsonl, .json (lines), .csv, .tsv, .parquet, .txt, a folder saved by datasets, or hf://name[@config]:split"
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
-
-@dataclass(frozen=True)
-class Row:
-    """One raw row. `place` is where it stands: file:line, or file:row for formats without lines."""
-
-    fields: dict[str, Any]
-    place: str
-
-
-def require_source(source: str, key: str) -> None:
-    """Refuse a source that is not there, before anything expensive starts."""
-    if source.startswith("hf://"):
-        if ":" not in source[5:]:
-            raise InputError(f"{key}={source}", "a hub dataset needs a split", "Write hf://name:split")
-        return
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"{key}={source}", "the file does not exist", _similar(path))
-    if path.is_file() and path.suffix not in _READERS:
-        raise InputError(
-            f"{key}={source}", f"files ending in {path.suffix or 'nothing'} are not read", f"Use {FORMATS}"
-        )
+BATCH_ROWS = 1000
 
 
-def require_sources(config: DataConfig) -> None:
-    """Refuse files that are not there, before anything else is done."""
-    for name in ("train", "validation", "test", "retention"):
-        source = getattr(config, name)
-        if source is not None:
-            require_source(source, f"data.{name}")
+def read_chunks(source: str, key: str, text_unit: TextUnit, skip: int = 0) -> Iterator[Chunk | InputError]:
+    """Cut a source into chunks, in the order of its files.
+
+    A fault of a file (broken compression or Parquet, bytes that are no text, no row) is yielded in its place, and reading
+    goes on with the next file.
+
+    Args:
+        key: the config key that the source came from, for messages.
+        skip: start after so many rows, good and bad, of those that all chunks together hold. They are not parsed, and not
+            read either where the format allows. A file's fault comes again if it stands after `skip` rows or later.
+
+    Raises:
+        InputError: nothing is there, or it is no data; a hub dataset or a folder saved by `datasets` does not read on.
+    """
+    passed = 0
+    files = source_files(source, key)
+    whole = not files or is_saved(Path(source))
+    for path in [Path()] if whole else files:
+        if whole:
+            chunks = _read_saved(source, key, skip) if Path(source).is_dir() else _read_hub(source)
+        else:
+            chunks = _READERS[format_of(path) or ""](path, text_unit, skip - passed)
+        before = passed
+        try:
+            for chunk in chunks:
+                rows = chunk if isinstance(chunk, int) else chunk.num_rows
+                if not isinstance(chunk, int) and passed + rows > skip:
+                    yield chunk if passed >= skip else after(chunk, skip - passed)
+                passed += rows
+        except InputError as fault:
+            if whole:
+                raise
+            if passed >= skip:
+                yield fault
+        else:
+            if passed == before and passed >= skip:
+                place = f"{key}={source}" if whole or str(path) == source else str(path)
+                yield InputError(place, "the file holds no row", "Give a file with rows, or leave it out")
 
 
 def read_rows(source: str, key: str, text_unit: TextUnit) -> Iterator[Row]:
-    """Yield the rows of `source`; `key` is the config key it came from, for messages."""
-    require_source(source, key)
-    if source.startswith("hf://"):
-        yield from _read_hub(source)
-    elif Path(source).is_dir():
-        yield from _read_dataset_folder(source, key)
-    else:
-        yield from _READERS[Path(source).suffix](Path(source), text_unit)
+    """Yield the rows of a source, parsed in this process; `key` is the config key it came from, for messages.
+
+    Raises:
+        InputError: the first fault, of the source, a file or a row.
+    """
+    for chunk in read_chunks(source, key, text_unit):
+        for row in [chunk] if isinstance(chunk, InputError) else parse_chunk(chunk):
+            if isinstance(row, InputError):
+                raise row
+            yield row
 
 
-def _similar(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return f"The folder {parent} does not exist either. Give a path from {Path.cwd()}, or an absolute one"
-    files = sorted(p.name for p in parent.iterdir() if p.suffix in _READERS)[:6]
-    return f"In {parent} there is: {', '.join(files) or 'no data file'}"
+# -- reading: an int stands for rows that were passed over ----------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{path}:{line}", f"byte {data[error.start]:#04x} is not UTF-8", "Convert it: iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _read_jsonl(path: Path, _: TextUnit) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
+def _read_jsonl(path: Path, _: TextUnit, __: int) -> Iterator[Chunk]:
+    blank = BLANK.encode()
+    for number, data in line_blocks(path):
+        if isinstance(data, int):
+            yield Chunk(str(path), 1, too_long(f"{path}:{number}", data))
             continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            rule = f"this line is not JSON: {at}"
-            raise InputError(
-                f"{path}:{number}", rule, "Mend or remove the line; each line is one JSON object"
-            ) from None
-        if not isinstance(fields, dict):
-            rule = f"this line is a JSON {type(fields).__name__}, and a row is an object"
-            raise InputError(f"{path}:{number}", rule, 'Write {"prompt": ..., "response": ...} or the like')
-        yield Row(fields, f"{path}:{number}")
+        rows = sum(1 for line in data.split(b"\n") if line.strip(blank))
+        if rows:
+            yield Chunk(str(path), rows, Lines(data, number))
 
 
-def _read_csv(path: Path, _: TextUnit) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+def _read_csv(path: Path, _: TextUnit, __: int, delimiter: str = ",") -> Iterator[Chunk]:
+    csv.field_size_limit(LINE_BYTES)  # whole documents stand in cells, and an unclosed quote swallows no more than this
+    lines = (line for _, text in text_blocks(path) for line in io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    header: list[str] | None = None
+    first, size = 1, 0
     try:
-        header = next(reader, None)
-        if header is None:
-            raise InputError(str(path), "the file is empty", "A CSV starts with a line of column names")
-        if len(set(header)) != len(header):
-            twice = sorted({name for name in header if header.count(name) > 1})
-            raise InputError(f"{path}:1", f"the column {', '.join(twice)} stands twice in the header", "Rename one")
-        first = reader.line_num + 1
         for cells in reader:
-            place, first = f"{path}:{first}", reader.line_num + 1  # a quoted cell may run over several lines
+            line, first = first, reader.line_num + 1  # a quoted cell may run over several lines
             if not cells:
                 continue
-            if len(cells) != len(header):
-                rule = f"this row has {len(cells)} cells, and the header {len(header)}"
-                raise InputError(place, rule, "Quote cells that contain commas or line ends")
-            yield Row(dict(zip(header, cells, strict=True)), place)
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}", str(error), "Mend the line") from None
+            if header is None:
+                header = _header(cells, f"{path}:{line}")
+                continue
+            rows.append((line, cells))
+            size += sum(map(len, cells)) + len(cells)
+            if size >= CHUNK_BYTES:
+                yield Chunk(str(path), len(rows), Cells(header, rows))
+                rows, size = [], 0
+    except (csv.Error, InputError) as error:
+        if rows and header:
+            yield Chunk(str(path), len(rows), Cells(header, rows))
+        if isinstance(error, InputError):
+            raise
+        rule = f"the row that begins here does not read as CSV, at line {reader.line_num}: {error}"
+        raise InputError(f"{path}:{first}", rule, "Close its quotes, and double those within a cell") from None
+    if rows and header:
+        yield Chunk(str(path), len(rows), Cells(header, rows))
 
 
-def _read_parquet(path: Path, _: TextUnit) -> Iterator[Row]:
+def _read_tsv(path: Path, unit: TextUnit, skip: int) -> Iterator[Chunk]:
+    return _read_csv(path, unit, skip, "\t")
+
+
+def _header(cells: list[str], place: str) -> list[str]:
+    if len(set(cells)) != len(cells):
+        twice = sorted({name for name in cells if cells.count(name) > 1})
+        raise InputError(place, f"the column {', '.join(twice)} stands twice in the header", "Rename one")
+    if any("\0" in name for name in cells):
+        raise InputError(place, "a column's name holds a NUL byte", "Remove it")
+    return cells
+
+
+def _read_txt(path: Path, unit: TextUnit, _: int) -> Iterator[Chunk]:
+    rows: list[tuple[int, str]] = []
+    size = 0
+    fault = None
+    try:
+        for line, text in _texts(path, unit):
+            rows.append((line, text))
+            size += len(text) + 1
+            if size >= CHUNK_BYTES:
+                yield Chunk(str(path), len(rows), Texts(rows))
+                rows, size = [], 0
+    except InputError as error:
+        fault = error
+    if rows:
+        yield Chunk(str(path), len(rows), Texts(rows))
+    if fault is not None:
+        raise fault
+
+
+def _texts(path: Path, unit: TextUnit) -> Iterator[tuple[int, str]]:
+    r"""Documents with their lines; \r\n becomes \n. A paragraph ends at a line of white space."""
+    blocks = ((number, text.replace("\r\n", "\n")) for number, text in text_blocks(path))
+    if unit is TextUnit.file:  # held whole: it is one row
+        text = "".join(text for _, text in blocks)
+        if text.strip():
+            yield 1, text
+        return
+    lines = (pair for number, text in blocks for pair in enumerate(text.removesuffix("\n").split("\n"), number))
+    if unit is TextUnit.line:
+        yield from ((number, line) for number, line in lines if line.strip())
+        return
+    held: list[str] = []
+    first, size = 1, 0
+    for number, line in lines:
+        if line.strip():
+            if not held:
+                first, size = number, 0
+            held.append(line)
+            size += len(line)
+            if size > LINE_BYTES:
+                rule = f"the paragraph that begins here has more than {LINE_BYTES:,} characters"
+                raise InputError(
+                    f"{path}:{first}", rule, "Put empty lines between documents, or set data.text_unit=line"
+                )
+        elif held:
+            yield first, "\n".join(held)
+            held = []
+    if held:
+        yield first, "\n".join(held)
+
+
+def _read_parquet(path: Path, _: TextUnit, skip: int) -> Iterator[Chunk | int]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"{path}:row {number}")
-    except pyarrow.ArrowException as error:
-        raise InputError(str(path), f"it does not read as Parquet: {error}", "Write the file again") from None
+        # Pages as they are needed: by default every column of the file was read before the first row, the whole file.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            start = 0
+            while start < len(groups) and number + groups[start].num_rows <= skip:
+                number += groups[start].num_rows
+                start += 1
+            yield number
+            widest = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
+            size = min(max(CHUNK_BYTES // max(widest, 1), 1), BATCH_ROWS)
+            for batch in file.iter_batches(size, row_groups=range(start, len(groups))):
+                yield from _batches(str(path), batch, number + 1, decode=False)
+                number += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the file's
+        rule = f"it does not read as Parquet{f' after row {number}' if number else ''}: {reason(error)}"
+        raise InputError(str(path), rule, "Write the file again") from None
 
 
-def _read_txt(path: Path, unit: TextUnit) -> Iterator[Row]:
-    text = _text(path).replace("\r\n", "\n")
-    if unit is TextUnit.file:
-        if text.strip():
-            yield Row({"text": text}, f"{path}:1")
-        return
-    pattern = r"[^\n]+" if unit is TextUnit.line else r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*"
-    line, seen = 1, 0
-    for match in re.finditer(pattern, text):
-        line += text.count("\n", seen, match.start())
-        seen = match.start()
-        if match.group().strip():
-            yield Row({"text": match.group()}, f"{path}:{line}")
-
-
-def _read_dataset_folder(folder: str, key: str) -> Iterator[Row]:
+def _read_saved(folder: str, key: str, skip: int) -> Iterator[Chunk | int]:
+    """A folder saved by `datasets`, or of one with splits that which the key names."""
+    import pyarrow
     from datasets import DatasetDict, load_from_disk
 
-    if not any((Path(folder) / name).exists() for name in ("state.json", "dataset_dict.json")):
-        raise InputError(f"{key}={folder}", "this folder was not saved by datasets", f"Use {FORMATS}")
-    dataset = load_from_disk(folder)
-    if isinstance(dataset, DatasetDict):
-        split = key.rpartition(".")[2]
-        if split not in dataset:
-            raise InputError(
-                f"{key}={folder}", f"it has no split {split}", f"It has {', '.join(dataset)}: name a folder"
-            )
-        dataset = dataset[split]
-    for number, fields in enumerate(dataset, 1):
-        yield Row(fields, f"{folder}:row {number}")
+    try:
+        dataset = load_from_disk(folder)
+        if isinstance(dataset, DatasetDict):
+            dataset = dataset[key.rpartition(".")[2]]
+        begin = min(skip, len(dataset))
+        yield begin
+        if begin < len(dataset):
+            yield from _from_datasets(folder, dataset.select(range(begin, len(dataset))), begin)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        rule = f"the saved dataset does not read: {reason(error)}"
+        raise InputError(f"{key}={folder}", rule, "Save it again") from None
 
 
-def _read_hub(source: str) -> Iterator[Row]:
-    """`hf://org/name:split`, `hf://org/name@config:split`, or a local folder of files, `hf://./folder:split`."""
+def hub_version(source: str) -> str:
+    """What `datasets` calls this version of a hub dataset: a commit, or a hash of files; other rows have another.
+
+    Raises:
+        InputError: there is no such dataset, or the hub cannot be reached.
+    """
+    from datasets import load_dataset_builder
+
+    name, config, _ = _hub_name(source)
+    with _hub_errors(source):
+        return str(load_dataset_builder(name, config).hash)
+
+
+def _read_hub(source: str) -> Iterator[Chunk]:
+    """`hf://org/name:split`, `hf://org/name@config:split`, or a local folder of files, `hf://./folder:split`.
+
+    Streamed, but for a split that only a downloaded dataset has: `train[:10%]`, `train+test`.
+    """
     from datasets import load_dataset
+
+    name, config, split = _hub_name(source)
+    with _hub_errors(source):
+        dataset = load_dataset(name, config, split=split, streaming=not set("[+(") & set(split))
+        yield from _from_datasets(source, dataset, 0)
+
+
+def _hub_name(source: str) -> tuple[str, str | None, str]:
+    name, _, split = source[5:].partition(":")  # train[:10%] has a colon of its own
+    name, _, config = name.partition("@")
+    return name, config or None, split
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    import pyarrow
     from datasets.exceptions import DatasetsError
 
-    name, _, split = source[5:].rpartition(":")
-    name, _, config = name.partition("@")
+    faults = (OSError, ValueError, DatasetsError, pyarrow.ArrowException)  # no such split or config, or bad rows
     try:
-        dataset = load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, DatasetsError) as error:  # not found, unreachable, or no such split or config
-        rule = f"the dataset did not load: {str(error).strip().splitlines()[0]}"
+        yield
+    except faults as error:
+        rule = f"the dataset did not load: {reason(error)}"
         raise InputError(source, rule, "Check name, @config and :split, and that the hub can be reached") from None
-    for number, fields in enumerate(dataset, 1):
-        yield Row(fields, f"{source}:row {number}")
 
 
-csv.field_size_limit(2**31 - 1)  # whole documents stand in cells
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-    ".md": _read_txt,
+def _from_datasets(path: str, dataset: Any, passed: int) -> Iterator[Chunk]:
+    for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+        for batch in table.combine_chunks().to_batches():
+            yield from _batches(path, batch, passed + 1, decode=True)
+            passed += batch.num_rows
+
+
+def _batches(path: str, batch: RecordBatch, first: int, decode: bool) -> Iterator[Chunk]:
+    size = max(batch.num_rows * CHUNK_BYTES // max(batch.nbytes, CHUNK_BYTES), 1)
+    for start in range(0, batch.num_rows, size):
+        part = batch.slice(start, size)
+        yield Chunk(path, part.num_rows, Batch(stream_of(part), first + start, decode))
+
+
+_READERS: dict[str, Callable[[Path, TextUnit, int], Iterator[Chunk | int]]] = {
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "txt": _read_txt,
 }

@@ -1,26 +1,52 @@
-"""From the data config to tokenized splits: what is read, how it is divided, what it becomes for the objective."""
+"""From the data config to the tokenized splits of a run: which sources are read, how they are divided, what is cached."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import SPLITS, Config, DataConfig
+from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Kind
-from tritune.trainer.data.examples import Examples, blocks, conversations, documents, labelled
-from tritune.trainer.data.kinds import Record, read_records, split_by_content
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of
+from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
+from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
+from tritune.trainer.data.kinds import named_columns
+from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
+from tritune.trainer.data.records import hub_version, source_files
+from tritune.trainer.data.tables import Divider, TableFiles, require_supervision
 from tritune.trainer.errors import InputError
+from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
+# Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
+DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "bad_rows",
+            "unsupervised", "train_on", "last_turn_only")  # fmt: skip
 
 
 @dataclass
 class Splits:
-    """Tokenized rows by split (train, validation, test, retention) and, for classification, the label set."""
+    """Tokenized rows by split (train, validation, test, retention), for classification the label set, and the names of the
+    sources that training rows come from, by their numbers in `Examples.sources`."""
 
     examples: dict[str, Examples]
     labels: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told while rows are tokenized: `notify` of the source and what was read so far, `beat` that there is life."""
+
+    notify: Callable[[str, int, int], None] = lambda name, rows, tokens: None
+    beat: Callable[[], None] = lambda: None
 
 
 def require_length(config: Config, context: int | None) -> None:
@@ -30,14 +56,22 @@ def require_length(config: Config, context: int | None) -> None:
         raise InputError(f"data.max_length={config.data.max_length}", rule, f"Use {context} or less")
 
 
+def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
+    """Name -> path and config key of each source of training rows; `train` where there is only `data.train`."""
+    if data.sources:
+        return {name: (source.path or "", f"data.sources.{name}.path") for name, source in data.sources.items()}
+    return {"train": (data.train, "data.train")} if data.train is not None else {}
+
+
 def read_splits(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
     model_stops: Sequence[int] = (),
     names: Sequence[str] = SPLITS,
+    watch: Watch | None = None,
 ) -> Splits:
-    """Read, divide and tokenize.
+    """Read, divide and tokenize, or take from the cache what was tokenized before.
 
     Args:
         context: positions that the model has; None where it sets no limit.
@@ -47,54 +81,148 @@ def read_splits(
     Raises:
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
     """
-    records = _read(config, names)
-    labels = _labels(config, records.get("train"))
-    records = {n: r for n, r in records.items() if n in names}
-    examples: dict[str, Examples] = {}
-    for name, rows in records.items():
-        examples[name] = _tokenize(rows, tokenizer, config, labels, model_stops)
-        if not len(examples[name]):
-            raise InputError(f"data.{name}", f"the {name} split is empty", "Give rows, or another share")
-    if config.data.retention is not None and "retention" in names:
-        text = DataConfig(kind=Kind.text, text_unit=config.data.text_unit)
-        rows = list(read_records(config.data.retention, "data.retention", text, "pretrain"))
-        limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
-        examples["retention"] = documents(rows, tokenizer, limit)
-        if not len(examples["retention"]):
-            raise InputError(f"data.retention={config.data.retention}", "it holds no text", "Give a text file")
-    return Splits(examples, labels)
-
-
-def _read(config: Config, names: Sequence[str]) -> dict[str, list[Record]]:
-    """Records by split, in the order train, validation, test; empty splits are refused."""
     data, objective = config.data, config.objective.name
-    records: dict[str, list[Record]] = {}
+    reader = Reader(config, tokenizer, stop_token_ids(tokenizer, list(model_stops)), watch or Watch())
+    encoder, block = encoder_of(config, tokenizer, reader.stops)
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
-    needed = {*names, "train"} if any(n in names for n in shares) else set(names)
-    for name in ("train", "validation", "test"):
-        source = getattr(data, name)
-        if source is not None and name in needed:
-            records[name] = list(read_records(source, f"data.{name}", data, objective))
-            if not records[name]:
-                raise InputError(f"data.{name}={source}", "the file holds no row", "Give a file with rows")
-    if "train" in records and shares:
-        total = len(records["train"])
-        records["train"], parts = split_by_content(records["train"], shares)
-        records |= parts
-        for name, rows in {"train": records["train"], **parts}.items():
-            if not rows:
-                key = f"data.{name}_share={shares[name]}" if name in shares else "data.train"
-                raise InputError(key, f"of {total} rows none falls to {name}", "Give more rows, or another share")
-    return records
+    sources = training_sources(data)
+    found: dict[str, list[Entry]] = {}
+    if not data.streaming and ("train" in names or any(n in names for n in shares)):
+        for path, key in sources.values():
+            for name, entry in reader.entries(path, key, data, objective, encoder, shares, block).items():
+                found.setdefault(name, []).append(entry)
+    for name in ("validation", "test"):
+        path = getattr(data, name)
+        if path is not None and name in names:
+            found[name] = [reader.entries(path, f"data.{name}", data, objective, encoder, {}, block)["train"]]
+    labels = _labels(config, found.get("train"))
+    examples = {n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names}
+    if data.retention is not None and "retention" in names:
+        limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
+        text = DataConfig(kind=Kind.text, text_unit=data.text_unit, max_length=limit, bad_rows=data.bad_rows)
+        documents = Documents(tokenizer, separate=False, limit=limit)
+        entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
+        examples["retention"] = _examples([entries["train"]], [])
+    return Splits(examples, labels, list(sources))
 
 
-def _labels(config: Config, train: list[Record] | None) -> list[str]:
+@dataclass(frozen=True)
+class Entry:
+    """One split of one source."""
+
+    table: pa.Table
+    digest: str
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What the sources of one run have in common."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    stops: Sequence[int]
+    watch: Watch
+
+    def entries(
+        self, path: str, key: str, data: DataConfig, objective: str, encoder: Encoder, shares: dict[str, float],
+        block: int | None,
+    ) -> dict[str, Entry]:  # fmt: skip
+        """The splits of one source, from the cache or built into it."""
+        root = cache_root(self.config.cache.dir)
+        source = Source(path, key, data, objective, encoder)
+        parts = {
+            "source": fingerprint(path, key, root),
+            "tokenizer": tokenizer_key(self.tokenizer),
+            "data": {name: str(getattr(data, name)) for name in DECIDES},
+            "objective": [objective, getattr(self.config.objective, "prompt", None), type(encoder).__name__],
+            "shares": shares,
+            "stops": list(self.stops),
+        }
+
+        def build(folder: Path) -> dict[str, Any]:
+            source.settle()
+            seen: set[str] = set()
+            rows = tokens = 0
+            with TableFiles(folder, ("train", *shares)) as files:
+                divider = Divider(shares, data, block, files.write, files.reject)
+                for piece in pieces(source, self.config.cache.num_procs or cores()):
+                    divider.take(piece)
+                    if isinstance(piece, Piece):
+                        seen |= piece.seen
+                        rows, tokens = rows + len(piece.batch), tokens + len(piece.batch["ids"].flatten())
+                        self.watch.beat()
+                        self.watch.notify(key, rows, tokens)
+                divider.end()
+                require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
+                return {"made_of": parts, "tables": files.finish(divider.sinks)}
+
+        tables, manifest = build_once(root, key_of(parts), build, self.watch.beat)
+        facts = manifest["tables"]
+        found = {n: Entry(t, facts[n]["digest"], DataReport(**facts[n]["report"])) for n, t in tables.items()}
+        if objective == "sft" and self.config.data.require_stop_token:
+            require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
+        return found
+
+
+def require_stop_token(reports: Sequence[DataReport], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> None:
+    """Refuse splits in which no row trains a stop token.
+
+    Raises:
+        InputError: the model would not learn to end an answer.
+    """
+    if not all(report.stop_rows for report in reports):
+        rule = "no stop token is trained in any row, so the model would not learn to end an answer"
+        remedy = "Use a template whose answers end with one, or data.require_stop_token=false"
+        raise InputError(f"stop tokens {tokenizer.convert_ids_to_tokens(sorted(stops))}", rule, remedy)
+
+
+def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport], shares: dict[str, float]) -> None:
+    """Refuse a source that gives nothing to train or to score on.
+
+    Raises:
+        InputError: it holds no row, or lacks a column that the config names; a split of it is empty.
+    """
+    rows, lost = sum(r.rows for r in reports.values()), reports["train"]
+    if source.kind is None:
+        what = f"none of its {lost.bad:,} rows can be read" if lost.bad else "the file holds no row"
+        raise InputError(f"{source.key}={source.path}", what, "Give a file with rows")
+    for key, column in named_columns(source.data).items():
+        if column not in seen:
+            rule = f"no row of {source.path} has the column {column}"
+            raise InputError(f"{key}={column}", rule, f"The first row has {', '.join(source.names)}")
+    if source.objective == "sft":
+        require_supervision(reports, source.data)
+    for name, report in reports.items():
+        if not report.rows:
+            key = f"data.{name}_share={shares[name]}" if name in shares else f"{source.key}={source.path}"
+            raise InputError(key, f"of {rows:,} rows none falls to {name}", "Give more rows, or another share")
+
+
+def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
+    """The encoder of the objective, and the length of the blocks that its text is cut into."""
+    if config.objective.name.startswith("classify"):
+        return Labelled(tokenizer, config.data, config.objective), None
+    if config.objective.name == "pretrain":
+        return Documents(tokenizer, separate=True), config.data.max_length
+    return Conversations(tokenizer, config.data, stops), None
+
+
+def _examples(entries: list[Entry], labels: list[str]) -> Examples:
+    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries])
+    examples.report = joined([e.report for e in entries])
+    require_known_labels(examples, labels)
+    return examples
+
+
+def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     """The label set: as given, or what occurs in the training rows, sorted."""
     if not config.objective.name.startswith("classify"):
         return []
     if not config.data.labels and train is None:
         raise InputError("data.labels", "the classes are not known without training rows", "Give data.labels=[...]")
-    labels = config.data.labels or sorted({r.label for r in train or [] if r.label is not None})
+    found = {label for e in train or [] for label in pc.unique(e.table["label"]).to_pylist() if label is not None}
+    labels = config.data.labels or sorted(found)
     if len(set(labels)) != len(labels):
         raise InputError(f"data.labels={labels}", "a label stands twice", "Name each once")
     if len(labels) < 2:
@@ -102,15 +230,16 @@ def _labels(config: Config, train: list[Record] | None) -> list[str]:
     return list(labels)
 
 
-def _tokenize(
-    rows: list[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    labels: list[str],
-    model_stops: Sequence[int],
-) -> Examples:
-    if labels:
-        return labelled(rows, tokenizer, config, labels)
-    if config.objective.name == "pretrain":
-        return blocks(rows, tokenizer, config)
-    return conversations(rows, tokenizer, config, model_stops)
+def fingerprint(path: str, key: str, root: Path) -> list[Any]:
+    """What a source holds: for files their content, for the hub what `datasets` calls the same version."""
+    if path.startswith("hf://"):
+        return [path, hub_version(path)]
+    return [path, [[str(f), content_hash(f, root)] for f in source_files(path, key)]]
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything in a tokenizer that decides what a text becomes, and of the libraries that do it."""
+    specials = [tokenizer.bos_token, tokenizer.eos_token, adds_bos(tokenizer)]
+    template = tokenizer.chat_template
+    parts = [plain_backend(tokenizer).to_str(), specials, template, tokenizers.__version__, transformers.__version__]
+    return key_of(parts)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.backends import Backend
-from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.examples import Columns, Examples
 from tritune.trainer.data.loader import evaluation_batches
 from tritune.trainer.errors import InputError
 from tritune.trainer.metrics.classification import classification_report, confusion
@@ -42,23 +42,22 @@ def lay_out(split: Examples, choices: list[str], tokenizer: PreTrainedTokenizerB
         InputError: a row whose answer begins with none of the choices.
     """
     variants = _encodings(choices, tokenizer)
-    rows, right = Examples(), []
+    rows, right = Columns(), []
     for i in range(len(split)):
-        start, end = int(split.starts[i]), int(split.starts[i + 1])
-        ids = split.ids[start:end]
-        first = int(np.flatnonzero(split.supervised[start:end])[0])
+        ids = split.ids(i)
+        first = int(split.spans(i)[0, 0])
         answer = ids[first:].tolist()
         said = str(tokenizer.decode(answer)).lstrip()
         found = next((c for c, choice in enumerate(choices) if said.startswith(choice)), None)
         if found is None:
             rule = f"the answer {said[:40]!r} begins with none of {', '.join(choices)}"
-            raise InputError(split.places[i], rule, "Mend the row or evaluation.choices")
+            raise InputError(split.place(i), rule, "Mend the row or evaluation.choices")
         right.append(found)
         # As in this row's answer: where a turn's mark stands before it, or a space.
         encoded = max(variants, key=lambda encoded: _common(encoded[found], answer))
         for tokens in encoded:
-            rows.add([*ids[:first], *tokens], [False] * first + [True] * len(tokens), split.places[i])
-    return Choices(rows.freeze(), torch.tensor(right), len(choices))
+            rows.add([*ids[:first], *tokens], [(first, first + len(tokens))], split.place(i))
+    return Choices(Examples([pa.Table.from_batches([rows.batch()])]), torch.tensor(right), len(choices))
 
 
 def _encodings(choices: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
@@ -81,7 +80,7 @@ def choose(model: nn.Module, choices: Choices, backend: Backend, batch_size: int
     nll = torch.zeros(len(choices.examples), dtype=torch.float64, device=backend.device)
     batches = evaluation_batches(choices.examples, batch_size, pad_id, backend.dp_rank, backend.dp_size, backend.device)
     for batch in batches:
-        rows = batch.predict // batch.input_ids.shape[1]
+        rows = batch.document_of(batch.predict)
         nll.index_add_(0, batch.sample_ids[rows], model(batch, "token_nll").double())
     chosen = backend.sum(nll).cpu().reshape(-1, choices.num_choices).argmin(dim=1)
     return classification_report(confusion(choices.right, chosen, choices.num_choices))

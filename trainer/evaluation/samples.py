@@ -33,9 +33,8 @@ def pick(split: Examples, count: int, tokenizer: PreTrainedTokenizerBase, labels
     """Rows spread evenly over the split; the same for base and tuned, and for every run on it."""
     samples = []
     for row in np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)):
-        start, end = int(split.starts[row]), int(split.starts[row + 1])
-        ids, label = split.ids[start:end].tolist(), int(split.labels[row])
-        supervised = np.flatnonzero(split.supervised[start:end])
+        ids, label = split.ids(row).tolist(), int(split.labels[row])
+        supervised = split.trained(row)
         if label >= 0:
             first, reference = len(ids), labels[label]
         else:
@@ -43,7 +42,7 @@ def pick(split: Examples, count: int, tokenizer: PreTrainedTokenizerBase, labels
             first = int(supervised[0]) if supervised[0] > 1 else min(OPENING, max(len(ids) // 2, 1))
             reference = str(tokenizer.decode(ids[first:], skip_special_tokens=True)).rstrip("\n")
         samples.append(
-            Sample(split.places[row], str(tokenizer.decode(ids[:first])), reference, tuple(ids[:first]), int(row))
+            Sample(split.place(row), str(tokenizer.decode(ids[:first])), reference, tuple(ids[:first]), int(row))
         )
     return samples
 

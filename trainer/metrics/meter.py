@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
 from tritune.trainer.distributed import World
+from tritune.trainer.objectives import Loss
 
 
 class Meter:
@@ -16,6 +17,7 @@ class Meter:
 
     Attributes:
         batch: checksum of the last step's rows over all ranks, in hexadecimal.
+        by_source: float64 [2, sources], the last step's loss sums and counts over all ranks; None where there is one source.
 
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
@@ -25,13 +27,17 @@ class Meter:
         self._since, self._tokens = time.perf_counter(), 0
         self._sums: Tensor | float = 0.0
         self._num_tokens, self._num_labels, self._digest = 0, 0, 0
+        self._by_source: Tensor | float = 0.0
+        self.by_source: Tensor | None = None
 
     def start(self) -> None:
         """Training begins now: what went before does not count in the first rate."""
         self._since, self._tokens = time.perf_counter(), 0
 
-    def add(self, sums: Tensor, batch: Batch) -> None:
-        self._sums = sums.detach().double() + self._sums
+    def add(self, loss: Loss, batch: Batch) -> None:
+        self._sums = loss.sums.detach().double() + self._sums
+        if loss.by_source is not None:
+            self._by_source = loss.by_source + self._by_source
         self._num_tokens += batch.num_tokens
         self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
         self._digest += batch.digest
@@ -42,12 +48,15 @@ class Meter:
             [self._num_tokens, self._num_labels, self._digest], dtype=torch.float64, device=weight.device
         )
         assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
-        total = self.world.sum(torch.cat([self._sums, counts]))
-        loss = float((total[:-3] / weight).sum())
-        tokens, labels, digest = (int(x) for x in total[-3:])
+        apart = self._by_source.reshape(-1) if isinstance(self._by_source, Tensor) else counts[:0]
+        total = self.world.sum(torch.cat([counts, self._sums, apart]))
+        terms = len(self._sums)
+        loss = float((total[3 : 3 + terms] / weight).sum())
+        self.by_source = total[3 + terms :].reshape(2, -1).cpu() if len(apart) else None
+        tokens, labels, digest = (int(x) for x in total[:3])
         self.batch = f"{digest & 0xFFFFFFFF:08x}"  # checksums of 32 bits add up exactly in float64
         self._tokens += tokens
-        self._sums, self._num_tokens, self._num_labels, self._digest = 0.0, 0, 0, 0
+        self._sums, self._num_tokens, self._num_labels, self._digest, self._by_source = 0.0, 0, 0, 0, 0.0
         return loss, tokens, labels
 
     def rate(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class Progress:
         self.enabled, self.stream = enabled, stream or sys.stderr
         self.live = enabled and self.stream.isatty()
         self._log: IO[str] | None = None
-        self._printed = 0.0
+        self._printed, self._said = 0.0, time.perf_counter()
+        self._reading: tuple[str, float] | None = None
         self._seconds_per_step, self._last = 0.0, (0, time.perf_counter())
 
     def open_log(self, path: Path) -> None:
@@ -38,6 +39,22 @@ class Progress:
             self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
             self.stream.flush()
             self._write_log(text)
+
+    def reading(self, name: str, rows: int, tokens: int) -> None:
+        """Show how far a source was tokenized: always in a terminal, elsewhere every ten seconds."""
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        if self._reading is None or self._reading[0] != name:
+            self._reading = (name, now)
+        seconds = max(now - self._reading[1], 1e-9)
+        line = f"data      {name}: {rows:,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+        if self.live:
+            self.stream.write("\r\033[K" + line)
+            self.stream.flush()
+        elif now - self._said >= PLAIN_SECONDS:
+            self._said = now
+            self.say(line)
 
     def step(self, row: dict[str, Any], total_steps: int) -> None:
         """Show a step; in a terminal each, elsewhere the first, the last and one every ten seconds."""

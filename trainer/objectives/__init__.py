@@ -12,13 +12,51 @@ from tritune.trainer.batch import Batch
 
 @dataclass(frozen=True)
 class Loss:
-    """`sums`: [terms], the loss of a micro-batch summed, not averaged, one entry per term."""
+    """The loss of a micro-batch, summed and not averaged.
+
+    Attributes:
+        sums: [terms].
+        by_source: float64 [2, sources], of each source the plain sum and how many tokens or rows it is of, to be logged; None
+            where there is one source.
+    """
 
     sums: Tensor
+    by_source: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources that rows come from, and what each counts in the loss.
+
+    Of several the loss is the mean over all tokens (rows of a classifier), each with its source's weight: the sum of w x nll over
+    the sum of w.
+    """
+
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """One source, or none named: nothing is to be told apart."""
+        return len(self.names) < 2
+
+    def split(self, values: Tensor, sources: Tensor) -> Tensor:
+        """Return float64 [2, sources]: sums of `values` [N] and their counts, by source.
+
+        By masks and not by `index_add`, whose order of additions on a GPU differs from run to run.
+        """
+        mine = sources[None, :] == torch.arange(len(self.names), device=sources.device)[:, None]
+        return torch.stack([(mine * values.double()).sum(dim=1), mine.sum(dim=1).double()])
+
+    def weigh(self, sources: Tensor) -> Tensor:
+        """The weight of each of `sources` [N], float64."""
+        return torch.tensor(self.weights, dtype=torch.float64, device=sources.device)[sources]
 
 
 class Objective(Protocol):
     """A loss with its weight: over the whole window, loss = sums / weight, so no split of it changes the gradient."""
+
+    sources: Sources
 
     def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
         """Whatever must be known of the whole window first, without gradient; most return it unchanged."""
@@ -42,3 +80,12 @@ class Objective(Protocol):
 def window_weight(objective: Objective, micro_batches: list[Batch]) -> Tensor:
     """Weight of this rank's part of the window, float64 [terms]."""
     return torch.stack([objective.weight(batch) for batch in micro_batches]).sum(dim=0)
+
+
+ONE_SOURCE = Sources()
+
+
+def means_by_source(names: tuple[str, ...], sums: Tensor) -> dict[str, float]:
+    """`loss/<source>` of sums [2, sources], where more than one source has any."""
+    present = [(n, a / c) for n, a, c in zip(names, *sums.tolist(), strict=True) if c]
+    return {f"loss/{name}": mean for name, mean in present} if len(present) > 1 else {}

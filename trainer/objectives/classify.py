@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.errors import InputError
 from tritune.trainer.metrics.classification import classification_report, confusion
-from tritune.trainer.objectives import Loss
+from tritune.trainer.objectives import ONE_SOURCE, Loss, Sources, means_by_source
 
 
 class Classify:
@@ -21,19 +21,26 @@ class Classify:
             the whole vocabulary, so that the exported model says the label when it generates; accuracy is over the labels.
     """
 
-    def __init__(self, num_labels: int, token_ids: list[int] | None = None) -> None:
-        self.num_labels = num_labels
+    def __init__(self, num_labels: int, token_ids: list[int] | None = None, sources: Sources = ONE_SOURCE) -> None:
+        self.num_labels, self.sources = num_labels, sources
         self.token_ids = None if token_ids is None else torch.tensor(token_ids)
 
     def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
         return micro_batches
 
     def weight(self, batch: Batch) -> Tensor:
-        return (batch.labels >= 0).sum().double()[None]
+        real = batch.labels >= 0
+        if self.sources.plain:
+            return real.sum().double()[None]
+        return (self.sources.weigh(batch.sources) * real).sum()[None]
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         logits, targets = self._logits(model, batch)
-        return Loss(cross_entropy(logits, targets, ignore_index=-1, reduction="sum")[None])
+        if self.sources.plain:
+            return Loss(cross_entropy(logits, targets, ignore_index=-1, reduction="sum")[None])
+        nll = cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        weighted = (self.sources.weigh(batch.sources).to(nll.dtype) * nll).sum()
+        return Loss(weighted[None], self._apart(nll.detach(), batch))
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """The likeliest class of each row, int64 [B]."""
@@ -41,14 +48,21 @@ class Classify:
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, targets = self._logits(model, batch)
-        return {
-            "nll": cross_entropy(logits.double(), targets, ignore_index=-1, reduction="sum"),
+        nll = cross_entropy(logits.double(), targets, ignore_index=-1, reduction="none")
+        return ({} if self.sources.plain else {"by_source": self._apart(nll, batch)}) | {
+            "nll": nll.sum(),
             "rows": (batch.labels >= 0).sum().double(),
             "confusion": confusion(batch.labels, self._among_labels(logits).argmax(dim=-1), self.num_labels),
         }
 
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {"loss": float(sums["nll"] / sums["rows"]), **classification_report(sums["confusion"])}
+        apart = means_by_source(self.sources.names, sums["by_source"]) if "by_source" in sums else {}
+        return {"loss": float(sums["nll"] / sums["rows"]), **classification_report(sums["confusion"]), **apart}
+
+    def _apart(self, nll: Tensor, batch: Batch) -> Tensor:
+        """By source, rows that fill left out."""
+        real = batch.labels >= 0
+        return self.sources.split(nll[real], batch.sources[real])
 
     def _among_labels(self, logits: Tensor) -> Tensor:
         return logits if self.token_ids is None else logits[:, self.token_ids.to(logits.device)]

@@ -109,7 +109,7 @@ def _data(data: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens": f"{r['tokens']:,}",
             "supervised": f"{r['supervised_tokens'] / max(r['tokens'], 1):.0%}" if r["supervised_tokens"] else "-",
             "cut": f"{r['truncated_rows']:,}",
-            "dropped": f"{len(r['dropped']):,}",
+            "dropped": f"{r['dropped'] + r['bad'] + r['duplicates'] + r['too_long']:,}",
         }
         for name, r in splits
     ]

@@ -1,0 +1,265 @@
+"""The cache: one builds and the others wait, killed builders leave nothing that is used, whatever changes is built anew."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import write_prompts
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
+from tritune.trainer.data import cache
+from tritune.trainer.data.cache import build_once, content_hash, read_entry
+from tritune.trainer.data.examples import SCHEMA, Columns
+from tritune.trainer.data.splits import Watch, read_splits
+from tritune.trainer.data.tables import REJECTS, Divider, TableFiles
+from tritune.trainer.errors import InputError
+from tritune.trainer.tokenizer import byte_tokenizer
+
+FORK = multiprocessing.get_context("fork")
+
+
+def build_slowly(folder: Path, seconds: float, log: Path):
+    with log.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    columns = Columns()
+    columns.add([1, 2, 3], [(1, 3)], "f:1")
+    with TableFiles(folder, ["train"]) as files:
+        divider = Divider({}, Config().data, None, files.write, files.reject)
+        files.write("train", divider.sinks["train"].take(columns.batch(), []))
+        time.sleep(seconds)
+        return {"tables": files.finish(divider.sinks)}
+
+
+def open_entry(root: Path, log: Path, seconds: float) -> None:
+    tables, manifest = build_once(root, "key", lambda folder: build_slowly(folder, seconds, log), lambda: None)
+    ok = tables["train"]["ids"].to_pylist() == [[1, 2, 3]] and manifest["tables"]["train"]["report"]["rows"] == 1
+    os._exit(0 if ok else 1)
+
+
+def start(*arguments) -> multiprocessing.Process:
+    process = FORK.Process(target=open_entry, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(500):
+        if path.is_file() and path.read_text():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path):
+    log = tmp_path / "log"
+    processes = [start(tmp_path / "cache", log, 0.5) for _ in range(5)]
+    for process in processes:
+        process.join(20)
+    assert [p.exitcode for p in processes] == [0] * 5
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_a_killed_builder_leaves_nothing_that_is_used(tmp_path):
+    root, log = tmp_path / "cache", tmp_path / "log"
+    victim = start(root, log, 60.0)
+    wait_for(log)
+    waiting = start(root, log, 0.0)
+    time.sleep(0.2)
+    assert read_entry(root, "key") is None
+    assert waiting.is_alive(), "it waits for the lock"
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join(20)
+    waiting.join(20)
+    assert waiting.exitcode == 0, "the kernel gave the lock up with the process"
+    assert len(log.read_text().splitlines()) == 2
+    assert not list(root.glob("*.part-*")), "its folder is gone too"
+
+
+@pytest.mark.parametrize("damage", ["table", "manifest", "missing"])
+def test_a_damaged_entry_is_built_anew(tmp_path, damage):
+    root, log = tmp_path / "cache", tmp_path / "log"
+
+    def entry():
+        return build_once(root, "key", lambda folder: build_slowly(folder, 0.0, log), lambda: None)[0]
+
+    entry()
+    path = root / "key" / ("manifest.json" if damage == "manifest" else "train.arrow")
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
+    assert read_entry(root, "key") is None
+    assert entry()["train"]["ids"].to_pylist() == [[1, 2, 3]]
+    assert len(log.read_text().splitlines()) == 2
+    entry()
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_refusal_is_told_to_those_that_wait(tmp_path, monkeypatch):
+    """Eight ranks must not read a terabyte one after the other to find the same bad row."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-1")
+    calls = []
+
+    def refuse(folder):
+        calls.append(folder)
+        raise InputError("f:7", "it is bad", "Mend it")
+
+    for _ in range(3):
+        with pytest.raises(InputError, match="f:7: it is bad"):
+            build_once(tmp_path, "key", refuse, lambda: None)
+    assert len(calls) == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(InputError):
+        build_once(tmp_path, "key", refuse, lambda: None)
+    assert len(calls) == 2, "another start looks again: the file may have been mended"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache\.dir=.*cannot be kept there"):
+        build_once(tmp_path / "file" / "cache", "key", lambda folder: {}, lambda: None)
+
+
+def test_hashes_are_remembered_once_a_file_has_settled(tmp_path, monkeypatch):
+    path, root = tmp_path / "f", tmp_path / "cache"
+    path.write_text("one")
+    first = content_hash(path, root)
+    assert not (root / "files").exists(), "it could change within the same tick of the clock"
+    path.write_text("two")
+    second = content_hash(path, root)
+    assert first != second
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)
+    assert content_hash(path, root) == second
+    (note,) = (root / "files").iterdir()
+    assert note.read_text() == second
+    note.write_text("0" * 64)
+    assert content_hash(path, root) == "0" * 64, "read from the note, not from the file"
+    path.write_text("three")
+    assert content_hash(path, root) != "0" * 64
+
+
+# -- through to the splits -------------------------------------------------------------------------------
+
+
+def config(tmp_path, **data) -> Config:
+    made = Config()
+    made.cache.dir = str(tmp_path / "cache")
+    for name, value in data.items():
+        setattr(made.data, name, value)
+    return made
+
+
+def entries(tmp_path) -> set[str]:
+    return {p.name for p in (tmp_path / "cache").iterdir() if (p / "manifest.json").is_file()}
+
+
+def test_what_decides_the_tokens_decides_the_entry(tmp_path):
+    path, tokenizer = tmp_path / "rows.jsonl", byte_tokenizer()
+    write_prompts(path, 50, seed=1)
+    read_splits(config(tmp_path, train=str(path)), tokenizer, None)
+    assert len(entries(tmp_path)) == 1
+    read_splits(config(tmp_path, train=str(path), pack_window=7), tokenizer, None)
+    assert len(entries(tmp_path)) == 1, "how rows are arranged does not change them"
+    for changed in ({"max_length": 100}, {"validation_share": 0.5}, {"last_turn_only": True}, {"overlong": Overlong.drop}):
+        before = entries(tmp_path)
+        read_splits(config(tmp_path, train=str(path), **changed), tokenizer, None)
+        assert len(entries(tmp_path) - before) == 1, changed
+    before = entries(tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n' -}}", "assistant: ' -}}")
+    read_splits(config(tmp_path, train=str(path)), tokenizer, None)
+    assert len(entries(tmp_path) - before) == 1, "another template"
+    before = entries(tmp_path)
+    path.write_text(path.read_text().replace("cat", "dog"))
+    read_splits(config(tmp_path, train=str(path)), tokenizer, None)
+    assert len(entries(tmp_path) - before) == 1, "another content"
+
+
+def test_processes_make_the_same_rows_in_the_same_order(tmp_path):
+    """Several megabytes, so that there is work for several; and someone is told of it."""
+    path, told = tmp_path / "rows.jsonl", []
+    write_prompts(path, 30_000, seed=2)
+    made = []
+    for procs in (1, 3):
+        settings = config(tmp_path / str(procs), train=str(path), validation_share=0.1)
+        settings.cache.num_procs = procs
+        watch = Watch(lambda *args: told.append(args), lambda: None)
+        made.append(read_splits(settings, byte_tokenizer(), None, watch=watch).examples)
+    one, three = made
+    assert {n: e.digest for n, e in one.items()} == {n: e.digest for n, e in three.items()}
+    places = [three["train"].place(i) for i in (0, 100, 5000)]
+    assert places == [one["train"].place(i) for i in (0, 100, 5000)]
+    assert len(one["train"]) + len(one["validation"]) == 30_000
+    assert len(one["validation"]) == pytest.approx(3000, abs=5 * (30_000 * 0.1 * 0.9) ** 0.5)
+    assert told[-1][:2] == ("data.train", 30_000)
+
+
+def test_a_process_that_is_killed_is_no_silence(tmp_path, monkeypatch):
+    from tritune.trainer.data.encode import Conversations
+
+    path = tmp_path / "rows.jsonl"
+    write_prompts(path, 30_000, seed=2)
+    here = os.getpid()
+    call = Conversations.__call__
+
+    def dying(self, records):
+        if os.getpid() != here and records[-1].place.endswith("30000"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(self, records)
+
+    monkeypatch.setattr(Conversations, "__call__", dying)
+    settings = config(tmp_path, train=str(path))
+    settings.cache.num_procs = 2
+    with pytest.raises(Exception, match="terminated abruptly"):
+        read_splits(settings, byte_tokenizer(), None)
+    assert not entries(tmp_path)
+
+
+def test_groups_stay_together(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"q {i}", "response": f"r {i}", "user": f"u{i % 40}"} for i in range(800)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = config(tmp_path, train=str(path), validation_share=0.2, test_share=0.2, group="user")
+    splits = read_splits(settings, byte_tokenizer(), None).examples
+    users = {
+        name: {rows[int(e.place(i).rpartition(":")[2]) - 1]["user"] for i in range(len(e))} for name, e in splits.items()
+    }
+    assert users["train"] | users["validation"] | users["test"] == {f"u{i}" for i in range(40)}
+    assert sum(map(len, users.values())) == 40, "no user in two splits"
+    with pytest.raises(InputError, match=r"data\.group=person.*no row"):
+        read_splits(config(tmp_path, train=str(path), group="person", bad_rows=BadRows.skip), byte_tokenizer(), None)
+
+
+def test_what_is_left_out_is_counted_and_written_down(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"prompt": f"q {i}", "response": "r"}) for i in range(20)]
+    lines = [*good, "{broken", good[0], json.dumps({"prompt": "q", "response": ""}),
+             json.dumps({"prompt": "q", "response": "r" * 900}), json.dumps({"prompt": 1.5, "response": "r"})]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n")
+    kept = {"bad_rows": BadRows.skip, "unsupervised": Unsupervised.drop, "duplicates": Duplicates.drop,
+            "overlong": Overlong.drop, "max_length": 200}  # fmt: skip
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    train = read_splits(config(tmp_path, train=str(path), **kept), tokenizer, None).examples["train"]
+    report = train.report
+    assert (len(train), report.bad, report.dropped, report.duplicates, report.too_long) == (20, 2, 1, 1, 1)
+    (key,) = entries(tmp_path)
+    rejects = [json.loads(line) for line in (tmp_path / "cache" / key / REJECTS).read_text().splitlines()]
+    assert {(r["place"].rpartition(":")[2], r["fate"]) for r in rejects} == {
+        ("21", "bad"), ("22", "duplicate"), ("23", "unsupervised"), ("24", "too long"), ("25", "bad"),
+    }  # fmt: skip
+    for name, words in (("bad_rows", "rows.jsonl:21"), ("unsupervised", "rows.jsonl:23"), ("overlong", "rows.jsonl:24")):
+        refusing = {**kept, name: type(kept[name]).refuse}
+        with pytest.raises(InputError, match=words):
+            read_splits(config(tmp_path, train=str(path), **refusing), tokenizer, None)
+
+
+def test_the_schema_is_what_is_read_back(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_prompts(path, 10, seed=1)
+    assert read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None).examples["train"].table.schema == SCHEMA

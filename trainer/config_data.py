@@ -1,0 +1,106 @@
+"""What is read, and what becomes of its rows before they are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Unsupervised
+
+# Who speaks in a conversation.
+ROLES = ("system", "user", "assistant", "tool")
+
+# Our names of a row's columns, which data.columns maps to a file's.
+COLUMNS = ("messages", "tools", "prompt", "input", "response", "text", "label")
+
+
+@dataclass
+class SourceConfig:
+    """One of several sources of training rows (`data.sources.<name>`)."""
+
+    path: str | None = None  # as data.train
+    weight: float | None = None  # share of the rows of an epoch, relative; default: how many rows it has
+    epochs: float | None = None  # instead: how often its rows come in an epoch of the mixture
+    loss_weight: float = 1.0  # of each of its tokens or rows in the loss
+
+
+@dataclass
+class DataConfig:
+    train: str | None = (
+        None  # .jsonl .csv .parquet .txt (.gz .zst), shards, a datasets folder, or hf://name[@config]:split
+    )
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # instead of `train`: several, mixed
+    streaming: bool = False  # read the training rows as they are needed: for what fits neither memory nor disk
+    temperature: float = 1.0  # sources: shares are weights to the power 1 / temperature
+    validation: str | None = None
+    test: str | None = None
+    retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
+    validation_share: float = 0.0  # cut from `train` by content hash, where `validation` is not given
+    test_share: float = 0.0
+    kind: Kind = Kind.auto
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # our name -> the file's: prompt: instruction, label: category
+    text_unit: TextUnit = TextUnit.paragraph
+    max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
+    overlong: Overlong = Overlong.cut  # rows above max_length
+    stride: int = 0  # pretraining: tokens that a block repeats of the one before, read but not trained again
+    packing: Packing = Packing.none  # sequences of a step: rows, or packs of rows that do not see one another
+    pack_window: int = 16384  # rows among which each pack is filled
+    group: str | None = None  # a column: rows with the same value fall into the same split
+    duplicates: Duplicates = Duplicates.keep  # rows whose content and label stand earlier in the same file
+    bad_rows: BadRows = BadRows.refuse
+    unsupervised: Unsupervised = Unsupervised.refuse
+    require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
+    train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
+    last_turn_only: bool = False  # of these turns only the last
+    labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
+
+
+@dataclass
+class CacheConfig:
+    """Where tokenized rows are kept and how they are made; nothing of it is part of what a run is."""
+
+    dir: str | None = None  # default: $TRITUNE_CACHE, or ~/.cache/tritune
+    num_procs: int | None = None  # processes that tokenize, on each host; default: its cores
+
+
+class Check(StrEnum):
+    """What an audit can find. `audit.fail_on` names those that end it, and a training run before it starts."""
+
+    unreadable = "unreadable"  # a source or a split gives no rows at all
+    bad_rows = "bad_rows"  # rows that cannot be read, or too long with data.overlong=refuse
+    unsupervised = "unsupervised"  # rows without a token to train on
+    empty_answers = "empty_answers"
+    over_context = "over_context"  # data.max_length above the model's context
+    truncation = "truncation"  # rows above data.max_length
+    no_stop_token = "no_stop_token"  # no row of a split trains a stop token
+    double_bos = "double_bos"
+    template_mismatch = "template_mismatch"  # a model is trained on something other than it is asked with
+    duplicates_exact = "duplicates_exact"
+    duplicates_near = "duplicates_near"
+    leakage_exact = "leakage_exact"  # rows of another split that stand in train
+    leakage_near = "leakage_near"
+    leakage_prompt = "leakage_prompt"  # their prompts do, with another answer
+    split_leaked = "split_leaked"  # a twentieth of a split's rows or more stand in train
+    contradictions = "contradictions"  # one text, several labels
+    same_prompt = "same_prompt"  # one prompt, several answers
+    unknown_labels = "unknown_labels"  # labels that the label set does not have
+    label_balance = "label_balance"
+    personal = "personal"
+
+
+# Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
+FAIL_ON = (Check.unreadable, Check.bad_rows, Check.unsupervised, Check.over_context, Check.no_stop_token,
+           Check.double_bos, Check.template_mismatch, Check.split_leaked, Check.unknown_labels)  # fmt: skip
+
+
+@dataclass
+class AuditConfig:
+    """`tritune audit`, and what of it runs before training."""
+
+    fail_on: list[str] = field(default_factory=lambda: [c.value for c in FAIL_ON])  # exit status 2, and no training
+    near_duplicates: bool = True
+    similarity: float = 0.8  # least share of three-word runs that two texts have in common to be near duplicates
+    personal: bool = True  # look for e-mail addresses, telephone and card numbers, IBANs, IP addresses
+    out: str | None = None  # folder of the results; default: audit in run.dir, or here

@@ -1,0 +1,218 @@
+"""Raw rows on their way from a file to whoever parses them, and their parsing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tritune.trainer.data.files import not_utf8
+from tritune.trainer.errors import InputError, reason
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+BLANK = " \t\r"  # JSON's white space within a line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row. `place` is where it stands: file:line, or file:row for formats without lines."""
+
+    fields: dict[str, Any]
+    place: str
+
+
+@dataclass(frozen=True)
+class Lines:
+    """JSONL: whole lines, and the number of the first."""
+
+    data: bytes
+    first: int
+
+
+@dataclass(frozen=True)
+class Cells:
+    """CSV: the header, and the cells of each row with its line."""
+
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Plain text: each text with its line."""
+
+    rows: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A record batch as an Arrow stream, and the number of its first row: pyarrow pickles all that a slice is cut from."""
+
+    stream: bytes
+    first: int
+    decode: bool  # by the features of `datasets` that its schema carries
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive rows of one file, about 1 MiB, as they were read; `parse_chunk` makes rows of them. It pickles.
+
+    `num_rows` counts what `parse_chunk` yields, good and bad. A body that is an `InputError` is one bad row that was not held.
+    """
+
+    path: str
+    num_rows: int
+    body: Lines | Cells | Texts | Batch | InputError
+
+
+def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:
+    """The rows of a chunk in order; in the place of a bad one its fault."""
+    match chunk.body:
+        case Lines():
+            return _parse_lines(chunk.path, chunk.body)
+        case Cells():
+            return _parse_cells(chunk.path, chunk.body)
+        case Texts():
+            return _parse_texts(chunk.path, chunk.body)
+        case Batch():
+            return _parse_batch(chunk.path, chunk.body)
+    return iter([chunk.body])
+
+
+def after(chunk: Chunk, rows: int) -> Chunk:
+    """A chunk without its first rows."""
+    body: Lines | Cells | Texts | Batch
+    match chunk.body:
+        case Lines(data, first):
+            start = 0
+            for _ in range(rows):
+                blank = True
+                while blank:
+                    end = data.index(b"\n", start) + 1
+                    blank = not data[start:end].strip(BLANK.encode() + b"\n")
+                    start, first = end, first + 1
+            body = Lines(data[start:], first)
+        case Cells(header, cells):
+            body = Cells(header, cells[rows:])
+        case Texts(texts):
+            body = Texts(texts[rows:])
+        case Batch(_, first, decode):
+            body = Batch(stream_of(_batch(chunk.body).slice(rows)), first + rows, decode)
+        case InputError():
+            raise AssertionError("a chunk of one row has no rest")
+    return replace(chunk, num_rows=chunk.num_rows - rows, body=body)
+
+
+def stream_of(batch: RecordBatch) -> bytes:
+    """A batch as an Arrow stream, without what it is a slice of."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _batch(body: Batch) -> RecordBatch:
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(body.stream).read_next_batch()
+
+
+def _parse_lines(path: str, body: Lines) -> Iterator[Row | InputError]:
+    try:
+        lines = body.data.decode().split("\n")
+    except UnicodeDecodeError:
+        yield from _parse_undecodable(path, body)
+        return
+    decode = json.JSONDecoder().raw_decode  # json.loads takes twice as long, for white space around the object
+    for number, line in enumerate(lines, body.first):
+        try:
+            fields, end = decode(line)
+        except (ValueError, RecursionError):
+            fields, end = None, 0
+        if isinstance(fields, dict) and (end == len(line) or not line[end:].strip(BLANK)):
+            yield Row(fields, f"{path}:{number}")
+        elif line.strip(BLANK):
+            yield _parse_line(f"{path}:{number}", line)
+
+
+def _parse_line(place: str, line: str) -> Row | InputError:
+    """One line, with a message about what is wrong with it."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if "\0" in line:
+            return _nul(place, line.index("\0"))
+        at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return InputError(
+            place, f"this line is not JSON: {at}", "Mend or remove the line; each line is one JSON object"
+        )
+    if isinstance(fields, dict):
+        return Row(fields, place)
+    rule = f"this line is a JSON {type(fields).__name__}, and a row is an object"
+    return InputError(place, rule, 'Write {"prompt": ..., "response": ...} or the like')
+
+
+def _parse_undecodable(path: str, body: Lines) -> Iterator[Row | InputError]:
+    """One line is not UTF-8: all are decoded one by one."""
+    for number, line in enumerate(body.data.split(b"\n"), body.first):
+        if line.strip(BLANK.encode()):
+            try:
+                yield _parse_line(f"{path}:{number}", line.decode())
+            except UnicodeDecodeError as error:
+                yield not_utf8(f"{path}:{number}", error)
+
+
+def _nul(place: str, index: int) -> InputError:
+    return InputError(place, f"it holds a NUL byte, as character {index + 1}", "Remove it, or fetch the file again")
+
+
+def _parse_cells(path: str, body: Cells) -> Iterator[Row | InputError]:
+    for line, cells in body.rows:
+        if len(cells) != len(body.header):
+            rule = f"this row has {len(cells)} cells, and the header {len(body.header)}"
+            yield InputError(f"{path}:{line}", rule, "Quote cells that contain commas or line ends")
+        elif "\0" in (joined := ",".join(cells)):
+            yield _nul(f"{path}:{line}", joined.index("\0"))
+        else:
+            yield Row(dict(zip(body.header, cells, strict=True)), f"{path}:{line}")
+
+
+def _parse_texts(path: str, body: Texts) -> Iterator[Row | InputError]:
+    for line, text in body.rows:
+        if "\0" in text:
+            yield _nul(f"{path}:{line}", text.index("\0"))
+        else:
+            yield Row({"text": text}, f"{path}:{line}")
+
+
+def _parse_batch(path: str, body: Batch) -> Iterator[Row | InputError]:
+    import pyarrow
+
+    batch = _batch(body)
+    features = _features(batch) if body.decode else None
+    faults = (ValueError, OverflowError, pyarrow.ArrowException)  # text that is not UTF-8, a time out of Python's range
+    try:
+        rows = batch.to_pylist()
+    except faults:
+        rows = None
+    for index in range(batch.num_rows):
+        place = f"{path}:row {body.first + index}"
+        try:
+            fields = batch.slice(index, 1).to_pylist()[0] if rows is None else rows[index]
+            yield Row(fields if features is None else features.decode_example(fields), place)
+        except faults as error:
+            yield InputError(place, f"the row does not read: {reason(error)}", "Write it again, or remove it")
+
+
+def _features(batch: RecordBatch) -> Any:
+    """What `datasets` has to make of Arrow's values (JSON, images), if anything."""
+    from datasets import Features
+    from datasets.features.features import require_decoding
+
+    features = Features.from_arrow_schema(batch.schema)
+    return features if any(map(require_decoding, features.values())) else None

@@ -1,0 +1,60 @@
+"""The loader of a run: over rows that are all known, or over a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import Packing
+from tritune.trainer.data.cache import key_of
+from tritune.trainer.data.files import source_files
+from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
+from tritune.trainer.data.order import Order, draws_of
+from tritune.trainer.data.pipeline import Source
+from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, tokenizer_key, training_sources
+from tritune.trainer.data.stream import Stream
+from tritune.trainer.data.stream_loader import StreamLoader
+from tritune.trainer.state import TrainState
+
+
+def make_loader(
+    config: Config,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    state: TrainState,
+    dealer: Dealer,
+) -> Loader:
+    """The loader of the training rows.
+
+    Raises:
+        InputError: the first rows of a stream cannot be trained on.
+    """
+    data, train = config.data, config.train
+    if data.streaming:
+        assert train.max_steps is not None, "config.check() requires it"
+        stream, digest = open_stream(config, tokenizer, stops)
+        return StreamLoader(stream, state, dealer, train.max_steps, digest)
+    examples = splits.examples["train"]
+    draws = None
+    if data.sources:
+        counts = np.bincount(examples.sources, minlength=len(data.sources)).tolist()
+        draws = draws_of(counts, list(data.sources.values()), data.temperature)
+    capacity = data.max_length if data.packing is Packing.best_fit else None
+    order = Order(examples, config.seed, draws, capacity, data.pack_window)
+    return TrainLoader(order, state, dealer, train.epochs, train.max_steps)
+
+
+def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> tuple[Stream, str]:
+    """The stream of the training rows, and a hash of what decides its tokens but for the content of the files."""
+    data = config.data
+    encoder, _ = encoder_of(config, tokenizer, stops)
+    named = training_sources(data)
+    sources = [Source(path, key, data, config.objective.name, encoder) for path, key in named.values()]
+    for source in sources:
+        source.settle()
+    weights = np.array([s.weight or 1.0 for s in data.sources.values()] or [1.0]) ** (1.0 / data.temperature)
+    files = [[path, [[str(f), f.stat().st_size] for f in source_files(path, key)]] for path, key in named.values()]
+    digest = key_of([files, tokenizer_key(tokenizer), {name: str(getattr(data, name)) for name in DECIDES}])
+    shares = (weights / weights.sum()).tolist()
+    return Stream(sources, shares, data.labels, config.seed, data.pack_window), digest

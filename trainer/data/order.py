@@ -1,0 +1,122 @@
+"""The order of samples, a function of (seed, epoch): which rows an epoch has of each source, in which order, packed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.packing import best_fit
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation of an epoch, int64 [num_samples].
+
+    Samples are sorted by a hash (SplitMix64, Steele et al. 2014) and not by a library's generator: a new version of
+    NumPy or PyTorch cannot reorder a run that is resumed under it.
+    """
+    with np.errstate(over="ignore"):
+        stream = _splitmix(np.uint64(seed & (2**64 - 1))) ^ _splitmix(np.uint64(epoch) + np.uint64(0x5851F42D4C957F2D))
+        keys = _splitmix(np.arange(num_samples, dtype=np.uint64) + _splitmix(stream))
+    return np.argsort(keys, kind="stable")
+
+
+def uniform(first: int, count: int, seed: int) -> np.ndarray:
+    """Numbers in [0, 1) of the samples `first` to `first + count`, float64: each a function of (seed, its number)."""
+    with np.errstate(over="ignore"):
+        stream = _splitmix(_splitmix(np.uint64(seed & (2**64 - 1))) + np.uint64(0xD1B54A32D192ED03))
+        words = _splitmix(np.arange(first, first + count, dtype=np.uint64) + stream)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _splitmix(x):
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draws_of(counts: Sequence[int], sources: Sequence[SourceConfig], temperature: float) -> np.ndarray:
+    """How many rows of each source an epoch has, int64 [sources].
+
+    A source with `epochs` gives so many times its rows. The others together give as many rows as they have, each in proportion
+    to its weight (its rows, where none is given) to the power 1 / temperature (Arivazhagan et al. 2019, arXiv 1907.05019).
+    """
+    rows = np.array(counts, np.float64)
+    fixed = np.array([s.epochs is not None for s in sources])
+    draws = np.array([n * (s.epochs or 0.0) for n, s in zip(rows, sources, strict=True)])
+    if not fixed.all():
+        weights = [n if s.weight is None else s.weight for n, s in zip(rows, sources, strict=True)]
+        shares = np.where(fixed, 0.0, np.power(np.array(weights, np.float64), 1.0 / temperature))
+        draws = np.where(fixed, draws, rows[~fixed].sum() * shares / shares.sum())
+    return np.maximum(np.rint(draws), 1).astype(np.int64)
+
+
+class Order:
+    """What comes in an epoch: sequences, each a row or rows packed together.
+
+    Args:
+        draws: rows of each source in an epoch; None for each row once.
+        capacity: tokens of a pack; None for a row a sequence.
+        window: rows among which packs are filled.
+    """
+
+    def __init__(
+        self, examples: Examples, seed: int, draws: np.ndarray | None = None, capacity: int | None = None,
+        window: int = 16384,
+    ) -> None:  # fmt: skip
+        self.examples, self.seed, self.capacity, self.window = examples, seed, capacity, window
+        counts = np.bincount(examples.sources, minlength=0 if draws is None else len(draws))
+        self.counts = counts
+        self.draws = counts if draws is None else draws
+        self._once = bool((self.draws == self.counts).all())
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def num_sequences(self, epoch: int) -> int:
+        return int(self.draws.sum()) if self.capacity is None else len(self.epoch(epoch)[1]) - 1
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of an epoch, int64 [n], and where among them each sequence begins, int64 [sequences + 1]."""
+        if self._planned is None or self._planned[0] != epoch:
+            rows = self.rows(epoch)
+            self._planned = (epoch, *(self._pack(rows, epoch) if self.capacity else (rows, np.arange(len(rows) + 1))))
+        return self._planned[1], self._planned[2]
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in the global order, int64 [n].
+
+        Where a source gives not each row once, its draws run through one permutation after another over the epochs: no row comes
+        again before all have come.
+        """
+        if self._once:
+            return epoch_order(len(self.examples), self.seed, epoch)
+        parts, first = [], 0
+        for number, (count, draws) in enumerate(zip(self.counts.tolist(), self.draws.tolist(), strict=True)):
+            at = epoch * draws + np.arange(draws)
+            passes = [epoch_order(count, self.seed + number + 1, p) for p in range(at[0] // count, at[-1] // count + 1)]
+            parts.append(first + np.concatenate(passes)[at - at[0] // count * count])
+            first += count
+        drawn = np.concatenate(parts)
+        return drawn[epoch_order(len(drawn), self.seed, epoch)]
+
+    def _pack(self, rows: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.capacity is not None
+        windows = np.array_split(rows, max(round(len(rows) / self.window), 1))
+        packed, sizes = [], []
+        for number, window in enumerate(windows):
+            order, bounds = best_fit(self.examples.lengths[window], self.capacity)
+            # Filled in the order of length: taken as they come, a step would have long rows alone or short ones.
+            shuffled = epoch_order(len(bounds) - 1, self.seed, epoch + (number + 1 << 32))
+            counts = np.diff(bounds)[shuffled]
+            starts = np.repeat(bounds[shuffled] - np.cumsum(counts) + counts, counts)
+            packed.append(window[order[starts + np.arange(len(window))]])
+            sizes.append(counts)
+        return np.concatenate(packed), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+
+    def describe(self, epoch: int = 0) -> str:
+        """What packing made of an epoch."""
+        rows, bounds = self.epoch(epoch)
+        tokens = int(self.examples.lengths[rows].sum())
+        fill = tokens / ((len(bounds) - 1) * (self.capacity or 1))
+        return f"{len(rows):,} rows in {len(bounds) - 1:,} packs of {self.capacity:,} tokens, {fill:.2%} filled"

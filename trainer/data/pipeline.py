@@ -1,0 +1,181 @@
+"""A source -> tokenized tables: read here, encoded by several processes, written in the order of the source."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from tritune.trainer.config_choices import Kind
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
+from tritune.trainer.data.encode import Encoded, Encoder
+from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data.records import read_chunks
+from tritune.trainer.errors import InputError
+from tritune.trainer.pulse import die_with_parent
+
+IN_FLIGHT = 3  # chunks a process: read ahead so far, so that memory stays flat however large the source is
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one chunk became; small enough to be sent between processes.
+
+    Attributes:
+        batch: rows of `examples.SCHEMA`.
+        points, stops: float64 and bool, one a row.
+        token_bytes: of each token, one list a row; empty unless the objective reads text.
+        seen: columns named in the config that some row had.
+    """
+
+    batch: pa.RecordBatch
+    points: np.ndarray
+    stops: np.ndarray
+    token_bytes: list[np.ndarray]
+    bad: list[InputError]
+    dropped: list[str]
+    too_long: list[str]
+    seen: set[str]
+
+
+@dataclass
+class Source:
+    """What is read, and how its rows are understood and encoded.
+
+    Attributes:
+        path, key: as in the config, for messages.
+        kind, names: settled by `settle`, before any process is forked: of its rows, and the columns of the first.
+    """
+
+    path: str
+    key: str
+    data: DataConfig
+    objective: str
+    encoder: Encoder
+    kind: Kind | None = None
+    names: tuple[str, ...] = ()
+
+    def settle(self) -> None:
+        """Find out what kind of rows the source has, from its first good one.
+
+        Raises:
+            InputError: the first row has none of the columns that the objective reads.
+        """
+        for chunk in read_chunks(self.path, self.key, self.data.text_unit):
+            if isinstance(chunk, InputError):
+                continue
+            for row in parse_chunk(chunk):
+                if not isinstance(row, InputError):
+                    reading = Reading(self.data, self.objective)
+                    try:
+                        reading.record(row)
+                    except InputError:
+                        if reading.kind is None:
+                            raise
+                    self.kind, self.names = reading.kind, tuple(row.fields)
+                    return
+
+    def piece(self, chunk: Chunk) -> Piece:
+        """Parse and encode a chunk."""
+        return self.encoded(parse_chunk(chunk))
+
+    def encoded(self, rows: Iterable[Row | InputError]) -> Piece:
+        """Encode rows; faults, and rows that are no records, are kept apart."""
+        reading, records, bad = Reading(self.data, self.objective, self.kind), [], []
+        for row in rows:
+            try:
+                if isinstance(row, InputError):
+                    raise row
+                records.append(reading.record(row))
+            except InputError as error:
+                bad.append(error)
+        return pack_piece(self.encoder(records), bad, reading.seen)
+
+
+def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str]) -> Piece:
+    return Piece(
+        encoded.columns.batch(), np.array(encoded.points, np.float64), np.array(encoded.stops, bool),
+        encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen,
+    )  # fmt: skip
+
+
+def encode_records(records: Sequence[Record], encoder: Encoder) -> Piece:
+    """Records that are in memory already."""
+    return pack_piece(encoder(records), [], set())
+
+
+def pieces(source: Source, num_procs: int, skip: int = 0) -> Iterator[Piece | InputError]:
+    """Yield what the chunks of a source became, in its order; a fault of a file in its place.
+
+    Args:
+        num_procs: processes that parse and encode; they are started when there is work for two.
+        skip: rows that are passed over.
+    """
+    chunks = read_chunks(source.path, source.key, source.data.text_unit, skip)
+    ahead: deque[Chunk | InputError] = deque()
+    for chunk in chunks:
+        ahead.append(chunk)
+        if len(ahead) > 1:
+            break
+    if num_procs < 2 or len(ahead) < 2:
+        for chunk in (*ahead, *chunks):
+            yield chunk if isinstance(chunk, InputError) else source.piece(chunk)
+        return
+    yield from _in_processes(source, _chain(ahead, chunks), num_procs)
+
+
+def _chain(ahead: Iterable, chunks: Iterator) -> Iterator:
+    yield from ahead
+    yield from chunks
+
+
+_source: Source | None = None
+
+
+def _begin(source: Source) -> None:
+    """A forked process: one thread each, no signal of the terminal's, no life after its parent's."""
+    global _source
+    _source = source
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pa.set_cpu_count(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
+def _piece(chunk: Chunk) -> Piece:
+    assert _source is not None, "_begin ran in this process"
+    return _source.piece(chunk)
+
+
+def _in_processes(source: Source, chunks: Iterator[Chunk | InputError], num_procs: int) -> Iterator[Piece | InputError]:
+    # Forked, not spawned: tokenizer and encoder are inherited, and importing transformers anew takes seconds a process.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(num_procs, context, _begin, (source,))
+    waiting: deque[Future[Piece] | InputError] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(chunk if isinstance(chunk, InputError) else pool.submit(_piece, chunk))
+            if len(waiting) > IN_FLIGHT * num_procs:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Piece] | InputError) -> Piece | InputError:
+    return future if isinstance(future, InputError) else future.result()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

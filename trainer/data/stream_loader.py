@@ -1,0 +1,87 @@
+"""A loader over windows of a stream: no epoch, nothing held but the window and the one being made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tritune.trainer.batch import Batch
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.loader import Dealer
+from tritune.trainer.data.stream import Stream, Window
+from tritune.trainer.state import TrainState
+
+
+class StreamLoader:
+    """Windows of rows that are read as training goes on: `Loader`.
+
+    The cursor is the window in which the next sequence lies, (passes, rows) read of each source before it, and how many of its
+    sequences were taken. A step may reach over several windows.
+    """
+
+    def __init__(self, stream: Stream, state: TrainState, dealer: Dealer, total_steps: int, digest: str) -> None:
+        self.stream, self.state, self.dealer, self.total_steps = stream, state, dealer, total_steps
+        self.steps_per_epoch, self.digest = total_steps, digest
+        if not state.sources:
+            state.sources = [[0, 0] for _ in stream.sources]
+        self._window: Window | None = None
+        self._next: tuple[int, list[list[int]], int] = (0, [], 0)
+        self._step: Examples | None = None
+
+    @property
+    def window(self) -> Window:
+        """The one in which the cursor lies."""
+        if self._window is None or self._window.number != self.state.window:
+            self._window = self.stream.get(self.state.window, _points(self.state.sources))
+        return self._window
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while self.state.step < self.total_steps:
+            examples, packs = self._take()
+            self._step = examples
+            yield self.dealer.window(examples, packs, self.state.step + 1)
+
+    def _take(self) -> tuple[Examples, list[np.ndarray]]:
+        """The rows of a step, and its sequences as numbers among them."""
+        window, used, sources, wanted = self.window, self.state.used, self.state.sources, self.dealer.batch_size
+        parts, packs, rows = [], [], 0
+        while wanted:
+            taken = window.sequences[used : used + wanted]
+            if taken:
+                parts.append(window.examples.some(np.concatenate(taken)))
+                for pack in taken:
+                    packs.append(rows + np.arange(len(pack)))
+                    rows += len(pack)
+            wanted, used = wanted - len(taken), used + len(taken)
+            if used == len(window.sequences):
+                sources, used = [list(at) for at in window.after], 0
+                window = self._window = self.stream.get(window.number + 1, window.after)
+        self._next = (window.number, sources, used)
+        return Examples.join(parts), packs
+
+    def advance(self) -> None:
+        self.state.step += 1
+        self.state.window, self.state.sources, self.state.used = self._next
+
+    def longest(self) -> list[Batch]:
+        window = self.window
+        rows = np.concatenate(window.sequences)
+        bounds = np.concatenate([[0], np.cumsum([len(s) for s in window.sequences])])
+        return self.dealer.longest(window.examples, rows, bounds)
+
+    def places(self, samples: Sequence[int]) -> list[str]:
+        assert self._step is not None, "a window was trained on"
+        numbers = self._step.numbers.tolist()
+        return [self._step.place(numbers.index(s)) for s in samples]
+
+    def describe(self) -> list[str]:
+        window = self.window
+        packed = f" in {len(window.sequences):,} sequences" if len(window.sequences) < len(window.examples) else ""
+        return [
+            f"stream    {len(self.stream.sources)} source(s), shuffled within windows of {self.stream.window:,} rows; the "
+            f"{'first' if window.number == 0 else 'next'}: {window.examples.report.line()}{packed}"
+        ]
+
+
+def _points(sources: list[list[int]]) -> list[tuple[int, int]]:
+    return [(passes, rows) for passes, rows in sources]

@@ -1,0 +1,226 @@
+"""Pieces -> one table for each split: divided, freed of duplicates, joined to blocks for pre-training, counted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.examples import NAMED, SCHEMA, Columns, DataReport, TableDigest, describe, name_places
+from tritune.trainer.data.pipeline import Piece
+from tritune.trainer.errors import InputError
+
+REJECTS = "rejects.jsonl"
+
+
+class Sink:
+    """Collects the rows of one split: counted, hashed, in batches ready to be written.
+
+    Args:
+        block: join the rows to one stream of tokens and cut it into blocks of so many; None keeps rows.
+        stride: tokens that a block repeats of the one before.
+    """
+
+    def __init__(self, block: int | None, stride: int) -> None:
+        self.report, self.digest = DataReport(), TableDigest()
+        self._joiner = None if block is None else Blocks(block, stride)
+        self._seen: set[tuple[bytes, str | None]] = set()
+
+    def take(self, batch: pa.RecordBatch, token_bytes: list[np.ndarray]) -> pa.RecordBatch:
+        """Count rows, joined to blocks where that is asked for; return what is to be written."""
+        return self._counted(batch if self._joiner is None else self._joiner.add(batch, token_bytes))
+
+    def end(self) -> pa.RecordBatch:
+        """What the joiner still holds."""
+        return self._counted(Columns().batch() if self._joiner is None else self._joiner.end())
+
+    def first_ones(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Which rows are the first with their content and label, bool [n]."""
+        first = np.ones(len(batch), bool)
+        for i, pair in enumerate(zip(batch["digest"].to_pylist(), batch["label"].to_pylist(), strict=True)):
+            first[i] = pair not in self._seen
+            self._seen.add(pair)
+        return first
+
+    def _counted(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        part = describe(pa.Table.from_batches([batch]))
+        for name in ("rows", "tokens", "supervised_tokens", "truncated_rows", "truncated_tokens"):
+            setattr(self.report, name, getattr(self.report, name) + getattr(part, name))
+        self.digest.update(batch)
+        return batch
+
+
+class Blocks:
+    """Documents as one stream, cut into blocks of `length` tokens of which every one but the first is predicted.
+
+    With a stride a block begins with the last tokens of the one before, which are read and not trained again.
+    """
+
+    def __init__(self, length: int, stride: int) -> None:
+        self.length, self.stride, self.number = length, stride, 0
+        self._ids, self._bytes = np.zeros(0, np.int32), np.zeros(0, np.int32)
+
+    def add(self, batch: pa.RecordBatch, token_bytes: list[np.ndarray]) -> pa.RecordBatch:
+        """Append documents; return the blocks that are full."""
+        self._ids = np.concatenate([self._ids, batch["ids"].flatten().to_numpy()])
+        self._bytes = np.concatenate([self._bytes, *token_bytes])
+        return self._cut(last=False)
+
+    def end(self) -> pa.RecordBatch:
+        """The rest."""
+        return self._cut(last=True)
+
+    def _cut(self, last: bool) -> pa.RecordBatch:
+        columns, start = Columns(), 0
+        step = self.length - self.stride
+        while len(self._ids) - start >= (2 if last else self.length):
+            stop = min(start + self.length, len(self._ids))
+            trained = 1 if self.number == 0 else max(self.stride, 1)
+            if stop - start > trained:
+                spelled = int(self._bytes[start + trained : stop].sum())
+                place = f"block {self.number}"
+                columns.add(self._ids[start:stop], [(trained, stop - start)], place, num_bytes=spelled)
+            self.number += 1
+            start += step
+            if stop == len(self._ids) and last:
+                break
+        self._ids, self._bytes = self._ids[start:], self._bytes[start:]
+        return columns.batch()
+
+
+class Divider:
+    """Sends each row to its split, and counts what is left out.
+
+    Attributes:
+        sinks: by split; what was counted and hashed.
+
+    Args:
+        shares: split -> its share of the rows, in order; what is left over is `train`.
+        write: takes (split, batch), in order.
+        reject: takes (place, fate, why) of each row that is left out.
+    """
+
+    def __init__(
+        self, shares: dict[str, float], data: DataConfig, block: int | None,
+        write: Callable[[str, pa.RecordBatch], None], reject: Callable[[str, str, str], None],
+    ) -> None:  # fmt: skip
+        self.sinks = {name: Sink(block, data.stride) for name in ("train", *shares)}
+        self._names, self._edges = [*shares, "train"], np.cumsum(list(shares.values()))
+        self._data, self._write, self._reject = data, write, reject
+
+    def take(self, piece: Piece | InputError) -> None:
+        """The next rows of the source, or a fault of one of its files.
+
+        Raises:
+            InputError: a bad row, where the config refuses these.
+        """
+        self._lose(piece)
+        if isinstance(piece, InputError):
+            return
+        # The first share takes the points below it, the next those above: a row stays where it is when a later share grows.
+        belongs = np.searchsorted(self._edges, piece.points, side="right")
+        for number, name in enumerate(self._names):
+            mine, sink = belongs == number, self.sinks[name]
+            if self._data.duplicates is Duplicates.drop:
+                mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink)
+            batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
+            sink.report.stop_rows += int(piece.stops[mine].sum())
+            token_bytes = [piece.token_bytes[i] for i in np.flatnonzero(mine)] if piece.token_bytes else []
+            self._pass_on(name, sink.take(batch, token_bytes))
+
+    def end(self) -> None:
+        """The source has ended."""
+        for name, sink in self.sinks.items():
+            self._pass_on(name, sink.end())
+
+    def _pass_on(self, name: str, batch: pa.RecordBatch) -> None:
+        if len(batch):
+            self._write(name, batch)
+
+    def _first_ones(self, batch: pa.RecordBatch, sink: Sink) -> np.ndarray:
+        first = sink.first_ones(batch)
+        for place in batch["place"].filter(pa.array(~first)).to_pylist():
+            self._reject(place, "duplicate", "its content and label stand earlier in the source")
+        sink.report.duplicates += int((~first).sum())
+        return first
+
+    def _lose(self, piece: Piece | InputError) -> None:
+        """Count rows that were not encoded; they belong to no split, and are reported with the training rows."""
+        report = self.sinks["train"].report
+        bad = [piece] if isinstance(piece, InputError) else piece.bad
+        if bad and self._data.bad_rows is BadRows.refuse:
+            raise bad[0]
+        for error in bad:
+            self._reject(error.value, "bad", error.rule)
+        report.bad += len(bad)
+        report.bad_places += [error.value for error in bad][: NAMED - len(report.bad_places)]
+        if isinstance(piece, InputError):
+            return
+        for place in piece.dropped:
+            self._reject(place, "unsupervised", "it has no token to train on")
+        for place in piece.too_long:
+            self._reject(place, "too long", f"it has more than data.max_length={self._data.max_length} tokens")
+        report.dropped += len(piece.dropped)
+        report.dropped_places += piece.dropped[: NAMED - len(report.dropped_places)]
+        report.too_long += len(piece.too_long)
+
+
+def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> None:
+    """Refuse a source of which rows, or all, train nothing.
+
+    Raises:
+        InputError: it names the first such rows.
+    """
+    kept, lost = sum(r.rows for r in reports.values()), reports["train"]
+    if lost.dropped and (data.unsupervised is Unsupervised.refuse or not kept):
+        count = "every row" if not kept else f"{lost.dropped:,} of {lost.dropped + kept:,} rows"
+        remedy = f"Mend them, raise data.max_length={data.max_length}"
+        remedy += ", or drop them: data.unsupervised=drop" if kept else ", or check the chat template"
+        places = name_places(lost.dropped_places, lost.dropped)
+        raise InputError(places, f"{count} has no token to train on", remedy)
+
+
+class TableFiles:
+    """The files of a cache entry while it is built: `<split>.arrow`, and `rejects.jsonl` with every row that was left out."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._folder = folder
+        self._files = {name: (folder / f"{name}.arrow").open("wb") for name in names}
+        self._writers = {name: pa.ipc.new_file(file, SCHEMA) for name, file in self._files.items()}
+        self._rejects = (folder / REJECTS).open("w", encoding="utf-8")
+
+    def __enter__(self) -> TableFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._files.values(), self._rejects):
+            file.close()
+
+    def write(self, name: str, batch: pa.RecordBatch) -> None:
+        self._writers[name].write_batch(batch)
+
+    def reject(self, place: str, fate: str, why: str) -> None:
+        self._rejects.write(json.dumps({"place": place, "fate": fate, "why": why}, ensure_ascii=False) + "\n")
+
+    def finish(self, sinks: dict[str, Sink]) -> dict[str, Any]:
+        """Bring everything to disk; return each table's size, digest and report."""
+        for writer in self._writers.values():
+            writer.close()
+        for file in (*self._files.values(), self._rejects):
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            name: {
+                "num_bytes": (self._folder / f"{name}.arrow").stat().st_size,
+                "digest": sink.digest.hexdigest(),
+                "report": asdict(sink.report),
+            }
+            for name, sink in sinks.items()
+        }
