@@ -17,12 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tritune.trainer.config import GROUPS, SCHEMAS, Config, register
 from tritune.trainer.config_check import check
+from tritune.trainer.config_data import SourceConfig
 from tritune.trainer.config_yaml import conversion, nearest, one_line, options, yaml_faults
 from tritune.trainer.errors import ConfigFaults
+
+SOURCES = "data.sources."
 
 
 def load_config(
@@ -160,21 +163,36 @@ def _apply(composed: Any, override: Override) -> str | None:
     group, _, rest = key.partition(".")
     if group in SCHEMAS and rest == "name":
         return f"{text}: the name follows from the group. Write {group}={override.get_value_string()}"
+    if key.startswith(SOURCES):
+        return _apply_to_source(composed, override)
     fault = _unknown(key, OmegaConf.get_type(composed), composed)
     if fault:
         return f"{text}: {fault}"
     try:
-        if key.startswith("data.sources."):  # a source is made by the first key that names it, typed as the schema says
-            composed.merge_with(_nested(key.split("."), override.value()))
-        else:
-            OmegaConf.update(composed, key, override.value(), force_add=True, merge=False)
+        OmegaConf.update(composed, key, override.value(), force_add=True, merge=False)
     except OmegaConfBaseException as error:
         return f"{text}: {conversion(error, composed, key)}"
     return None
 
 
-def _nested(names: list[str], value: Any) -> dict[str, Any]:
-    return {names[0]: _nested(names[1:], value) if len(names) > 1 else value}
+def _apply_to_source(composed: Any, override: Override) -> str | None:
+    """Set a key of a source of `data.sources`, which the first key that names it makes."""
+    name, _, key = override.key_or_group.removeprefix(SOURCES).partition(".")
+    keys = [f.name for f in dataclasses.fields(SourceConfig)]
+    if key not in keys:
+        known = nearest(f"{SOURCES}{name}.{key or 'path'}", [f"{SOURCES}{name}.{k}" for k in keys])
+        return f"{override.input_line}: there is no such key. {known}"
+    probe = OmegaConf.structured(SourceConfig)
+    try:
+        OmegaConf.update(probe, key, override.value())
+    except OmegaConfBaseException as error:
+        return f"{override.input_line}: {conversion(error, probe, key)}"
+    sources = composed.data.sources
+    with open_dict(sources):
+        if name not in sources:
+            sources[name] = SourceConfig()
+        sources[name][key] = probe[key]
+    return None
 
 
 def _unresolved(node: Any, prefix: str = "") -> list[str]:

@@ -104,3 +104,10 @@ class AuditConfig:
     similarity: float = 0.8  # least share of three-word runs that two texts have in common to be near duplicates
     personal: bool = True  # look for e-mail addresses, telephone and card numbers, IBANs, IP addresses
     out: str | None = None  # folder of the results; default: audit in run.dir, or here
+
+
+def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
+    """Name -> path and config key of each source of training rows; `train` where there is only `data.train`."""
+    if data.sources:
+        return {name: (source.path or "", f"data.sources.{name}.path") for name, source in data.sources.items()}
+    return {"train": (data.train, "data.train")} if data.train is not None else {}

@@ -166,7 +166,12 @@ def test_what_decides_the_tokens_decides_the_entry(tmp_path):
     assert len(entries(tmp_path)) == 1
     read_splits(config(tmp_path, train=str(path), pack_window=7), tokenizer, None)
     assert len(entries(tmp_path)) == 1, "how rows are arranged does not change them"
-    for changed in ({"max_length": 100}, {"validation_share": 0.5}, {"last_turn_only": True}, {"overlong": Overlong.drop}):
+    for changed in (
+        {"max_length": 100},
+        {"validation_share": 0.5},
+        {"last_turn_only": True},
+        {"overlong": Overlong.drop},
+    ):
         before = entries(tmp_path)
         read_splits(config(tmp_path, train=str(path), **changed), tokenizer, None)
         assert len(entries(tmp_path) - before) == 1, changed
@@ -227,7 +232,8 @@ def test_groups_stay_together(tmp_path):
     settings = config(tmp_path, train=str(path), validation_share=0.2, test_share=0.2, group="user")
     splits = read_splits(settings, byte_tokenizer(), None).examples
     users = {
-        name: {rows[int(e.place(i).rpartition(":")[2]) - 1]["user"] for i in range(len(e))} for name, e in splits.items()
+        name: {rows[int(e.place(i).rpartition(":")[2]) - 1]["user"] for i in range(len(e))}
+        for name, e in splits.items()
     }
     assert users["train"] | users["validation"] | users["test"] == {f"u{i}" for i in range(40)}
     assert sum(map(len, users.values())) == 40, "no user in two splits"
@@ -253,7 +259,11 @@ def test_what_is_left_out_is_counted_and_written_down(tmp_path):
     assert {(r["place"].rpartition(":")[2], r["fate"]) for r in rejects} == {
         ("21", "bad"), ("22", "duplicate"), ("23", "unsupervised"), ("24", "too long"), ("25", "bad"),
     }  # fmt: skip
-    for name, words in (("bad_rows", "rows.jsonl:21"), ("unsupervised", "rows.jsonl:23"), ("overlong", "rows.jsonl:24")):
+    for name, words in (
+        ("bad_rows", "rows.jsonl:21"),
+        ("unsupervised", "rows.jsonl:23"),
+        ("overlong", "rows.jsonl:24"),
+    ):
         refusing = {**kept, name: type(kept[name]).refuse}
         with pytest.raises(InputError, match=words):
             read_splits(config(tmp_path, train=str(path), **refusing), tokenizer, None)
@@ -262,4 +272,6 @@ def test_what_is_left_out_is_counted_and_written_down(tmp_path):
 def test_the_schema_is_what_is_read_back(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_prompts(path, 10, seed=1)
-    assert read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None).examples["train"].table.schema == SCHEMA
+    assert (
+        read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None).examples["train"].table.schema == SCHEMA
+    )

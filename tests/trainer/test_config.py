@@ -487,3 +487,26 @@ def test_identity_keys_exist():
         for part in key.split("."):
             node = node[part]
     assert set(SCHEMAS) <= set(tree)
+
+
+def test_sources_are_made_by_the_keys_that_name_them():
+    given = [
+        "model=tiny",
+        "train.max_steps=1",
+        "data.sources.a.path=a.jsonl",
+        "data.sources.b.path=b.jsonl",
+        "data.sources.b.weight=2",
+    ]
+    config = load_config(given)
+    assert {n: (s.path, s.weight) for n, s in config.data.sources.items()} == {
+        "a": ("a.jsonl", None),
+        "b": ("b.jsonl", 2.0),
+    }
+    for wrong, words in (
+        ("data.sources.a.wieght=2", "data.sources.a.weight"), ("data.sources.a.weight=much", "data.sources.a.weight=much"),
+        ("data.sources.a=x.jsonl", "data.sources.a.path"), ("data.sources.c.weight=1", "data.sources.c.path"),
+        ("data.sources.b.epochs=2", "Set one of the two"), ("data.train=c.jsonl", "Give one of the two"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigFaults) as refused:
+            load_config([*given, wrong])
+        assert words in str(refused.value), wrong

@@ -70,7 +70,7 @@ class Conversations:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, stops: Sequence[int]) -> None:
-        self.tokenizer, self.data, self.stops = tokenizer, data, np.array(sorted(stops), np.int32)
+        self.tokenizer, self.data, self.stops = tokenizer, data, frozenset(stops)
         self.backend = plain_backend(tokenizer)
         self.begin = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         self.template = None
@@ -102,7 +102,7 @@ class Conversations:
                 out.bad.append(error)
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         for record, one, encoding in zip(kept, rendered, encodings, strict=True):
-            yield record, np.array(encoding.ids, np.int32), token_spans(encoding, one)
+            yield record, encoding.ids, token_spans(encoding, one)
 
     def _plain(self, records: Sequence[Record]):
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
@@ -113,9 +113,9 @@ class Conversations:
         for i, record in enumerate(records):
             prompt, response = encoded[i].ids, encoded[len(records) + i].ids if responses[i] else []
             ids = [*prompt, *response, *(end if response else [])]
-            yield record, np.array(ids, np.int32), [(len(prompt), len(ids))] if response else []
+            yield record, ids, [(len(prompt), len(ids))] if response else []
 
-    def _add(self, out: Encoded, record: Record, ids: np.ndarray, spans: Sequence[tuple[int, int]]) -> None:
+    def _add(self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]]) -> None:
         limit = self.data.max_length
         if not out.fits(len(ids), record.place, self.data):
             return
@@ -127,7 +127,7 @@ class Conversations:
             return
         digest = record.digest()
         out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=digest[:16])
-        out.stops.append(any(np.isin(ids[a:b], self.stops).any() for a, b in kept))
+        out.stops.append(any(not self.stops.isdisjoint(ids[a:b]) for a, b in kept))
         out.points.append(record.point(digest))
 
 

@@ -6,12 +6,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Packing
+from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
 from tritune.trainer.data.order import Order, draws_of
 from tritune.trainer.data.pipeline import Source
-from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, tokenizer_key, training_sources
+from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, tokenizer_key
 from tritune.trainer.data.stream import Stream
 from tritune.trainer.data.stream_loader import StreamLoader
 from tritune.trainer.state import TrainState

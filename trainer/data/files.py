@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.errors import InputError, reason
 
 CHUNK_BYTES = 1 << 20
@@ -41,10 +41,9 @@ def require_source(source: str, key: str) -> None:
 
 def require_sources(config: DataConfig) -> None:
     """Refuse files that are not there, before anything else is done."""
-    for name in ("train", "validation", "test", "retention"):
-        source = getattr(config, name)
-        if source is not None:
-            require_source(source, f"data.{name}")
+    named = {f"data.{name}": getattr(config, name) for name in ("validation", "test", "retention")}
+    for source, key in [*training_sources(config).values(), *((s, k) for k, s in named.items() if s is not None)]:
+        require_source(source, key)
 
 
 def source_files(source: str, key: str) -> list[Path]:

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Kind
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
@@ -54,13 +54,6 @@ def require_length(config: Config, context: int | None) -> None:
     if context is not None and config.data.max_length > context:
         rule = f"the model has a context of {context} tokens"
         raise InputError(f"data.max_length={config.data.max_length}", rule, f"Use {context} or less")
-
-
-def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
-    """Name -> path and config key of each source of training rows; `train` where there is only `data.train`."""
-    if data.sources:
-        return {name: (source.path or "", f"data.sources.{name}.path") for name, source in data.sources.items()}
-    return {"train": (data.train, "data.train")} if data.train is not None else {}
 
 
 def read_splits(

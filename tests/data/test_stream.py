@@ -1,0 +1,191 @@
+"""Streams: windows that are functions of where they begin, cursors that are resumed exactly, by any number of ranks."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections import Counter
+
+import harness
+import numpy as np
+import pytest
+import torch
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import BadRows, Packing
+from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.data.feed import open_stream
+from tritune.trainer.data.loader import Dealer
+from tritune.trainer.data.order import uniform
+from tritune.trainer.data.stream_loader import StreamLoader
+from tritune.trainer.errors import InputError
+from tritune.trainer.state import TrainState
+from tritune.trainer.tokenizer import byte_tokenizer, stop_token_ids
+
+CPU = torch.device("cpu")
+
+
+def write(path, numbers, opener=open):
+    with opener(path, "wt") as file:
+        for i in numbers:
+            file.write(json.dumps({"prompt": f"row {i}", "response": "x" * (i % 23 + 1)}) + "\n")
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Three shards, one compressed, and another source of 7 rows."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write(shards / "a.jsonl", range(40))
+    write(shards / "b.jsonl.gz", range(40, 75), gzip.open)
+    write(shards / "c.jsonl", range(75, 100))
+    write(tmp_path / "few.jsonl", range(1000, 1007))
+    return {"many": SourceConfig(str(shards), weight=3.0), "few": SourceConfig(str(tmp_path / "few.jsonl"), weight=1.0)}
+
+
+def config(named, window=16, packing=Packing.best_fit) -> Config:
+    made = Config()
+    made.data.sources, made.data.pack_window, made.data.packing = named, window, packing
+    made.data.max_length, made.data.streaming, made.seed = 200, True, 3
+    return made
+
+
+def loader(named, rank=0, ranks=1, steps=25, state=None, batch=4, **settings) -> StreamLoader:
+    made, tokenizer = config(named, **settings), byte_tokenizer()
+    stream, digest = open_stream(made, tokenizer, stop_token_ids(tokenizer))
+    return StreamLoader(stream, state or TrainState(), Dealer(batch, None, 0, rank, ranks, CPU), steps, digest)
+
+
+def texts(batches) -> list[str]:
+    """Every document of some micro-batches, as text."""
+    found = []
+    for batch in batches:
+        flat = batch.input_ids.reshape(-1)
+        for start, n, sample in zip(batch.starts, batch.lengths, batch.sample_ids, strict=True):
+            if sample >= 0:
+                found.append(byte_tokenizer().decode(flat[start : start + n].tolist()))
+    return sorted(found)
+
+
+def run(train):
+    steps = []
+    for window in train:
+        steps.append((texts(window), sum(b.digest for b in window)))
+        train.advance()
+    train.stream.close()
+    return steps
+
+
+def number(text: str) -> int:
+    return int(text.partition("row ")[2].partition("<")[0])
+
+
+@pytest.mark.parametrize("packing", list(Packing))
+def test_any_number_of_ranks_sees_the_same(sources, packing):
+    alone = run(loader(sources, packing=packing))
+    parts = [run(loader(sources, rank, 3, packing=packing)) for rank in range(3)]
+    for step, (rows, digest) in enumerate(alone):
+        assert sorted(t for p in parts for t in p[step][0]) == rows
+        assert sum(p[step][1] for p in parts) == digest
+    assert len(alone) == 25
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 9, 17, 24])
+def test_a_cursor_is_resumed_exactly(sources, stop):
+    """Also in the middle of a window, after several passes through a source, and when a step reaches over windows."""
+    whole = run(loader(sources))
+    first = loader(sources, steps=stop)
+    assert run(first) == whole[:stop]
+    state = TrainState()
+    state.load_json(json.loads(json.dumps(first.state.to_json())))
+    again = loader(sources, state=state)
+    assert run(again) == whole[stop:]
+    assert again.state.sources[1][0] >= 5, "the small source was passed through several times"
+
+
+def test_a_source_is_read_from_front_to_back_over_and_over(sources):
+    rows = [number(t) for step in run(loader(sources, steps=150, packing=Packing.none)) for t in step[0]]
+    for first, count in ((0, 100), (1000, 7)):
+        times = Counter(r for r in rows if first <= r < first + count)
+        assert len(times) == count
+        assert max(times.values()) - min(times.values()) <= 2, "within a window and a pass"
+    share = sum(r >= 1000 for r in rows) / len(rows)
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / len(rows)) ** 0.5
+
+
+def test_rows_are_shuffled_within_their_window(tmp_path):
+    write(tmp_path / "rows.jsonl", range(64))
+    train = loader({"one": SourceConfig(str(tmp_path / "rows.jsonl"))}, window=32, packing=Packing.none, steps=16)
+    windows = [train.stream.get(0, [(0, 0)])]
+    windows.append(train.stream.get(1, windows[0].after))
+    for w, window in enumerate(windows):
+        rows = [int(window.examples.place(int(s[0])).rpartition(":")[2]) for s in window.sequences]
+        assert sorted(rows) == list(range(32 * w + 1, 32 * w + 33))
+        assert rows != sorted(rows)
+    train.stream.close()
+
+
+def test_uniform_is_uniform_and_the_same_wherever_it_begins():
+    whole = uniform(0, 20_000, 5)
+    assert np.array_equal(whole[700:900], uniform(700, 200, 5))
+    assert not np.array_equal(whole[:100], uniform(0, 100, 6))
+    counts = np.bincount((whole * 10).astype(int), minlength=10)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 60, "chi-square with 9 degrees: a chance of 1e-9"
+
+
+def test_bad_rows_are_refused_or_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, range(30))
+    path.write_text(path.read_text() + "{broken\n")
+    train = loader({"one": SourceConfig(str(path))}, steps=9)
+    with pytest.raises(InputError, match=r"rows\.jsonl:31"):
+        run(train)
+    made = config({"one": SourceConfig(str(path))})
+    made.data.bad_rows = BadRows.skip
+    stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    first = stream.get(0, [(0, 0)])
+    second = stream.get(1, first.after)
+    assert second.examples.report.bad == 1
+    assert second.after == [(1, 1)], "a bad row is a row of its file: cursors count it"
+    stream.close()
+
+
+def test_an_empty_source_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no row"):
+        loader({"one": SourceConfig(str(tmp_path / "rows.jsonl"))}).describe()
+
+
+def test_a_streamed_run_goes_on_bit_for_bit(tritune, tmp_path, sources):
+    same = [
+        "model=tiny", "data.streaming=true", "data.pack_window=16", "data.packing=best_fit", "data.max_length=120",
+        f"data.sources.many.path={sources['many'].path}", "data.sources.many.weight=3", "data.sources.few.weight=1",
+        f"data.sources.few.path={sources['few'].path}", "train.batch_size=3", "backend.device=cpu", "checkpoint.every=3",
+        "export.enabled=false", "report.enabled=false", "train.max_steps=9",
+    ]  # fmt: skip
+    assert tritune(*same, f"run.dir={tmp_path}/whole").code == 0
+    job = harness.start([*same, f"run.dir={tmp_path}/killed"], tmp_path / "logs")
+    while len(harness.rows(tmp_path / "killed")) < 5 and job.alive():
+        pass
+    job.signal(9)
+    job.wait()
+    done = tritune(*same, f"run.dir={tmp_path}/killed")
+    assert done.code == 0, done.err
+    assert "stream    2 source(s)" in done.err
+    whole, killed = (harness.rows(tmp_path / name) for name in ("whole", "killed"))
+    keys = ("step", "loss", "grad_norm", "batch", "loss/many", "loss/few")
+    for ours, theirs in itertools.zip_longest(whole, killed):
+        assert {k: ours.get(k) for k in keys} == {k: theirs.get(k) for k in keys}
+
+
+def test_what_a_stream_cannot_do_is_refused(tritune, tmp_path, sources):
+    path = f"data.train={sources['few'].path}"
+    for override, words in (
+        ("train.epochs=1", "a stream has no epoch"), ("data.validation_share=0.1", "cannot be cut"),
+        ("data.duplicates=drop", "need all rows"),
+    ):  # fmt: skip
+        done = tritune(
+            "model=tiny", "data.streaming=true", path, "train.max_steps=2", override, f"run.dir={tmp_path}/r"
+        )
+        assert done.code == 2
+        assert words in done.err
