@@ -89,6 +89,7 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
         "data.packing",
         "objective=pretrain fills its blocks with text already. Use none",
     )
+    rule(0 < d.similarity <= 1, "data.similarity", "a share of word 3-grams, in (0, 1]. Use e.g. 0.8")
     rule(d.pack_window >= 1, "data.pack_window", "a pack is filled from some rows. Use e.g. 16384")
     unknown = [r for r in d.train_on if r not in ROLES]
     rule(

@@ -59,10 +59,12 @@ class Overlong(StrEnum):
 
 
 class Duplicates(StrEnum):
-    """What happens to a row that stands in the same file before."""
+    """What happens to a row that stands in the same source before: `drop` takes out those with equal content and label,
+    `drop_near` also those that are nearly the same (`data.similarity`)."""
 
     keep = "keep"
     drop = "drop"
+    drop_near = "drop_near"
 
 
 class Packing(StrEnum):

@@ -48,7 +48,8 @@ class DataConfig:
     packing: Packing = Packing.none  # sequences of a step: rows, or packs of rows that do not see one another
     pack_window: int = 16384  # rows among which each pack is filled
     group: str | None = None  # a column: rows with the same value fall into the same split
-    duplicates: Duplicates = Duplicates.keep  # rows whose content and label stand earlier in the same file
+    duplicates: Duplicates = Duplicates.keep  # rows that stand earlier in the same source
+    similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained

@@ -275,3 +275,24 @@ def test_the_schema_is_what_is_read_back(tmp_path):
     assert (
         read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None).examples["train"].table.schema == SCHEMA
     )
+
+
+def test_near_duplicates_are_left_out_where_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = [f"word{i}" for i in range(40)]
+    other = " ".join([*words[:20], "changed", *words[21:]])
+    rows = [
+        " ".join(words),
+        "something else entirely in these words",
+        other,
+        " ".join(words),
+        "and one more row of its own",
+    ]
+    path.write_text("".join(json.dumps({"prompt": text, "response": "yes"}) + "\n" for text in rows))
+    kept = {}
+    for how in Duplicates:
+        settings = config(tmp_path, train=str(path), duplicates=how, max_length=600)
+        train = read_splits(settings, byte_tokenizer(), None).examples["train"]
+        kept[how.value] = [int(train.place(i).rpartition(":")[2]) for i in range(len(train))]
+        assert train.report.duplicates == 5 - len(train)
+    assert kept == {"keep": [1, 2, 3, 4, 5], "drop": [1, 2, 3, 5], "drop_near": [1, 2, 5]}

@@ -9,12 +9,12 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from encoded import conversations
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tritune.trainer.backends.local import Local
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_backends import BackendConfig
-from tritune.trainer.data.examples import conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.distributed import start
 from tritune.trainer.errors import InputError
@@ -159,8 +159,8 @@ def test_choices_are_found_with_real_tokenizers(shared, name, template):
         if row["response"] != CHOICES[right(row)]:
             continue
         n = i * len(CHOICES) + right(row)
-        ids = choices.examples.ids[choices.examples.starts[n] : choices.examples.starts[n + 1]]
-        whole = split.ids[split.starts[i] : split.starts[i + 1]]
+        ids = choices.examples.ids(n)
+        whole = split.ids(i)
         assert ids.tolist() == whole[: len(ids)].tolist()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoded import conversations
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tritune.launch.cli import main as cli
 from tritune.trainer.config import Config, GenerateConfig, ModelConfig
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.examples import conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts
 from tritune.trainer.errors import InputError
@@ -189,7 +189,7 @@ def tokenizer_of(name: str, shared: Path):
 def before_answer(record: Record, tokenizer) -> list[int]:
     """The ids of a training row up to its first supervised token."""
     examples = conversations([record], tokenizer, Config(data=DataConfig(require_stop_token=False)))
-    return examples.ids[: int(examples.supervised.argmax())].tolist()
+    return examples.ids(0)[: int(examples.trained(0)[0])].tolist()
 
 
 @pytest.mark.parametrize("template", ["own", "marked", "unmarked"])

@@ -198,6 +198,26 @@ def test_the_same_run_packed_and_unpacked(tritune, tmp_path):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
 
 
+def test_the_same_run_on_other_world_sizes(tritune, tmp_path):
+    """Packed and apart, on one process and on two, replicated and sharded: the plan fixes a step's documents."""
+    write(tmp_path / "rows.jsonl", 90)
+    same = ["model=tiny", f"data.train={tmp_path}/rows.jsonl", "data.packing=best_fit", "data.max_length=400",
+            "train.batch_size=3", "train.max_steps=5", "method=lora", "method.dropout=0.1", "optim.lr=1e-2",
+            "backend.device=cpu", "export.enabled=false", "report.enabled=false"]  # fmt: skip
+    assert tritune(*same, f"run.dir={tmp_path}/alone").code == 0
+    cells = {
+        "ddp": ["backend=ddp"], "apart": ["backend=ddp", "train.unpack=true", "train.micro_batch_size=2"],
+        "fsdp": ["backend=fsdp"], "zero3": ["backend=zero3", "train.micro_batch_size=1"],
+    }  # fmt: skip
+    harness.run_many([[*same, *c, f"run.dir={tmp_path}/{n}"] for n, c in cells.items()], tmp_path / "logs", 2)
+    alone = harness.rows(tmp_path / "alone")
+    for name in cells:
+        for ours, theirs in zip(harness.rows(tmp_path / name), alone, strict=True):
+            assert ours["batch"] == theirs["batch"], name
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), name
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
+
+
 def test_another_packing_is_another_run(tritune, tmp_path):
     write(tmp_path / "rows.jsonl", 60)
     same = ["model=tiny", f"data.train={tmp_path}/rows.jsonl", "data.max_length=300", "train.batch_size=4", "train.max_steps=2",

@@ -138,7 +138,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
         rule = f"the column {config.group} is missing; this row has {', '.join(row.fields)}"
         raise InputError(row.place, rule, "Mend the row, or leave out data.group")
     if kind is Kind.messages:
-        tools = _tools_of(row, columns["tools"]) if "tools" in columns else None
+        tools = tools_of(row, columns["tools"]) if "tools" in columns else None
         return Record(row.place, messages=messages_of(row, columns["messages"]), tools=tools, group=group)
     values = {name: _string(row, columns[name]) for name in _NEEDS[kind]}
     if kind is Kind.prompt_response and "input" in columns:
@@ -182,7 +182,7 @@ def _has_content(message: dict[str, Any]) -> bool:
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
-def _tools_of(row: Row, column: str) -> list[Any] | None:
+def tools_of(row: Row, column: str) -> list[Any] | None:
     """The tools a conversation may call: a list of JSON schemas, or the JSON text of one."""
     value: Any = row.fields[column]
     if isinstance(value, str) and value.strip():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
 from tritune.trainer.config_choices import TextUnit
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.kinds import columns_of, messages_of
+from tritune.trainer.data.kinds import columns_of, messages_of, tools_of
 from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
@@ -37,13 +37,15 @@ def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfi
         tokenizer.chat_template = plain_template(tokenizer)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], place: str) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, tools: list[Any] | None = None
+) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to speak.
 
     Raises:
         InputError: the template fails on it.
     """
-    text = render(tokenizer, messages, place, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, place, add_generation_prompt=True, tools=tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -83,6 +85,8 @@ def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTok
             raise InputError(row.place, rule, "Give model.chat_template=<file>")
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
+        if not turns:
+            raise InputError(row.place, "nothing stands before the answer", "Write what is to be answered")
     else:
         text = row.fields.get(columns.get("prompt", columns.get("text", "")))
         if not isinstance(text, str):
@@ -95,7 +99,8 @@ def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTok
         turns = [{"role": "user", "content": text}]
     if config.generate.system is not None:
         turns = [{"role": "system", "content": config.generate.system}, *turns]
-    return Prompt(row.fields, chat_ids(tokenizer, turns, row.place), row.place)
+    tools = tools_of(row, columns["tools"]) if "tools" in columns else None
+    return Prompt(row.fields, chat_ids(tokenizer, turns, row.place, tools), row.place)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None) -> list[int]:

@@ -13,9 +13,10 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
-from tritune.trainer.config_choices import Kind
+from tritune.trainer.config_choices import Duplicates, Kind
 from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of
+from tritune.trainer.data.clean import near_repeats
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.kinds import named_columns
@@ -27,7 +28,7 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
-DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "bad_rows",
+DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
             "unsupervised", "train_on", "last_turn_only")  # fmt: skip
 
 
@@ -138,7 +139,9 @@ class Reader:
             seen: set[str] = set()
             rows = tokens = 0
             with TableFiles(folder, ("train", *shares)) as files:
-                divider = Divider(shares, data, block, files.write, files.reject)
+                near = data.duplicates is Duplicates.drop_near
+                repeats = near_repeats(source, data.similarity) if near else frozenset()
+                divider = Divider(shares, data, block, files.write, files.reject, repeats)
                 for piece in pieces(source, self.config.cache.num_procs or cores()):
                     divider.take(piece)
                     if isinstance(piece, Piece):

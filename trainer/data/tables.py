@@ -105,15 +105,17 @@ class Divider:
         shares: split -> its share of the rows, in order; what is left over is `train`.
         write: takes (split, batch), in order.
         reject: takes (place, fate, why) of each row that is left out.
+        repeats: places of rows that nearly repeat another, and are left out.
     """
 
     def __init__(
         self, shares: dict[str, float], data: DataConfig, block: int | None,
         write: Callable[[str, pa.RecordBatch], None], reject: Callable[[str, str, str], None],
+        repeats: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.sinks = {name: Sink(block, data.stride) for name in ("train", *shares)}
         self._names, self._edges = [*shares, "train"], np.cumsum(list(shares.values()))
-        self._data, self._write, self._reject = data, write, reject
+        self._data, self._write, self._reject, self._repeats = data, write, reject, repeats
 
     def take(self, piece: Piece | InputError) -> None:
         """The next rows of the source, or a fault of one of its files.
@@ -128,7 +130,7 @@ class Divider:
         belongs = np.searchsorted(self._edges, piece.points, side="right")
         for number, name in enumerate(self._names):
             mine, sink = belongs == number, self.sinks[name]
-            if self._data.duplicates is Duplicates.drop:
+            if self._data.duplicates is not Duplicates.keep:
                 mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink)
             batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
             sink.report.stop_rows += int(piece.stops[mine].sum())
@@ -148,6 +150,11 @@ class Divider:
         first = sink.first_ones(batch)
         for place in batch["place"].filter(pa.array(~first)).to_pylist():
             self._reject(place, "duplicate", "its content and label stand earlier in the source")
+        if self._repeats:
+            near = np.array([place in self._repeats for place in batch["place"].to_pylist()], bool) & first
+            for place in batch["place"].filter(pa.array(near)).to_pylist():
+                self._reject(place, "near duplicate", "it nearly repeats an earlier row of the source")
+            first &= ~near
         sink.report.duplicates += int((~first).sum())
         return first
 

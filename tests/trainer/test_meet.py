@@ -1,0 +1,40 @@
+"""Ranks that wait for one another without a collective: however long one tokenizes, no time limit of the process group ends it."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tritune.launch.processes import CONTEXT
+from tritune.trainer.distributed import World
+
+LIMIT, LATE = 2.0, 5.0  # seconds: of a collective, and what one rank takes
+
+
+def rank(number: int, store: str, out: str) -> None:
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, 2), rank=number, world_size=2, timeout=timedelta(seconds=LIMIT)
+    )
+    world, beats = World(number, 2, torch.device("cpu")), []
+    with world.together("tokenizing", patiently=lambda: beats.append(1)):
+        time.sleep(LATE if number else 0.0)
+    Path(out).write_text(f"{len(beats)}")
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def test_a_rank_that_takes_long_is_waited_for(tmp_path):
+    arguments = [(i, str(tmp_path / "store"), str(tmp_path / str(i))) for i in range(2)]
+    processes = [CONTEXT.Process(target=rank, args=a) for a in arguments]
+    began = time.monotonic()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert time.monotonic() - began >= LATE > LIMIT
+    assert int((tmp_path / "0").read_text()) > 10, "and it showed signs of life meanwhile"
