@@ -1,0 +1,159 @@
+"""What the tokenized rows alone say: read off their tables without a text, so that every training run can afford it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
+from tritune.trainer.audit.repeats import contents_of, repeats
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
+from tritune.trainer.config_data import Check
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.splits import Splits
+from tritune.trainer.data.templates import ChatTemplate, verify
+from tritune.trainer.errors import InputError
+from tritune.trainer.tokenizer import adds_bos
+
+RATIO = 10  # of the commonest label's rows to the rarest's; BANKING77, which trains well, has 5
+PROBE = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]
+
+
+def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Rows left out and cut, stop and BOS tokens, the chat template on a probe, exact repetitions and leaks, labels.
+
+    Costs under a second a million rows. Blocks of pre-training text say nothing of the documents in them: repetitions
+    are not looked for there.
+
+    Args:
+        splits: as they were read, with `config` or more leniently; what would have been refused by `config` is a fault.
+    """
+    findings: list[Finding] = []
+    for name, examples in splits.examples.items():
+        findings += [*_left_out(config, name, examples), *_cut(config, name, examples)]
+        findings += _double_bos(config, name, examples, tokenizer)
+        if config.objective.name == "sft" and name != "retention" and len(examples) and not examples.report.stop_rows:
+            severity = Severity.fault if config.data.require_stop_token else Severity.note
+            text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
+            findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
+    findings += _template(config, tokenizer)
+    findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
+    if "train" in splits.examples and splits.labels:
+        findings += label_balance(splits)
+    return findings
+
+
+def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+    report = examples.report
+    if report.bad:
+        severity = Severity.note if config.data.bad_rows is BadRows.skip else Severity.fault
+        text = f"{name}: {counted(report.bad, 'row')} that cannot be read"
+        yield Finding(Check.bad_rows, severity, report.bad, text, list(report.bad_places), details={"split": name})
+    if report.dropped:
+        severity = Severity.note if config.data.unsupervised is Unsupervised.drop else Severity.fault
+        text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
+        places = list(report.dropped_places)
+        yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
+
+
+def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+    full = examples.table["full_length"].to_numpy()
+    long = np.flatnonzero(full > examples.lengths)
+    count, tokens = len(long) + examples.report.too_long, int((full - examples.lengths)[long].sum())
+    if not count or name == "retention":  # which is cut to a length of its own
+        return
+    limit = config.data.max_length
+    text = f"{name}: {count:,} of {len(full) + examples.report.too_long:,} rows over {limit:,} tokens"
+    details = {"split": name, "tokens": tokens, "longest": int(full.max()) if len(full) else None}
+    places = [examples.place(row) for row in long[:PLACES].tolist()]
+    notes = [f"{length:,} tokens" for length in full[long[:PLACES]].tolist()]
+    match config.data.overlong:
+        case Overlong.cut:
+            share = tokens / max(int(full.sum()), 1)
+            text += f", cut: {tokens:,} tokens lost, {share:.1%}"
+            yield Finding(Check.truncation, Severity.warning, count, text, places, notes, details)
+        case Overlong.drop:
+            yield Finding(Check.truncation, Severity.note, count, f"{text}, left out", places, notes, details)
+        case Overlong.refuse:
+            severity = Severity.note if config.data.bad_rows is BadRows.skip else Severity.fault
+            yield Finding(Check.bad_rows, severity, count, text, places, notes, details)
+
+
+def _double_bos(config: Config, name: str, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Two BOS tokens at the start of a row; in blocks of text, where documents begin anywhere, two anywhere."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    anywhere = config.objective.name == "pretrain" and bos != tokenizer.eos_token_id and adds_bos(tokenizer)
+    rows: list[np.ndarray] = []
+    number = 0
+    for chunk in examples.table["ids"].chunks:
+        rows.append(number + np.flatnonzero(_twice(chunk, bos, anywhere)))
+        number += len(chunk)
+    found = np.concatenate([np.zeros(0, np.int64), *rows])
+    if len(found):
+        what = "holding" if anywhere else "that begin with"
+        text = f"{name}: {len(found):,} of {number:,} rows {what} two BOS tokens ({tokenizer.bos_token})"
+        places = [examples.place(row) for row in found[:PLACES].tolist()]
+        yield Finding(Check.double_bos, Severity.fault, len(found), text, places, details={"split": name})
+
+
+def _twice(chunk: pa.ListArray, bos: int, anywhere: bool) -> np.ndarray:
+    """Which rows have `bos` twice in a row, bool [n]."""
+    values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+    starts, ends = offsets[:-1], offsets[1:]
+    twice = np.zeros(len(chunk), bool)
+    if anywhere:
+        pairs = np.flatnonzero((values[:-1] == bos) & (values[1:] == bos))
+        pairs = pairs[(pairs >= offsets[0]) & (pairs + 1 < offsets[-1])]
+        row = np.searchsorted(offsets, pairs, side="right") - 1
+        twice[row[pairs + 1 < ends[row]]] = True
+    else:
+        long = ends - starts > 1
+        twice[long] = (values[starts[long]] == bos) & (values[starts[long] + 1] == bos)
+    return twice
+
+
+def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """The chat template on a conversation of ours; one that it refuses shows nothing."""
+    if config.objective.name != "sft" or not tokenizer.chat_template or "assistant" not in config.data.train_on:
+        return
+    template = ChatTemplate(tokenizer, config.data.train_on, config.data.last_turn_only)
+    try:
+        said = verify(tokenizer, template, PROBE, "a probe conversation")
+    except InputError as error:
+        said = _begins_otherwise(template, error)
+    if said is not None and is_mismatch(said):
+        yield Finding(Check.template_mismatch, Severity.fault, 1, f"the chat template: {said}")
+
+
+def is_mismatch(said: str) -> bool:
+    """Whether what `templates.verify` says is of the tokens that the model is asked with. It also says when the answer's
+    tokens do not spell its text, as with a tokenizer that folds case, which harms nobody."""
+    return "its tokens spell" not in said
+
+
+def _begins_otherwise(template: ChatTemplate, error: InputError) -> str | None:
+    """What `error`, of rendering the probe, comes from; None if not from the generation prompt."""
+    try:
+        asked = template.prompt(PROBE[:1], "a probe conversation")
+    except InputError:
+        return None  # a template that takes no such conversation: the rows have to show
+    return f"{error.rule} (asked, it ends with {asked[-40:]!r})"
+
+
+def label_balance(splits: Splits) -> Iterator[Finding]:
+    """Labels that never occur in train, or far less often than the commonest."""
+    labels = splits.examples["train"].labels
+    counts = np.bincount(labels[labels >= 0], minlength=len(splits.labels))
+    rare, common = int(counts.argmin()), int(counts.argmax())
+    if counts[rare] * RATIO >= counts[common]:
+        return
+    few = np.flatnonzero(counts * RATIO < counts[common])
+    text = f"train: {len(few):,} of {len(counts):,} labels have less than a tenth of the rows of the commonest"
+    text += f" ({splits.labels[rare]}: {counts[rare]:,}, {splits.labels[common]}: {counts[common]:,})"
+    details = {"labels": {splits.labels[i]: int(counts[i]) for i in few}}
+    yield Finding(Check.label_balance, Severity.warning, len(few), text, details=details)

@@ -1,0 +1,208 @@
+"""Everything that the configuration names, read leniently: what would stop a run is counted, and reading goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.audit.cheap import cheap_findings
+from tritune.trainer.audit.facts import facts_of
+from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
+from tritune.trainer.audit.review import review
+from tritune.trainer.audit.texts import Part, Texts, hide, parts_of, read_texts
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
+from tritune.trainer.config_data import Check
+from tritune.trainer.data.cache import MANIFEST, cache_root
+from tritune.trainer.data.splits import Splits, Watch, fingerprint, read_splits, tokenizer_key, training_sources
+from tritune.trainer.data.tables import REJECTS
+from tritune.trainer.errors import InputError
+from tritune.trainer.model import context_length, load_architecture, model_stop_ids
+from tritune.trainer.tokenizer import load_tokenizer
+
+_ORDER = {severity: number for number, severity in enumerate(Severity)}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        facts: by split, of `facts_of`.
+        findings: the gravest first.
+        rejects: of every row that is left out: place, fate (bad, unsupervised), why, split's source key.
+        about: what was read and with what: objective, tokenizer, max_length, context.
+    """
+
+    facts: dict[str, dict[str, Any]]
+    findings: list[Finding]
+    rejects: list[dict[str, str]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def read_audit(config: Config, watch: Watch) -> Audit:
+    """Read every source twice, as tokens (cached) and as text, and say what is wrong.
+
+    Raises:
+        InputError: there is nothing to read, or no tokenizer.
+    """
+    parts = parts_of(config)
+    if not parts:
+        raise InputError("data.train=None", "there is nothing to read", "Give data.train=<file>")
+    tokenizer = load_tokenizer(config.model)
+    try:
+        architecture = load_architecture(config.model, len(tokenizer))
+        context, stops, unknown = context_length(architecture), model_stop_ids(config.model, architecture), None
+    except InputError as error:  # a tokenizer alone is enough here
+        context, stops, unknown = None, [], error.rule
+    texts = read_texts(config, lambda key, rows: watch.notify(f"{key}, its text", rows, 0))
+    labels = _label_set(config, texts)
+    lenient = _lenient(config, [*labels, *_others(texts, labels)])
+    splits, faults = _splits(lenient, tokenizer, context, stops, watch)
+    known = len(labels)
+    splits.labels = splits.labels[:known]
+    for examples in splits.examples.values():
+        examples.labels[examples.labels >= known] = -1
+    rejects = _rejects(lenient, parts, tokenizer)
+    findings = [Finding(Check.unreadable, Severity.fault, 1, hide(str(e))) for e in _distinct([*texts.faults, *faults])]
+    if context is not None and config.data.max_length > context:
+        text = f"data.max_length={config.data.max_length}, and the model has a context of {context:,} tokens"
+        findings.append(Finding(Check.over_context, Severity.fault, 1, text))
+    findings += _named(cheap_findings(config, splits, tokenizer), rejects)
+    findings += _unread(parts, splits, texts)
+    reviewed = review(config, texts, labels, tokenizer)
+    if any(f.name is Check.bad_rows for f in findings):  # the rows of the sample among them
+        reviewed = [f for f in reviewed if f.name is not Check.bad_rows]
+    findings = _without_less(findings, reviewed) + reviewed
+    findings = [_expected(config, finding) for finding in findings]
+    findings.sort(key=lambda f: (_ORDER[f.severity], list(Check).index(f.name)))
+    about = {
+        "objective": config.objective.name, "tokenizer": tokenizer.name_or_path or config.model.tokenizer,
+        "max_length": config.data.max_length, "context": context, "context_unknown": unknown,
+        "sources": {part.key: part.path for part in parts}, "labels": len(labels),
+    }  # fmt: skip
+    longest = [int(e.table["full_length"].to_numpy().max()) for e in splits.examples.values() if len(e)]
+    top = min(config.data.max_length, max(longest, default=1))
+    facts = {n: facts_of(e, splits.labels, top) for n, e in splits.examples.items()}
+    return Audit(facts, findings, rejects, about)
+
+
+def _label_set(config: Config, texts: Texts) -> list[str]:
+    """As `splits` has it: as given, or what occurs in train."""
+    if not config.objective.name.startswith("classify"):
+        return []
+    return config.data.labels or sorted(texts.labels.get("train", {}))
+
+
+def _others(texts: Texts, labels: list[str]) -> list[str]:
+    return sorted({label for counts in texts.labels.values() for label in counts} - set(labels))
+
+
+def _lenient(config: Config, labels: list[str]) -> Config:
+    data = replace(
+        config.data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False,
+        overlong=Overlong.cut, duplicates=Duplicates.keep, labels=labels,
+    )  # fmt: skip
+    return replace(config, data=data)
+
+
+def _splits(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None, stops: list[int], watch: Watch
+) -> tuple[Splits, list[InputError]]:
+    """The splits one by one, and why others are not there."""
+    sources = training_sources(config.data)
+    cut = [name for name in ("validation", "test") if getattr(config.data, f"{name}_share")]
+    wanted = [("train", *cut)] if sources else []
+    wanted += [(name,) for name in ("validation", "test", "retention") if getattr(config.data, name)]
+    found, faults = Splits({}, config.data.labels, list(sources)), []
+    for names in wanted:
+        try:
+            found.examples |= read_splits(config, tokenizer, context, stops, names, watch).examples
+        except InputError as error:
+            faults.append(error)
+    return found, faults
+
+
+def _distinct(faults: list[InputError]) -> list[InputError]:
+    return list({str(error): error for error in faults}.values())
+
+
+def _rejects(config: Config, parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The rejects of the sources' cache entries, which are found by what their manifests say they are made of."""
+    root, rejects, key = cache_root(config.cache.dir), [], tokenizer_key(tokenizer)
+    manifests = {path.parent: json.loads(path.read_text()) for path in root.glob(f"*/{MANIFEST}")}
+    for part in parts:
+        try:
+            source = fingerprint(part.path, part.key, root)
+        except InputError:  # among the faults already
+            continue
+        data = part.data if part.split == "retention" else config.data
+        made = [
+            folder
+            for folder, manifest in manifests.items()
+            if (of := manifest["made_of"])["source"] == source
+            and of["tokenizer"] == key
+            and of["objective"][0] == part.objective
+            and of["shares"] == part.shares
+            and all(str(getattr(data, n)) == v for n, v in of["data"].items() if (part.split, n) not in _OWN)
+        ]
+        if made:
+            newest = max(made, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+            for line in (newest / REJECTS).read_text().splitlines():
+                row = json.loads(line)
+                place, beyond, _ = row["place"].partition(" (its answer lies beyond the cut)")
+                why = "its answer lies beyond the cut" if beyond else hide(row["why"])
+                rejects.append(
+                    {"place": place, "fate": row["fate"], "why": why, "source": part.key, "split": part.split}
+                )
+    return rejects
+
+
+_OWN = {("retention", "max_length"), ("retention", "bad_rows")}  # which `splits` settles for it
+
+
+def _named(findings: list[Finding], rejects: list[dict[str, str]]) -> list[Finding]:
+    """With every place and reason of rows left out, of which a report has the first few."""
+    fates = {Check.bad_rows: "bad", Check.unsupervised: "unsupervised"}
+    named = []
+    for finding in findings:
+        rows = [
+            r for r in rejects if r["fate"] == fates.get(finding.name) and r["split"] == finding.details.get("split")
+        ][:PLACES]
+        if rows and len(rows) >= len(finding.places) and "tokens" not in finding.details:
+            finding = replace(finding, places=[r["place"] for r in rows], notes=[r["why"] for r in rows])
+        named.append(finding)
+    return named
+
+
+def _expected(config: Config, finding: Finding) -> Finding:
+    """Repetitions that training leaves out are no more than a note; those of several sources and of retention stay."""
+    dropped = {
+        Duplicates.drop: {Check.duplicates_exact},
+        Duplicates.drop_near: {Check.duplicates_exact, Check.duplicates_near},
+    }.get(config.data.duplicates, set())
+    if finding.name not in dropped or finding.details["split"] == "retention" or len(config.data.sources) > 1:
+        return finding
+    return replace(finding, severity=Severity.note)
+
+
+def _unread(parts: list[Part], splits: Splits, texts: Texts) -> list[Finding]:
+    """Bad rows of sources that gave no table, and so no rejects."""
+    findings = []
+    for part in parts:
+        if part.split not in splits.examples and texts.bad[part.key]:
+            count, places = texts.bad[part.key], texts.bad_places[part.key]
+            text = f"{part.split}: {counted(count, 'row')} that cannot be read"
+            names, why = [place for place, _ in places], [rule for _, rule in places]
+            findings.append(Finding(Check.bad_rows, Severity.fault, count, text, names, why, {"split": part.split}))
+    return findings
+
+
+def _without_less(findings: list[Finding], reviewed: list[Finding]) -> list[Finding]:
+    """Leave out what was found in the tables where the texts say it, and more: of rows and not of a probe; of normalised
+    texts; of all documents and not of the retention text's alone."""
+    said = {f.name for f in reviewed if f.severity is not Severity.note}
+    said &= {Check.contradictions, Check.template_mismatch, Check.duplicates_exact}
+    return [f for f in findings if f.name not in said]

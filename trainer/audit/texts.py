@@ -1,0 +1,234 @@
+"""A second reading of the rows, for what tokens do not show: whom they name, what nearly repeats, what is answered twice."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from tritune.trainer.audit.findings import PLACES
+from tritune.trainer.config import Config
+from tritune.trainer.config_choices import Kind
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
+from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data.personal import find_personal, masked
+from tritune.trainer.data.records import parse_chunk, read_chunks
+from tritune.trainer.data.splits import training_sources
+from tritune.trainer.errors import InputError
+
+FIRST, SPREAD = 64, 64  # rows for the chat template: the first, and at least half as many as this over all of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source as the config gives it, and the splits cut from it with their shares."""
+
+    split: str
+    path: str
+    key: str
+    data: DataConfig
+    objective: str
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def split_of(self, point: float) -> str:
+        """The split of the row that lies there (`Record.point`), as `tables.Divider` has it."""
+        edges = np.cumsum(list(self.shares.values()))
+        return [*self.shares, self.split][int(np.searchsorted(edges, point, side="right"))]
+
+
+def parts_of(config: Config) -> list[Part]:
+    """Every source, those of training first, the retention text last."""
+    data, objective = config.data, config.objective.name
+    shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
+    parts = [Part("train", path, key, data, objective, shares) for path, key in training_sources(data).values()]
+    for name in ("validation", "test"):
+        path = getattr(data, name)
+        if path is not None:
+            parts.append(Part(name, path, f"data.{name}", data, objective))
+    if data.retention is not None:
+        text = DataConfig(kind=Kind.text, text_unit=data.text_unit)
+        parts.append(Part("retention", data.retention, "data.retention", text, "pretrain"))
+    return parts
+
+
+def records_of(part: Part) -> Iterator[Record | InputError]:
+    """The rows of a source, and in the place of bad ones, or of the rest of a file that breaks off, what is wrong.
+
+    Raises:
+        InputError: nothing is there, or it does not read on.
+    """
+    reading = Reading(part.data, part.objective)
+    for chunk in read_chunks(part.path, part.key, part.data.text_unit):
+        for row in [chunk] if isinstance(chunk, InputError) else parse_chunk(chunk):
+            record: Record | InputError
+            try:
+                record = row if isinstance(row, InputError) else reading.record(row)
+            except InputError as fault:
+                record = fault
+            yield record
+
+
+def turns_of(record: Record) -> list[dict]:
+    """The row as a conversation."""
+    if record.messages is not None:
+        return record.messages
+    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
+
+
+def text_of(record: Record) -> str:
+    """What is compared with other rows: text, prompt and response, or all turns but the system's, which whole data sets
+    share."""
+    if record.text is not None:
+        return record.text
+    return "\n".join(t.get("content") or "" for t in turns_of(record) if t["role"] != "system")
+
+
+def question_of(record: Record) -> tuple[str, str]:
+    """What is given and what is said to it: text and label; prompt and response; the turns before the last answer, and it."""
+    if record.text is not None:
+        return record.text, record.label or ""
+    turns = turns_of(record)
+    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=len(turns))
+    given = "\n".join(f"{t['role']}: {t.get('content') or ''}" for t in turns[:last])
+    return given, str(turns[last].get("content") or "") if last < len(turns) else ""
+
+
+def hide(text: str) -> str:
+    """A text with what seems personal in it masked."""
+    for found in reversed(find_personal(text)):
+        text = text[: found.start] + masked(text, found) + text[found.stop :]
+    return text
+
+
+@dataclass
+class Texts:
+    """What the second reading keeps of each row, numbered over all sources in the order of `parts_of`.
+
+    Attributes:
+        splits: number of the row's split in `names`.
+        digests: 16 bytes a row, of the content without its label.
+        asked: by split, whether its rows ask and answer; plain text does not. Such rows come last.
+        questions, answers: 16 bytes a row that does, keys of `question_of`; the question's of its normalised text.
+        near: the texts, where near duplicates are wanted.
+        said: of classification, each row's label.
+        labels: by split, how many rows each label has; `label_places` has the first places of (split, label).
+        personal: by kind, how often; `personal_places` has (place, what is there, masked) of the first.
+        empty: places of rows with an empty answer that is trained.
+        sample: rows to try the chat template on.
+        bad: how many rows of each source (its key) cannot be read; `bad_places` has (place, why) of the first.
+        faults: of sources that do not read.
+    """
+
+    names: list[str]
+    asked: list[bool]
+    near: NearDuplicates | None
+    places: list[str] = field(default_factory=list)
+    splits: array = field(default_factory=lambda: array("b"))
+    digests: bytearray = field(default_factory=bytearray)
+    questions: bytearray = field(default_factory=bytearray)
+    answers: bytearray = field(default_factory=bytearray)
+    said: list[str] = field(default_factory=list)
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
+    label_places: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    personal: Counter[str] = field(default_factory=Counter)
+    personal_places: list[tuple[str, str]] = field(default_factory=list)
+    personal_rows: int = 0
+    empty: list[str] = field(default_factory=list)
+    sample: list[Record] = field(default_factory=list)
+    bad: Counter[str] = field(default_factory=Counter)
+    bad_places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    faults: list[InputError] = field(default_factory=list)
+
+    def keys(self, which: bytearray) -> np.ndarray:
+        """uint64 [rows, 2]."""
+        return np.frombuffer(bytes(which), np.uint64).reshape(-1, 2)
+
+
+def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, rows: None) -> Texts:
+    """Read every row of every source once more.
+
+    Args:
+        tell: of a source that is being read, and how many of its rows were.
+    """
+    parts, settings = parts_of(config), config.audit
+    names = list(dict.fromkeys(name for part in parts for name in (part.split, *part.shares)))
+    asked = [name != "retention" and config.objective.name != "pretrain" for name in names]
+    texts = Texts(names, asked, NearDuplicates(settings.similarity) if settings.near_duplicates else None)
+    sample = _Sample()
+    for part in parts:
+        number = {name: names.index(name) for name in (part.split, *part.shares)}
+        try:
+            for row, record in enumerate(records_of(part)):
+                if row % 1000 == 0:
+                    tell(part.key, row)
+                if isinstance(record, InputError):
+                    texts.bad[part.key] += 1
+                    places = texts.bad_places.setdefault(part.key, [])
+                    if len(places) < PLACES:
+                        places.append((record.value, hide(record.rule)))
+                    continue
+                digest = record.digest()
+                split = part.split_of(record.point(digest)) if part.shares else part.split
+                texts.splits.append(number[split])
+                texts.digests += digest[:16]
+                _add(texts, record, split, settings.personal)
+                if config.objective.name == "sft" and split != "retention":
+                    sample.add(record)
+        except InputError as error:
+            texts.faults.append(error)
+    texts.sample = sample.rows()
+    return texts
+
+
+def _add(texts: Texts, record: Record, split: str, personal: bool) -> None:
+    texts.places.append(record.place)
+    if texts.asked[texts.splits[-1]]:
+        question, answer = question_of(record)
+        texts.questions += exact_key(normalised(question))
+        texts.answers += exact_key(answer)
+    if texts.near is not None:
+        texts.near.add(text_of(record))
+    if record.label is not None:
+        texts.said.append(sys.intern(record.label))
+        texts.labels.setdefault(split, Counter())[record.label] += 1
+        places = texts.label_places.setdefault((split, record.label), [])
+        if len(places) < PLACES:
+            places.append(record.place)
+    said = [t for t in turns_of(record) if t["role"] == "assistant"] if record.text is None else []
+    if any(not (t.get("content") or "").strip() and not t.get("tool_calls") for t in said):
+        texts.empty.append(record.place)
+    if personal:
+        whole = record.text if record.text is not None else "\n".join(t.get("content") or "" for t in turns_of(record))
+        found = find_personal(whole)
+        texts.personal_rows += bool(found)
+        texts.personal.update(f.kind for f in found)
+        if found and len(texts.personal_places) < PLACES:
+            shown = ", ".join(f"{f.kind} {masked(whole, f)}" for f in found[:3])
+            texts.personal_places.append((record.place, shown))
+
+
+class _Sample:
+    """The first rows, and a spread of the others: every n-th, with n doubled whenever they become too many."""
+
+    def __init__(self) -> None:
+        self._first: list[Record] = []
+        self._spread: list[Record] = []
+        self._stride, self._count = 1, 0
+
+    def add(self, record: Record) -> None:
+        if len(self._first) < FIRST:
+            self._first.append(record)
+            return
+        if self._count % self._stride == 0:
+            self._spread.append(record)
+            if len(self._spread) > SPREAD:
+                self._spread = self._spread[::2]
+                self._stride *= 2
+        self._count += 1
+
+    def rows(self) -> list[Record]:
+        return self._first + self._spread
