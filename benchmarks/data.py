@@ -4,8 +4,8 @@
 
 Each measurement is a process of its own. `instruct` is instruct_2000_permissive.jsonl ten times over; `numbered` the same rows
 over and over, each with its number before the prompt. Both: rendered with phi-3-mini's template, answers masked, packed into
-2,048 tokens. "ours" is from the file to the plan of the first epoch, the cache written and opened; "bare" is `encode_batch` of texts
-that are rendered already, tokens not even counted. Writes results/data.json.
+2,048 tokens. "ours" is from the file to the plan of the first epoch, the cache written and opened; "bare" is `encode_batch` of
+texts that are rendered already. Writes results/data.json.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def start(rows: str, tokenizer_path: str, cache: str) -> dict[str, Any]:
     splits = read_splits(config, tokenizer, None)
     read = time.monotonic()
     dealer = Dealer(32, 8, 0, 0, 1, torch.device("cpu"))
-    loader = make_loader(config, splits, tokenizer, stop_token_ids(tokenizer), TrainState(), dealer)
+    loader = make_loader(config, splits, tokenizer, stop_token_ids(tokenizer), TrainState(), dealer, print)
     batch = next(iter(loader))
     done = time.monotonic()
     return {"rows": len(splits.examples["train"]), "micro_batches": len(batch), "imports_seconds": imported - process_birth(),

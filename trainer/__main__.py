@@ -132,6 +132,8 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             _write_end(directory, state, built.state.step if built else 0, code, culprit)
             for sink in built.sinks if built else []:
                 sink.close(code)
+        if built is not None:
+            built.loader.close()
         progress.close()
         directory.close()
         distributed.end()

@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tritune.trainer.acceleration import choose_kernels, install_kernels
 from tritune.trainer.activations import checkpoint_activations
 from tritune.trainer.attention import choose_attention, require_documents_apart
+from tritune.trainer.audit.cheap import cheap_findings
+from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
@@ -86,9 +88,18 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
         splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
+        findings = cheap_findings(config, splits, tokenizer)
+        refused = blocking(findings, config.audit.fail_on)
+        if refused is not None:
+            raise refused
         choices = lay_out_choices(config, splits, tokenizer)
+        if world.rank == 0:
+            directory.write_rejects(splits.rejects())
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
+    for finding in findings:
+        if finding.severity is Severity.warning:
+            say(f"data      {finding.name}: {finding.text}")
     say(f"data      read in {time.perf_counter() - began:.1f} s; padding token {pad}")
 
     pulse.phase("model")
@@ -126,8 +137,10 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
     with world.together("laying out the training rows"):
-        loader = make_loader(config, splits, tokenizer, stop_ids, state, _dealer(config, tokenizer, backend))
+        loader = make_loader(config, splits, tokenizer, stop_ids, state, _dealer(config, tokenizer, backend), say)
         told = loader.describe()
+    with world.together("comparing the training rows"):
+        require_same_rows(world.gather(loader.digest), config)
     for line in told:
         say(line)
     run = Run(
@@ -262,6 +275,18 @@ def _dealer(config: Config, tokenizer: PreTrainedTokenizerBase, backend: Backend
         config.train.batch_size, config.train.micro_batch_size, tokenizer.pad_token_id, backend.dp_rank, backend.dp_size,
         backend.device, config.train.unpack, config.verify.order,
     )  # fmt: skip
+
+
+def require_same_rows(digests: list[str], config: Config) -> None:
+    """Refuse ranks that would train on other tokens than the first: files differ between machines, or a library does.
+
+    Raises:
+        InputError: it names the first such rank.
+    """
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        rule = f"rank {other} made other tokens of it than rank 0: the files, or the versions of libraries, differ"
+        raise InputError(f"data.train={config.data.train}", rule, "Give all machines the same, or one shared folder")
 
 
 def _make_due(config: Config, loader: Loader) -> Due:

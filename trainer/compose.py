@@ -182,6 +182,9 @@ def _apply_to_source(composed: Any, override: Override) -> str | None:
     if key not in keys:
         known = nearest(f"{SOURCES}{name}.{key or 'path'}", [f"{SOURCES}{name}.{k}" for k in keys])
         return f"{override.input_line}: there is no such key. {known}"
+    unresolved = _unresolved(override.value(), f"{SOURCES}{name}.{key}.")
+    if unresolved:
+        return unresolved[0]
     probe = OmegaConf.structured(SourceConfig)
     try:
         OmegaConf.update(probe, key, override.value())

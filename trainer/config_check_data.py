@@ -42,21 +42,21 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
             and f"{key}.weight={source.weight}: a share is positive. Leave the source out to give it none",
             not (source.epochs is None or 0 < source.epochs < math.inf)
             and f"{key}.epochs={source.epochs}: rows come at least once in a while. Use a positive number, e.g. 0.5",
-            not 0 <= source.loss_weight < math.inf
-            and f"{key}.loss_weight={source.loss_weight}: a weight is not negative. Use 0 to only watch its loss",
+            not 0 < source.loss_weight < math.inf
+            and f"{key}.loss_weight={source.loss_weight}: a weight is positive. Leave the source out to give it none",
         ):  # fmt: skip
             if fault:
                 faults.append(fault)
-    rule(
-        not d.sources or any(s.loss_weight > 0 for s in d.sources.values()),
-        "data.sources",
-        "no source counts in the loss. Give one a loss_weight above 0",
-    )
     if d.streaming:
         rule(
             c.train.max_steps is not None and c.train.epochs is None,
             "data.streaming",
             "a stream has no epoch. Give train.max_steps, and leave out train.epochs",
+        )
+        rule(
+            c.checkpoint.every is not None,
+            "data.streaming",
+            "without epochs nothing says when to save. Give checkpoint.every=<steps>",
         )
         rule(
             not (d.validation_share or d.test_share),
@@ -100,4 +100,3 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
     rule(c.cache.num_procs is None or c.cache.num_procs >= 1, "cache.num_procs", "a count of processes. Use 1 or more")
     strange = [name for name in c.audit.fail_on if name not in list(Check)]
     rule(not strange, "audit.fail_on", f"there is no finding {', '.join(strange)}. Choose from {', '.join(Check)}")
-    rule(0 < c.audit.similarity <= 1, "audit.similarity", "a share of common word runs, in (0, 1]. Use e.g. 0.8")

@@ -102,7 +102,6 @@ class AuditConfig:
 
     fail_on: list[str] = field(default_factory=lambda: [c.value for c in FAIL_ON])  # exit status 2, and no training
     near_duplicates: bool = True
-    similarity: float = 0.8  # least share of three-word runs that two texts have in common to be near duplicates
     personal: bool = True  # look for e-mail addresses, telephone and card numbers, IBANs, IP addresses
     out: str | None = None  # folder of the results; default: audit in run.dir, or here
 

@@ -157,6 +157,8 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
     row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
+    if state.left_out:
+        row["left_out"] = state.left_out
     if run.meter.by_source is not None:
         row |= means_by_source(run.objective.sources.names, run.meter.by_source)
     if run.world.rank == 0:

@@ -13,6 +13,7 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ from tritune.trainer import __version__
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import IDENTITY, Config
 from tritune.trainer.errors import InputError
-from tritune.trainer.redact import redact_tree
+from tritune.trainer.redact import redact, redact_tree
 
 LOCK = "lock.json"
 STATUS_SECONDS = 2.0
@@ -157,6 +158,12 @@ class RunDir:
 
     def write_json(self, name: str, content: Any) -> None:
         write_whole_json(self.path / name, content)
+
+    def write_rejects(self, rows: Iterable[dict[str, str]]) -> None:
+        """`rejects.jsonl`, where rows of the data were left out."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if lines:
+            replace_file(self.path / "rejects.jsonl", redact("".join(lines)))
 
     def read_json(self, name: str) -> Any | None:
         path = self.path / name

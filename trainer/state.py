@@ -17,7 +17,8 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         epoch, window: the cursor: which window of which epoch comes next.
-        sources, used: of a stream: (passes, rows) read of each source before `window`, and sequences of it that were taken.
+        sources, used, left_out: of a stream: (passes, rows) read of each source before `window`, sequences of it that were taken,
+            and rows of all windows that could not be trained on.
         tokens, label_tokens: seen since the start, padding not counted.
         nonfinite: steps in a row whose update was refused.
         skipped: steps refused in all.
@@ -32,6 +33,7 @@ class TrainState:
     window: int = 0
     sources: list[list[int]] = field(default_factory=list)
     used: int = 0
+    left_out: int = 0
     tokens: int = 0
     label_tokens: int = 0
     nonfinite: int = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import write_prompts
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Unsupervised
 from tritune.trainer.data import cache
 from tritune.trainer.data.cache import build_once, content_hash, read_entry
 from tritune.trainer.data.examples import SCHEMA, Columns
@@ -296,3 +296,64 @@ def test_near_duplicates_are_left_out_where_asked(tmp_path):
         kept[how.value] = [int(train.place(i).rpartition(":")[2]) for i in range(len(train))]
         assert train.report.duplicates == 5 - len(train)
     assert kept == {"keep": [1, 2, 3, 4, 5], "drop": [1, 2, 3, 5], "drop_near": [1, 2, 5]}
+
+
+def test_a_kept_row_speaks_for_its_group(tmp_path):
+    """Of near duplicates the first that can be trained on stays, whatever became of those before it; labels keep rows apart."""
+    words = [f"word{i}" for i in range(40)]
+    near = [" ".join([*words[:n], "changed", *words[n + 1 :]]) for n in (5, 20, 30)]
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": near[0], "response": ""},
+        {"prompt": near[1], "response": ""},
+        {"prompt": near[1], "response": "a b c d"},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": near[2], "response": "a b c d"}]))
+    settings = config(
+        tmp_path, train=str(path), duplicates=Duplicates.drop_near, unsupervised=Unsupervised.drop, similarity=0.6
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    settings.data.max_length = 600
+    train = read_splits(settings, tokenizer, None).examples["train"]
+    assert [train.place(i).rpartition(":")[2] for i in range(len(train))] == ["3"]
+    assert (train.report.dropped, train.report.duplicates) == (2, 1)
+
+
+def test_duplicates_are_dropped_over_all_splits(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "the same", "response": "for all", "user": str(i)} for i in range(30)]
+    rows += [{"prompt": f"own {i}", "response": "r", "user": f"u{i}"} for i in range(60)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = config(tmp_path, train=str(path), group="user", validation_share=0.4, duplicates=Duplicates.drop)
+    splits = read_splits(settings, byte_tokenizer(), None).examples
+    assert sum(map(len, splits.values())) == 61
+
+
+def test_one_file_as_text_and_as_retention(tmp_path):
+    """Blocks of it and its documents are two things, and lie under two keys."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"paragraph {i} of some words" for i in range(50)) + "\n")
+    settings = config(tmp_path, train=str(path), retention=str(path), max_length=2048, kind=Kind.text)
+    settings.objective.name = "pretrain"
+    splits = read_splits(settings, byte_tokenizer(), None).examples
+    assert len(splits["retention"]) == 50
+    assert len(splits["train"]) == 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    from tritune.trainer.data import splits as module
+
+    path = tmp_path / "rows.jsonl"
+    write_prompts(path, 20, seed=1)
+    monkeypatch.setattr(module, "content_hash", lambda f, root, beat=None: str(len(f.read_bytes())))
+    read = module.pieces
+
+    def growing(*args, **kwargs):
+        yield from read(*args, **kwargs)
+        write_prompts(path, 21, seed=2)
+
+    monkeypatch.setattr(module, "pieces", growing)
+    with pytest.raises(InputError, match="changed while it was read"):
+        read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None)
+    assert not entries(tmp_path)

@@ -99,6 +99,8 @@ def test_draws():
     assert draws_of([100, 300], sources({"epochs": 2.0}, {}), 1.0).tolist() == [200, 300]
     hot = draws_of([100, 900], sources({}, {}), 2.0)
     assert hot.tolist() == [250, 750], "square roots, 10 to 30"
+    cold = draws_of([100, 1000], sources({}, {}), 0.005)
+    assert cold.tolist() == [1, 1100], "almost all of the larger, and nothing overflows"
     assert draws_of([1, 10**6], sources({"weight": 1e-9}, {"weight": 1.0}), 1.0)[0] == 1, "a source is never lost"
 
 

@@ -23,6 +23,7 @@ from tritune.trainer.state import TrainState
 from tritune.trainer.tokenizer import byte_tokenizer, stop_token_ids
 
 CPU = torch.device("cpu")
+told: list[str] = []  # what loaders said
 
 
 def write(path, numbers, opener=open):
@@ -53,7 +54,9 @@ def config(named, window=16, packing=Packing.best_fit) -> Config:
 def loader(named, rank=0, ranks=1, steps=25, state=None, batch=4, **settings) -> StreamLoader:
     made, tokenizer = config(named, **settings), byte_tokenizer()
     stream, digest = open_stream(made, tokenizer, stop_token_ids(tokenizer))
-    return StreamLoader(stream, state or TrainState(), Dealer(batch, None, 0, rank, ranks, CPU), steps, digest)
+    return StreamLoader(
+        stream, state or TrainState(), Dealer(batch, None, 0, rank, ranks, CPU), steps, digest, told.append
+    )
 
 
 def texts(batches) -> list[str]:
@@ -137,17 +140,42 @@ def test_bad_rows_are_refused_or_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     write(path, range(30))
     path.write_text(path.read_text() + "{broken\n")
-    train = loader({"one": SourceConfig(str(path))}, steps=9)
+    train = loader({"one": SourceConfig(str(path))}, steps=30)
     with pytest.raises(InputError, match=r"rows\.jsonl:31"):
         run(train)
-    made = config({"one": SourceConfig(str(path))})
+    made = config({"one": SourceConfig(str(path))}, packing=Packing.none)
     made.data.bad_rows = BadRows.skip
-    stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
     first = stream.get(0, [(0, 0)])
     second = stream.get(1, first.after)
     assert second.examples.report.bad == 1
     assert second.after == [(1, 1)], "a bad row is a row of its file: cursors count it"
+    told.clear()
+    train = StreamLoader(stream, TrainState(), Dealer(4, None, 0, 0, 1, CPU), 11, digest, told.append)
+    counts = []
+    for _ in train:
+        train.advance()
+        counts.append(train.state.left_out)
+    assert counts == [0] * 4 + [1] * 7
+    assert ["rows.jsonl:31" in line for line in told] == [True]
     stream.close()
+
+
+def test_no_more_is_read_than_is_trained(tmp_path):
+    """A row behind the last step is none of the run's business."""
+    write(tmp_path / "rows.jsonl", range(16))
+    (tmp_path / "rows.jsonl").open("a").write("{broken\n" * 16)
+    train = loader({"one": SourceConfig(str(tmp_path / "rows.jsonl"))}, steps=4, packing=Packing.none)
+    assert len(run(train)) == 4
+
+
+def test_columns_that_no_row_has_are_refused(tmp_path):
+    write(tmp_path / "rows.jsonl", range(30))
+    made = config({"one": SourceConfig(str(tmp_path / "rows.jsonl"))})
+    made.data.columns = {"input": "nowhere"}
+    stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    with pytest.raises(InputError, match="has the column nowhere"):
+        stream.get(0, [(0, 0)])
 
 
 def test_an_empty_source_is_refused(tmp_path):
@@ -182,7 +210,7 @@ def test_what_a_stream_cannot_do_is_refused(tritune, tmp_path, sources):
     path = f"data.train={sources['few'].path}"
     for override, words in (
         ("train.epochs=1", "a stream has no epoch"), ("data.validation_share=0.1", "cannot be cut"),
-        ("data.duplicates=drop", "need all rows"),
+        ("data.duplicates=drop", "need all rows"), ("", "nothing says when to save"),
     ):  # fmt: skip
         done = tritune(
             "model=tiny", "data.streaming=true", path, "train.max_steps=2", override, f"run.dir={tmp_path}/r"

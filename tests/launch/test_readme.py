@@ -70,7 +70,8 @@ def workspace(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "MODEL")
     tokenizer.save_pretrained(folder / "MODEL")
     for name in ("train.csv", "test.csv"):
-        rows = [f"{'hot' if i % 2 else 'cold'} tea {i},{'warm' if i % 2 else 'cool'}" for i in range(16)]
+        drink = "tea" if name == "train.csv" else "milk"  # a test split that stands in training is refused
+        rows = [f"{'hot' if i % 2 else 'cold'} {drink} {i},{'warm' if i % 2 else 'cool'}" for i in range(16)]
         (folder / name).write_text("text,category\n" + "\n".join(rows) + "\n")
     harness.write_prompts(folder / "rows.jsonl", 8, seed=3)
     chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}] for i in range(16)]

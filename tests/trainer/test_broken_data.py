@@ -48,7 +48,9 @@ def nul_bytes(folder):
 
 
 def mixed_schemas(folder):
-    (folder / "rows.jsonl").write_bytes(lines([*GOOD, {"text": "another kind of row"}, {"prompt": 3.5, "response": "x"}]))
+    (folder / "rows.jsonl").write_bytes(
+        lines([*GOOD, {"text": "another kind of row"}, {"prompt": 3.5, "response": "x"}])
+    )
     return "rows.jsonl", "rows.jsonl:13", "column prompt is missing", 12
 
 
@@ -69,7 +71,16 @@ def a_broken_parquet(folder):
     return "shards", "b.parquet", "Parquet", 12
 
 
-BROKEN = [bad_bytes, truncated_gzip, a_long_line, a_quoted_newline, nul_bytes, mixed_schemas, an_empty_shard, a_broken_parquet]
+BROKEN = [
+    bad_bytes,
+    truncated_gzip,
+    a_long_line,
+    a_quoted_newline,
+    nul_bytes,
+    mixed_schemas,
+    an_empty_shard,
+    a_broken_parquet,
+]
 
 
 @pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)

@@ -1,4 +1,4 @@
-"""Ranks that wait for one another without a collective: however long one tokenizes, no time limit of the process group ends it."""
+"""Ranks that wait for one another without a collective: however long one tokenizes, no time limit ends the wait."""
 
 from __future__ import annotations
 

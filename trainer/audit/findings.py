@@ -74,7 +74,7 @@ REMEDIES = {
     Check.double_bos: "Take the BOS token out of the rows or of the chat template",
     Check.template_mismatch: "Give a model.chat_template whose generation prompt begins its answers",
     Check.duplicates_exact: "data.duplicates=drop",
-    Check.duplicates_near: "data.duplicates=drop_near, or raise audit.similarity",
+    Check.duplicates_near: "data.duplicates=drop_near, or raise data.similarity",
     Check.leakage_exact: "Take the rows out of one of the splits",
     Check.leakage_near: "Take the rows out of one of the splits",
     Check.leakage_prompt: "Take the prompts out of one of the splits",

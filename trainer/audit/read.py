@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +13,8 @@ from tritune.trainer.audit.review import review
 from tritune.trainer.audit.texts import Part, Texts, hide, parts_of, read_texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
-from tritune.trainer.config_data import Check
-from tritune.trainer.data.cache import MANIFEST, cache_root
-from tritune.trainer.data.splits import Splits, Watch, fingerprint, read_splits, tokenizer_key, training_sources
-from tritune.trainer.data.tables import REJECTS
+from tritune.trainer.config_data import Check, training_sources
+from tritune.trainer.data.splits import Splits, Watch, read_splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.model import context_length, load_architecture, model_stop_ids
 from tritune.trainer.tokenizer import load_tokenizer
@@ -65,7 +62,7 @@ def read_audit(config: Config, watch: Watch) -> Audit:
     splits.labels = splits.labels[:known]
     for examples in splits.examples.values():
         examples.labels[examples.labels >= known] = -1
-    rejects = _rejects(lenient, parts, tokenizer)
+    rejects = _rejects(splits, parts)
     findings = [Finding(Check.unreadable, Severity.fault, 1, hide(str(e))) for e in _distinct([*texts.faults, *faults])]
     if context is not None and config.data.max_length > context:
         text = f"data.max_length={config.data.max_length}, and the model has a context of {context:,} tokens"
@@ -119,7 +116,9 @@ def _splits(
     found, faults = Splits({}, config.data.labels, list(sources)), []
     for names in wanted:
         try:
-            found.examples |= read_splits(config, tokenizer, context, stops, names, watch).examples
+            read = read_splits(config, tokenizer, context, stops, names, watch)
+            found.examples |= read.examples
+            found.folders |= read.folders
         except InputError as error:
             faults.append(error)
     return found, faults
@@ -129,38 +128,14 @@ def _distinct(faults: list[InputError]) -> list[InputError]:
     return list({str(error): error for error in faults}.values())
 
 
-def _rejects(config: Config, parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """The rejects of the sources' cache entries, which are found by what their manifests say they are made of."""
-    root, rejects, key = cache_root(config.cache.dir), [], tokenizer_key(tokenizer)
-    manifests = {path.parent: json.loads(path.read_text()) for path in root.glob(f"*/{MANIFEST}")}
-    for part in parts:
-        try:
-            source = fingerprint(part.path, part.key, root)
-        except InputError:  # among the faults already
-            continue
-        data = part.data if part.split == "retention" else config.data
-        made = [
-            folder
-            for folder, manifest in manifests.items()
-            if (of := manifest["made_of"])["source"] == source
-            and of["tokenizer"] == key
-            and of["objective"][0] == part.objective
-            and of["shares"] == part.shares
-            and all(str(getattr(data, n)) == v for n, v in of["data"].items() if (part.split, n) not in _OWN)
-        ]
-        if made:
-            newest = max(made, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
-            for line in (newest / REJECTS).read_text().splitlines():
-                row = json.loads(line)
-                place, beyond, _ = row["place"].partition(" (its answer lies beyond the cut)")
-                why = "its answer lies beyond the cut" if beyond else hide(row["why"])
-                rejects.append(
-                    {"place": place, "fate": row["fate"], "why": why, "source": part.key, "split": part.split}
-                )
+def _rejects(splits: Splits, parts: list[Part]) -> list[dict[str, str]]:
+    """The rows that were left out of the sources that could be read."""
+    split_of, rejects = {part.key: part.split for part in parts}, []
+    for row in splits.rejects():
+        place, beyond, _ = row["place"].partition(" (its answer lies beyond the cut)")
+        why = "its answer lies beyond the cut" if beyond else hide(row["why"])
+        rejects.append({**row, "place": place, "why": why, "split": split_of[row["source"]]})
     return rejects
-
-
-_OWN = {("retention", "max_length"), ("retention", "bad_rows")}  # which `splits` settles for it
 
 
 def _named(findings: list[Finding], rejects: list[dict[str, str]]) -> list[Finding]:

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.cheap import is_mismatch
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, beside, counted
 from tritune.trainer.audit.repeats import Contents, repeats
-from tritune.trainer.audit.texts import Texts, hide, turns_of
+from tritune.trainer.audit.texts import Texts, hide
 from tritune.trainer.config import Config
 from tritune.trainer.config_data import Check
+from tritune.trainer.data.clean import turns_of
 from tritune.trainer.data.contradictions import contradictory
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.templates import ChatTemplate, render, verify
@@ -31,7 +32,7 @@ def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTr
     if config.objective.name == "pretrain":
         findings += repeats(_documents(texts))
     if texts.near is not None:
-        findings += near(texts, config.audit.similarity)
+        findings += near(texts, config.data.similarity)
     if config.objective.name != "pretrain":
         findings += _answered_twice(texts, config.objective.name == "sft")
     if config.objective.name == "sft":

@@ -13,10 +13,11 @@ from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.clean import compared_text, turns_of
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
-from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.personal import find_personal, masked
-from tritune.trainer.data.records import parse_chunk, read_chunks
+from tritune.trainer.data.records import read_all
 from tritune.trainer.data.splits import training_sources
 from tritune.trainer.errors import InputError
 
@@ -56,35 +57,12 @@ def parts_of(config: Config) -> list[Part]:
 
 
 def records_of(part: Part) -> Iterator[Record | InputError]:
-    """The rows of a source, and in the place of bad ones, or of the rest of a file that breaks off, what is wrong.
+    """The rows of a source, and in the place of a bad one its fault.
 
     Raises:
         InputError: nothing is there, or it does not read on.
     """
-    reading = Reading(part.data, part.objective)
-    for chunk in read_chunks(part.path, part.key, part.data.text_unit):
-        for row in [chunk] if isinstance(chunk, InputError) else parse_chunk(chunk):
-            record: Record | InputError
-            try:
-                record = row if isinstance(row, InputError) else reading.record(row)
-            except InputError as fault:
-                record = fault
-            yield record
-
-
-def turns_of(record: Record) -> list[dict]:
-    """The row as a conversation."""
-    if record.messages is not None:
-        return record.messages
-    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
-
-
-def text_of(record: Record) -> str:
-    """What is compared with other rows: text, prompt and response, or all turns but the system's, which whole data sets
-    share."""
-    if record.text is not None:
-        return record.text
-    return "\n".join(t.get("content") or "" for t in turns_of(record) if t["role"] != "system")
+    return as_records(read_all(part.path, part.key, part.data.text_unit), Reading(part.data, part.objective))
 
 
 def question_of(record: Record) -> tuple[str, str]:
@@ -157,7 +135,7 @@ def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, ro
     parts, settings = parts_of(config), config.audit
     names = list(dict.fromkeys(name for part in parts for name in (part.split, *part.shares)))
     asked = [name != "retention" and config.objective.name != "pretrain" for name in names]
-    texts = Texts(names, asked, NearDuplicates(settings.similarity) if settings.near_duplicates else None)
+    texts = Texts(names, asked, NearDuplicates(config.data.similarity) if settings.near_duplicates else None)
     sample = _Sample()
     for part in parts:
         number = {name: names.index(name) for name in (part.split, *part.shares)}
@@ -191,7 +169,7 @@ def _add(texts: Texts, record: Record, split: str, personal: bool) -> None:
         texts.questions += exact_key(normalised(question))
         texts.answers += exact_key(answer)
     if texts.near is not None:
-        texts.near.add(text_of(record))
+        texts.near.add(compared_text(record))
     if record.label is not None:
         texts.said.append(sys.intern(record.label))
         texts.labels.setdefault(split, Counter())[record.label] += 1

@@ -3,6 +3,8 @@
 <root>/<key>/        a finished entry: `<split>.arrow` for each split, and `manifest.json`, written last
 <root>/<key>.lock    held by the process that builds it; the others of the host wait, without a time limit
 <root>/<key>.part-*  being built; renamed when it is whole
+<root>/<key>.refused why a source was refused, for the ranks of the same start
+<root>/files/        hashes of files that did not change since
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 import pyarrow as pa
 from tritune.trainer.errors import InputError
 
-FORMAT = 1  # of the entries; a change of what rows become raises it
+HASH_BYTES = 1 << 26
+FORMAT = 2  # of the entries; a change of what rows become raises it
 MANIFEST = "manifest.json"
 SETTLED_SECONDS = 2.0  # how old a file's last change must be for its hash to be remembered
 WAIT_SECONDS = 0.1  # between looks at a lock that another process holds
@@ -54,8 +57,11 @@ def read_entry(root: Path, key: str) -> tuple[dict[str, pa.Table], dict[str, Any
         path = folder / f"{name}.arrow"
         if not path.is_file() or path.stat().st_size != facts["num_bytes"]:
             return None
-        with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-            tables[name] = reader.read_all()
+        try:
+            with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+                tables[name] = reader.read_all()
+        except pa.ArrowException:  # damaged: built anew
+            return None
     return tables, manifest
 
 
@@ -130,6 +136,9 @@ def _locked(descriptor: int, beat: Callable[[], None]) -> Iterator[None]:
         except BlockingIOError:
             beat()
             time.sleep(WAIT_SECONDS)
+        except OSError as error:
+            rule = f"its file system has no locks ({error.strerror})"
+            raise InputError("cache.dir", rule, "Give a cache.dir on a disk of this host") from None
     try:
         yield
     finally:
@@ -166,7 +175,7 @@ def _unwritable(root: Path, error: OSError) -> InputError:
     )
 
 
-def content_hash(path: Path, root: Path) -> str:
+def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of a file; remembered by path, size and times, so that a file that did not change is read once.
 
     The time of the last change of the inode is among them: a program can set a file's time of writing back, not this one.
@@ -176,8 +185,15 @@ def content_hash(path: Path, root: Path) -> str:
     note = root / "files" / name
     if note.is_file() and len(known := note.read_text()) == 64:
         return known
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    hashed = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASH_BYTES):
+                hashed.update(block)
+                beat()
+    except OSError as error:
+        raise InputError(str(path), f"the file cannot be read ({error.strerror})", "Give a file that can be") from None
+    digest = hashed.hexdigest()
     if time.time() - facts.st_ctime < SETTLED_SECONDS:  # clocks of file systems tick slowly: it could change unseen
         return digest
     try:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from tritune.trainer.data.chunks import parse_chunk
+from collections.abc import Callable
+from typing import Any
+
 from tritune.trainer.data.duplicates import NearDuplicates
-from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.pipeline import Source
-from tritune.trainer.data.records import read_chunks
-from tritune.trainer.errors import InputError
+from tritune.trainer.data.records import read_all
+
+
+def turns_of(record: Record) -> list[dict[str, Any]]:
+    """The row as a conversation."""
+    if record.messages is not None:
+        return record.messages
+    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
 
 
 def compared_text(record: Record) -> str:
@@ -15,25 +23,22 @@ def compared_text(record: Record) -> str:
     share."""
     if record.text is not None:
         return record.text
-    if record.messages is None:
-        return f"{record.prompt or ''}\n{record.response or ''}"
-    return "\n".join(t.get("content") or "" for t in record.messages if t["role"] != "system")
+    return "\n".join(t.get("content") or "" for t in turns_of(record) if t["role"] != "system")
 
 
-def near_repeats(source: Source, similarity: float) -> frozenset[str]:
-    """Places of the rows that are as similar as that to an earlier row, or to one that is to an earlier one.
+def near_groups(source: Source, similarity: float, beat: Callable[[], None]) -> dict[str, int]:
+    """Place -> number of its group, for rows with the same label whose texts are linked by pairs that are as similar as that.
 
     A reading of its own, in this process: rows are compared by their text, of which only hashes are kept.
     """
-    reading, places, found = Reading(source.data, source.objective, source.kind), [], NearDuplicates(similarity)
-    for chunk in read_chunks(source.path, source.key, source.data.text_unit):
-        for row in [] if isinstance(chunk, InputError) else parse_chunk(chunk):
-            if isinstance(row, InputError):
-                continue
-            try:
-                record = reading.record(row)
-            except InputError:  # counted when the rows are encoded
-                continue
-            found.add(compared_text(record))
-            places.append(record.place)
-    return frozenset(places[i] for group in found.groups() for i in group[1:])
+    reading = Reading(source.data, source.objective, source.kind)
+    places: dict[str | None, list[str]] = {}
+    texts: dict[str | None, NearDuplicates] = {}
+    for record in as_records(read_all(source.path, source.key, source.data.text_unit), reading):
+        if isinstance(record, Record):  # bad rows are counted when the others are encoded
+            texts.setdefault(record.label, NearDuplicates(similarity)).add(compared_text(record))
+            places.setdefault(record.label, []).append(record.place)
+            if len(places[record.label]) % 1000 == 0:
+                beat()
+    found = [[places[label][i] for i in group] for label, near in texts.items() for group in near.groups()]
+    return {place: number for number, group in enumerate(found) for place in group}

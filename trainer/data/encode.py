@@ -159,6 +159,9 @@ class Labelled:
                 continue
             digest = record.digest()
             row = ids[:room] + self.tail
+            if not row:
+                out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
+                continue
             out.columns.add(row, [], record.place, label=record.label, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
@@ -190,6 +193,7 @@ class Documents:
             if self.limit is not None:
                 ids, num_bytes = ids[: self.limit], num_bytes[: self.limit]
                 if len(ids) < 2:
+                    out.dropped.append(record.place)
                     continue
             spans = [(1, len(ids))] if len(ids) > 1 else []
             spelled = int(num_bytes[1:].sum())

@@ -36,7 +36,7 @@ class DataReport:
     Attributes:
         dropped, bad: rows without a supervised token, and rows that could not be read; `dropped_places` and `bad_places` have the
             first few, each with why.
-        duplicates, too_long, filtered: rows left out by `data.duplicates`, `data.overlong` and near duplicates.
+        duplicates, too_long: rows left out by `data.duplicates` and `data.overlong`.
         stop_rows: rows in which a stop token is trained.
     """
 
@@ -166,7 +166,7 @@ class Examples:
     def some(self, rows: np.ndarray) -> Examples:
         """A few rows, in the order given."""
         taken = [self.table.take(pa.array(rows))]
-        return Examples(taken, self.label_set, [""], None, self.sources[rows], self.numbers[rows])
+        return Examples(taken, self.label_set, [""], DataReport(), self.sources[rows], self.numbers[rows])
 
     @staticmethod
     def join(parts: Sequence[Examples]) -> Examples:
@@ -174,7 +174,7 @@ class Examples:
         if len(parts) == 1:
             return parts[0]
         sources, numbers = (np.concatenate([getattr(p, name) for p in parts]) for name in ("sources", "numbers"))
-        return Examples([p.table for p in parts], parts[0].label_set, [""], None, sources, numbers)
+        return Examples([p.table for p in parts], parts[0].label_set, [""], DataReport(), sources, numbers)
 
     def place(self, row: int) -> str:
         """Where the row stands: file:line."""
@@ -226,14 +226,14 @@ class TableDigest:
     """SHA-256 of a table's tokens, spans and labels as its batches come."""
 
     def __init__(self) -> None:
-        self._hashes = [hashlib.sha256() for _ in range(4)]
+        self._hashes = [hashlib.sha256() for _ in range(5)]
 
     def update(self, batch: pa.RecordBatch) -> None:
-        for hashes, name in ((self._hashes[:2], "ids"), (self._hashes[2:], "trained")):
+        for hashes, name in ((self._hashes[:2], "ids"), (self._hashes[2:4], "trained")):
             values, offsets = _flat(batch[name])
             hashes[0].update(values[offsets[0] : offsets[-1]].data)
             hashes[1].update(np.diff(offsets).astype(np.int32).data)
-        self._hashes[3].update("\0".join(x or "" for x in batch["label"].to_pylist()).encode())
+        self._hashes[4].update("".join("\1" if x is None else f"{x}\0" for x in batch["label"].to_pylist()).encode())
 
     def hexdigest(self) -> str:
         return _joined([h.hexdigest() for h in self._hashes])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
@@ -10,12 +13,15 @@ from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
-from tritune.trainer.data.order import Order, draws_of
+from tritune.trainer.data.order import Order, draws_of, softened
 from tritune.trainer.data.pipeline import Source
+from tritune.trainer.data.records import hub_version
 from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, tokenizer_key
 from tritune.trainer.data.stream import Stream
 from tritune.trainer.data.stream_loader import StreamLoader
 from tritune.trainer.state import TrainState
+
+HEAD_BYTES = 1 << 20  # of each file of a stream, for its digest
 
 
 def make_loader(
@@ -25,6 +31,7 @@ def make_loader(
     stops: list[int],
     state: TrainState,
     dealer: Dealer,
+    say: Callable[[str], None],
 ) -> Loader:
     """The loader of the training rows.
 
@@ -35,7 +42,7 @@ def make_loader(
     if data.streaming:
         assert train.max_steps is not None, "config.check() requires it"
         stream, digest = open_stream(config, tokenizer, stops)
-        return StreamLoader(stream, state, dealer, train.max_steps, digest)
+        return StreamLoader(stream, state, dealer, train.max_steps, digest, say)
     examples = splits.examples["train"]
     draws = None
     if data.sources:
@@ -54,8 +61,19 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
     sources = [Source(path, key, data, config.objective.name, encoder) for path, key in named.values()]
     for source in sources:
         source.settle()
-    weights = np.array([s.weight or 1.0 for s in data.sources.values()] or [1.0]) ** (1.0 / data.temperature)
-    files = [[path, [[str(f), f.stat().st_size] for f in source_files(path, key)]] for path, key in named.values()]
+    weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)
+    files = [[path, _versions(path, key)] for path, key in named.values()]
     digest = key_of([files, tokenizer_key(tokenizer), {name: str(getattr(data, name)) for name in DECIDES}])
     shares = (weights / weights.sum()).tolist()
     return Stream(sources, shares, data.labels, config.seed, data.pack_window), digest
+
+
+def _versions(path: str, key: str) -> list[list[str | int]]:
+    """What tells one content of a source from another without reading it all: the hub's version, or sizes and beginnings."""
+    if path.startswith("hf://"):
+        return [[hub_version(path)]]
+    found: list[list[str | int]] = []
+    for file in source_files(path, key):
+        with file.open("rb") as opened:
+            found.append([str(file), file.stat().st_size, hashlib.sha256(opened.read(HEAD_BYTES)).hexdigest()])
+    return found

@@ -1,13 +1,13 @@
 """Raw rows -> records: which kind a file holds, its columns mapped and their types checked.
 
-A record is one of three shapes: `Conversation` (messages), `Completion` (prompt and response without a template) and
-`Text` (with a label for classification).
+A record is a conversation (messages), a prompt and its response, or a text, with a label for classification.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Record:
         """SHA-256 of the content, not of the place: equal rows land in the same split wherever they stand."""
         content = [self.messages, self.prompt, self.response, self.text]
         content += [self.tools] if self.tools else []
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).digest()
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True, default=str).encode()).digest()
 
     def point(self, digest: bytes) -> float:
         """Where the row lies in [0, 1) when a source is divided: by its group where there is one, else by its content."""
@@ -91,6 +91,15 @@ class Reading:
         if self.kind is None:
             self.kind = _kind(row, columns, self.config, self.objective)
         return _record(row, self.kind, columns, self.config)
+
+
+def as_records(rows: Iterable[Row | InputError], reading: Reading) -> Iterator[Record | InputError]:
+    """Rows to records; faults stay where they are, and rows that are no records become some."""
+    for row in rows:
+        try:
+            yield row if isinstance(row, InputError) else reading.record(row)
+        except InputError as error:
+            yield error
 
 
 def named_columns(config: DataConfig) -> dict[str, str]:
@@ -170,9 +179,7 @@ def messages_of(row: Row, column: str) -> list[dict[str, Any]]:
             said = json.dumps(message, default=str)[:80]
             rule = f"message {index} is {said}, without a known role and a text content"
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
-        for part in message.values():
-            if isinstance(part, str):
-                _require_text(part, row.place)
+        _require_texts(message, row.place)
         messages.append(message)
     return messages
 
@@ -192,7 +199,17 @@ def tools_of(row: Row, column: str) -> list[Any] | None:
             raise InputError(row.place, f"column {column} is not JSON", "Write a list of JSON schemas") from None
     if value is not None and value != "" and not isinstance(value, list):
         raise InputError(row.place, f"column {column} is no list of tools", "Write a list of JSON schemas")
+    _require_texts(value, row.place)
     return value or None
+
+
+def _require_texts(value: Any, place: str) -> None:
+    """Every text in lists and mappings, however deep."""
+    if isinstance(value, str):
+        _require_text(value, place)
+    elif isinstance(value, list | dict):
+        for part in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
+            _require_texts(part, place)
 
 
 def _require_text(text: str, place: str) -> str:

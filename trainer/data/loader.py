@@ -171,6 +171,10 @@ class Loader(Protocol):
         """Where samples of the last window stand: file:line."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        ...
+
     def describe(self) -> list[str]:
         """What packing, mixing and streaming make of the rows, to be said at the start."""
         ...
@@ -195,12 +199,11 @@ class TrainLoader:
         if epochs is None:
             assert max_steps is not None, "config.check() requires one of the two"
             return max_steps
-        total = 0
-        for epoch in range(epochs):
-            total += self.steps_in(epoch) if self.order.capacity else self.steps_per_epoch
-            if max_steps is not None and total >= max_steps:
-                return max_steps
-        return total
+        if max_steps is not None and max_steps <= self.steps_per_epoch:
+            return max_steps
+        # Backwards, so that the first epoch's packs are those at hand when training begins.
+        total = sum(self.steps_in(epoch) for epoch in reversed(range(epochs)))
+        return total if max_steps is None else min(total, max_steps)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while self.state.step < self.total_steps:
@@ -221,6 +224,9 @@ class TrainLoader:
 
     def places(self, samples: Sequence[int]) -> list[str]:
         return [self.order.examples.place(s) for s in samples]
+
+    def close(self) -> None:
+        pass
 
     def describe(self) -> list[str]:
         if self.order.capacity is None:

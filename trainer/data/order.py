@@ -48,9 +48,15 @@ def draws_of(counts: Sequence[int], sources: Sequence[SourceConfig], temperature
     draws = np.array([n * (s.epochs or 0.0) for n, s in zip(rows, sources, strict=True)])
     if not fixed.all():
         weights = [n if s.weight is None else s.weight for n, s in zip(rows, sources, strict=True)]
-        shares = np.where(fixed, 0.0, np.power(np.array(weights, np.float64), 1.0 / temperature))
+        shares = np.where(fixed, 0.0, softened(weights, temperature))
         draws = np.where(fixed, draws, rows[~fixed].sum() * shares / shares.sum())
     return np.maximum(np.rint(draws), 1).astype(np.int64)
+
+
+def softened(weights: Sequence[float], temperature: float) -> np.ndarray:
+    """Weights to the power 1 / temperature, the largest 1: none overflows."""
+    values = np.array(weights, np.float64)
+    return np.power(values / values.max(), 1.0 / temperature)
 
 
 class Order:
@@ -72,9 +78,15 @@ class Order:
         self.draws = counts if draws is None else draws
         self._once = bool((self.draws == self.counts).all())
         self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._counted: dict[int, int] = {}
 
     def num_sequences(self, epoch: int) -> int:
-        return int(self.draws.sum()) if self.capacity is None else len(self.epoch(epoch)[1]) - 1
+        """How many an epoch has; to know it, packs must be made, once."""
+        if self.capacity is None:
+            return int(self.draws.sum())
+        if epoch not in self._counted:
+            self._counted[epoch] = len(self.epoch(epoch)[1]) - 1
+        return self._counted[epoch]
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of an epoch, int64 [n], and where among them each sequence begins, int64 [sequences + 1]."""

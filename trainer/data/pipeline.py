@@ -16,8 +16,8 @@ from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.encode import Encoded, Encoder
-from tritune.trainer.data.kinds import Reading, Record
-from tritune.trainer.data.records import read_chunks
+from tritune.trainer.data.kinds import Reading, Record, as_records
+from tritune.trainer.data.records import read_all, read_chunks
 from tritune.trainer.errors import InputError
 from tritune.trainer.pulse import die_with_parent
 
@@ -68,19 +68,16 @@ class Source:
         Raises:
             InputError: the first row has none of the columns that the objective reads.
         """
-        for chunk in read_chunks(self.path, self.key, self.data.text_unit):
-            if isinstance(chunk, InputError):
-                continue
-            for row in parse_chunk(chunk):
-                if not isinstance(row, InputError):
-                    reading = Reading(self.data, self.objective)
-                    try:
-                        reading.record(row)
-                    except InputError:
-                        if reading.kind is None:
-                            raise
-                    self.kind, self.names = reading.kind, tuple(row.fields)
-                    return
+        for row in read_all(self.path, self.key, self.data.text_unit):
+            if not isinstance(row, InputError):
+                reading = Reading(self.data, self.objective)
+                try:
+                    reading.record(row)
+                except InputError:
+                    if reading.kind is None:
+                        raise
+                self.kind, self.names = reading.kind, tuple(row.fields)
+                return
 
     def piece(self, chunk: Chunk) -> Piece:
         """Parse and encode a chunk."""
@@ -88,14 +85,13 @@ class Source:
 
     def encoded(self, rows: Iterable[Row | InputError]) -> Piece:
         """Encode rows; faults, and rows that are no records, are kept apart."""
-        reading, records, bad = Reading(self.data, self.objective, self.kind), [], []
-        for row in rows:
-            try:
-                if isinstance(row, InputError):
-                    raise row
-                records.append(reading.record(row))
-            except InputError as error:
-                bad.append(error)
+        reading = Reading(self.data, self.objective, self.kind)
+        records, bad = [], []
+        for record in as_records(rows, reading):
+            if isinstance(record, InputError):
+                bad.append(record)
+            else:
+                records.append(record)
         return pack_piece(self.encoder(records), bad, reading.seen)
 
 
@@ -145,9 +141,8 @@ def _begin(source: Source) -> None:
     _source = source
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a group's signal is the parent's to follow
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
 
 

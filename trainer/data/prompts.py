@@ -16,7 +16,7 @@ from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
-# How prompt and response are rendered where a tokenizer has no chat template (`examples.conversations`), as a template: an
+# How prompt and response are rendered where a tokenizer has no chat template (`encode.Conversations`), as a template: an
 # export carries it, so that other tools render prompts as training did.
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"

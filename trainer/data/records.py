@@ -75,17 +75,26 @@ def read_chunks(source: str, key: str, text_unit: TextUnit, skip: int = 0) -> It
                 yield InputError(place, "the file holds no row", "Give a file with rows, or leave it out")
 
 
+def read_all(source: str, key: str, text_unit: TextUnit) -> Iterator[Row | InputError]:
+    """Yield the rows of a source, parsed in this process, and in the place of a bad one its fault.
+
+    Raises:
+        InputError: nothing is there, or it is no data.
+    """
+    for chunk in read_chunks(source, key, text_unit):
+        yield from [chunk] if isinstance(chunk, InputError) else parse_chunk(chunk)
+
+
 def read_rows(source: str, key: str, text_unit: TextUnit) -> Iterator[Row]:
     """Yield the rows of a source, parsed in this process; `key` is the config key it came from, for messages.
 
     Raises:
         InputError: the first fault, of the source, a file or a row.
     """
-    for chunk in read_chunks(source, key, text_unit):
-        for row in [chunk] if isinstance(chunk, InputError) else parse_chunk(chunk):
-            if isinstance(row, InputError):
-                raise row
-            yield row
+    for row in read_all(source, key, text_unit):
+        if isinstance(row, InputError):
+            raise row
+        yield row
 
 
 # -- reading: an int stands for rows that were passed over ----------------------------------------------------------------

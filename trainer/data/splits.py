@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
@@ -16,13 +18,12 @@ from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind
 from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of
-from tritune.trainer.data.clean import near_repeats
+from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
-from tritune.trainer.data.kinds import named_columns
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_version, source_files
-from tritune.trainer.data.tables import Divider, TableFiles, require_supervision
+from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
@@ -34,12 +35,21 @@ DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "
 
 @dataclass
 class Splits:
-    """Tokenized rows by split (train, validation, test, retention), for classification the label set, and the names of the
-    sources that training rows come from, by their numbers in `Examples.sources`."""
+    """Tokenized rows by split (train, validation, test, retention), for classification the label set, the names of the
+    sources that training rows come from, by their numbers in `Examples.sources`, and by config key the cache's folder of each
+    source, where `rejects.jsonl` says what was left out."""
 
     examples: dict[str, Examples]
     labels: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def rejects(self) -> Iterator[dict[str, str]]:
+        """Every row that was left out: place, fate, why, and the config key of its source."""
+        for key, folder in self.folders.items():
+            with (folder / REJECTS).open(encoding="utf-8") as file:
+                for line in file:
+                    yield {**json.loads(line), "source": key}
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,9 @@ def read_splits(
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
     """
     data, objective = config.data, config.objective.name
-    reader = Reader(config, tokenizer, stop_token_ids(tokenizer, list(model_stops)), watch or Watch())
+    reader = Reader(
+        config, tokenizer, stop_token_ids(tokenizer, list(model_stops)), watch or Watch(), tokenizer_key(tokenizer)
+    )
     encoder, block = encoder_of(config, tokenizer, reader.stops)
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
     sources = training_sources(data)
@@ -97,7 +109,7 @@ def read_splits(
         documents = Documents(tokenizer, separate=False, limit=limit)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
-    return Splits(examples, labels, list(sources))
+    return Splits(examples, labels, list(sources), reader.folders)
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     stops: Sequence[int]
     watch: Watch
+    tokenizer_key: str
+    folders: dict[str, Path] = field(default_factory=dict)
 
     def entries(
         self, path: str, key: str, data: DataConfig, objective: str, encoder: Encoder, shares: dict[str, float],
@@ -126,10 +140,11 @@ class Reader:
         root = cache_root(self.config.cache.dir)
         source = Source(path, key, data, objective, encoder)
         parts = {
-            "source": fingerprint(path, key, root),
-            "tokenizer": tokenizer_key(self.tokenizer),
+            "source": fingerprint(path, key, root, self.watch.beat),
+            "tokenizer": self.tokenizer_key,
             "data": {name: str(getattr(data, name)) for name in DECIDES},
-            "objective": [objective, getattr(self.config.objective, "prompt", None), type(encoder).__name__],
+            "objective": [objective, getattr(self.config.objective, "prompt", None)],
+            "encoder": [type(encoder).__name__, block, getattr(encoder, "limit", None), getattr(encoder, "end", None)],
             "shares": shares,
             "stops": list(self.stops),
         }
@@ -140,8 +155,8 @@ class Reader:
             rows = tokens = 0
             with TableFiles(folder, ("train", *shares)) as files:
                 near = data.duplicates is Duplicates.drop_near
-                repeats = near_repeats(source, data.similarity) if near else frozenset()
-                divider = Divider(shares, data, block, files.write, files.reject, repeats)
+                groups = near_groups(source, data.similarity, self.watch.beat) if near else {}
+                divider = Divider(shares, data, block, files.write, files.reject, groups)
                 for piece in pieces(source, self.config.cache.num_procs or cores()):
                     divider.take(piece)
                     if isinstance(piece, Piece):
@@ -150,10 +165,13 @@ class Reader:
                         self.watch.beat()
                         self.watch.notify(key, rows, tokens)
                 divider.end()
+                if fingerprint(path, key, root, self.watch.beat) != parts["source"]:
+                    raise InputError(f"{key}={path}", "it changed while it was read", "Start again once it is whole")
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
 
         tables, manifest = build_once(root, key_of(parts), build, self.watch.beat)
+        self.folders[key] = root / key_of(parts)
         facts = manifest["tables"]
         found = {n: Entry(t, facts[n]["digest"], DataReport(**facts[n]["report"])) for n, t in tables.items()}
         if objective == "sft" and self.config.data.require_stop_token:
@@ -183,10 +201,7 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
     if source.kind is None:
         what = f"none of its {lost.bad:,} rows can be read" if lost.bad else "the file holds no row"
         raise InputError(f"{source.key}={source.path}", what, "Give a file with rows")
-    for key, column in named_columns(source.data).items():
-        if column not in seen:
-            rule = f"no row of {source.path} has the column {column}"
-            raise InputError(f"{key}={column}", rule, f"The first row has {', '.join(source.names)}")
+    require_columns(source, seen)
     if source.objective == "sft":
         require_supervision(reports, source.data)
     for name, report in reports.items():
@@ -226,16 +241,17 @@ def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     return list(labels)
 
 
-def fingerprint(path: str, key: str, root: Path) -> list[Any]:
+def fingerprint(path: str, key: str, root: Path, beat: Callable[[], None] = lambda: None) -> list[Any]:
     """What a source holds: for files their content, for the hub what `datasets` calls the same version."""
     if path.startswith("hf://"):
         return [path, hub_version(path)]
-    return [path, [[str(f), content_hash(f, root)] for f in source_files(path, key)]]
+    return [path, [[str(f), content_hash(f, root, beat)] for f in source_files(path, key)]]
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything in a tokenizer that decides what a text becomes, and of the libraries that do it."""
-    specials = [tokenizer.bos_token, tokenizer.eos_token, adds_bos(tokenizer)]
-    template = tokenizer.chat_template
-    parts = [plain_backend(tokenizer).to_str(), specials, template, tokenizers.__version__, transformers.__version__]
-    return key_of(parts)
+    specials = {
+        n: str(t) for n, t in tokenizer.special_tokens_map.items() if n != "pad_token"
+    }  # which this run may choose
+    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
+    return key_of([plain_backend(tokenizer).to_str(), specials, adds_bos(tokenizer), tokenizer.chat_template, versions])

@@ -23,7 +23,7 @@ from tritune.trainer.data.order import epoch_order, uniform
 from tritune.trainer.data.packing import best_fit
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
-from tritune.trainer.data.tables import Divider, require_supervision
+from tritune.trainer.data.tables import Divider, require_columns, require_supervision
 from tritune.trainer.errors import InputError
 
 
@@ -41,6 +41,12 @@ class Window:
     examples: Examples
     sequences: list[np.ndarray]
     after: list[tuple[int, int]]
+
+    @property
+    def lost(self) -> int:
+        """How many of its rows are not trained on."""
+        report = self.examples.report
+        return report.bad + report.dropped + report.too_long
 
 
 class Stream:
@@ -78,8 +84,8 @@ class Stream:
         return window
 
     def close(self) -> None:
-        """Drop what is being made ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Make no more. What is being made is not waited for: a read may hang."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, number: int, at: list[tuple[int, int]]) -> Window:
         if [reader.at for reader in self._readers] != at:
@@ -88,8 +94,10 @@ class Stream:
         chosen = np.searchsorted(self._edges, uniform(first, self.window, self.seed), side="right")
         counts = np.bincount(chosen, minlength=len(self.sources)).tolist()
         batches, reports, owners = [], [], []
+        seen: list[set[str]] = []
         for owner, (source, reader, count) in enumerate(zip(self.sources, self._readers, counts, strict=True)):
-            made, report = encode(source, reader.take(count))
+            made, report, columns = encode(source, reader.take(count))
+            seen.append(columns)
             batches += made
             owners += [owner] * sum(len(b) for b in made)
             reports.append(report)
@@ -98,6 +106,9 @@ class Stream:
             np.array(owners, np.int64), first + np.arange(len(owners)),
         )  # fmt: skip
         require_known_labels(examples, self.labels)
+        if number == 0:
+            for source, columns in zip(self.sources, seen, strict=True):
+                require_columns(source, columns)
         if not len(examples):
             rule = f"of {self.window:,} rows none can be trained on ({examples.report.line()})"
             raise InputError(
@@ -149,20 +160,21 @@ class Rewinding:
         return read_chunks(self.source.path, self.source.key, self.source.data.text_unit, skip)
 
 
-def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.RecordBatch], DataReport]:
-    """Tokenize rows of one source, under its rules for bad ones.
+def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.RecordBatch], DataReport, set[str]]:
+    """Tokenize rows of one source, under its rules for bad ones; also which of the columns that the config names they have.
 
     Raises:
         InputError: what these rules refuse.
     """
     batches: list[pa.RecordBatch] = []
     divider = Divider({}, source.data, None, lambda _, batch: batches.append(batch), lambda *_: None)
-    divider.take(source.encoded(rows))
+    piece = source.encoded(rows)
+    divider.take(piece)
     divider.end()
     report = divider.sinks["train"].report
     if report.dropped and source.data.unsupervised is Unsupervised.refuse:
         require_supervision({"train": report}, source.data)
-    return batches, report
+    return batches, report, piece.seen
 
 
 def sequences_of(examples: Examples, data: DataConfig, seed: int, number: int) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tritune.trainer.batch import Batch
@@ -15,53 +15,69 @@ from tritune.trainer.state import TrainState
 class StreamLoader:
     """Windows of rows that are read as training goes on: `Loader`.
 
-    The cursor is the window in which the next sequence lies, (passes, rows) read of each source before it, and how many of its
+    The cursor is the window in which the last sequence lay, (passes, rows) read of each source before it, and how many of its
     sequences were taken. A step may reach over several windows.
+
+    Args:
+        say: is told of rows that a window leaves out.
     """
 
-    def __init__(self, stream: Stream, state: TrainState, dealer: Dealer, total_steps: int, digest: str) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        state: TrainState,
+        dealer: Dealer,
+        total_steps: int,
+        digest: str,
+        say: Callable[[str], None],
+    ) -> None:
         self.stream, self.state, self.dealer, self.total_steps = stream, state, dealer, total_steps
-        self.steps_per_epoch, self.digest = total_steps, digest
+        self.steps_per_epoch, self.digest, self._say = total_steps, digest, say
         if not state.sources:
             state.sources = [[0, 0] for _ in stream.sources]
         self._window: Window | None = None
-        self._next: tuple[int, list[list[int]], int] = (0, [], 0)
+        self._next: tuple[int, list[list[int]], int, int] = (0, [], 0, 0)
         self._step: Examples | None = None
 
     @property
     def window(self) -> Window:
         """The one in which the cursor lies."""
         if self._window is None or self._window.number != self.state.window:
-            self._window = self.stream.get(self.state.window, _points(self.state.sources))
+            self._window = self.stream.get(self.state.window, [(a, b) for a, b in self.state.sources])
         return self._window
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while self.state.step < self.total_steps:
-            examples, packs = self._take()
-            self._step = examples
-            yield self.dealer.window(examples, packs, self.state.step + 1)
+            self._step, packs = self._take()
+            yield self.dealer.window(self._step, packs, self.state.step + 1)
 
     def _take(self) -> tuple[Examples, list[np.ndarray]]:
         """The rows of a step, and its sequences as numbers among them."""
         window, used, sources, wanted = self.window, self.state.used, self.state.sources, self.dealer.batch_size
+        left_out = self.state.left_out
         parts, packs, rows = [], [], 0
         while wanted:
-            taken = window.sequences[used : used + wanted]
-            if taken:
-                parts.append(window.examples.some(np.concatenate(taken)))
-                for pack in taken:
-                    packs.append(rows + np.arange(len(pack)))
-                    rows += len(pack)
-            wanted, used = wanted - len(taken), used + len(taken)
             if used == len(window.sequences):
                 sources, used = [list(at) for at in window.after], 0
                 window = self._window = self.stream.get(window.number + 1, window.after)
-        self._next = (window.number, sources, used)
+            if used == 0 and window.lost:
+                left_out += window.lost
+                self._say(f"data      window {window.number}: {window.examples.report.line()}")
+            taken = window.sequences[used : used + wanted]
+            parts.append(window.examples.some(np.concatenate(taken)))
+            for pack in taken:
+                packs.append(rows + np.arange(len(pack)))
+                rows += len(pack)
+            wanted, used = wanted - len(taken), used + len(taken)
+        self._next = (window.number, sources, used, left_out)
         return Examples.join(parts), packs
 
     def advance(self) -> None:
         self.state.step += 1
-        self.state.window, self.state.sources, self.state.used = self._next
+        self.state.window, self.state.sources, self.state.used, self.state.left_out = self._next
+
+    def close(self) -> None:
+        self.stream.close()
 
     def longest(self) -> list[Batch]:
         window = self.window
@@ -81,7 +97,3 @@ class StreamLoader:
             f"stream    {len(self.stream.sources)} source(s), shuffled within windows of {self.stream.window:,} rows; the "
             f"{'first' if window.number == 0 else 'next'}: {window.examples.report.line()}{packed}"
         ]
-
-
-def _points(sources: list[list[int]]) -> list[tuple[int, int]]:
-    return [(passes, rows) for passes, rows in sources]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import pyarrow as pa
 from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.examples import NAMED, SCHEMA, Columns, DataReport, TableDigest, describe, name_places
-from tritune.trainer.data.pipeline import Piece
+from tritune.trainer.data.kinds import named_columns
+from tritune.trainer.data.pipeline import Piece, Source
 from tritune.trainer.errors import InputError
 
 REJECTS = "rejects.jsonl"
@@ -31,7 +33,6 @@ class Sink:
     def __init__(self, block: int | None, stride: int) -> None:
         self.report, self.digest = DataReport(), TableDigest()
         self._joiner = None if block is None else Blocks(block, stride)
-        self._seen: set[tuple[bytes, str | None]] = set()
 
     def take(self, batch: pa.RecordBatch, token_bytes: list[np.ndarray]) -> pa.RecordBatch:
         """Count rows, joined to blocks where that is asked for; return what is to be written."""
@@ -40,14 +41,6 @@ class Sink:
     def end(self) -> pa.RecordBatch:
         """What the joiner still holds."""
         return self._counted(Columns().batch() if self._joiner is None else self._joiner.end())
-
-    def first_ones(self, batch: pa.RecordBatch) -> np.ndarray:
-        """Which rows are the first with their content and label, bool [n]."""
-        first = np.ones(len(batch), bool)
-        for i, pair in enumerate(zip(batch["digest"].to_pylist(), batch["label"].to_pylist(), strict=True)):
-            first[i] = pair not in self._seen
-            self._seen.add(pair)
-        return first
 
     def _counted(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         part = describe(pa.Table.from_batches([batch]))
@@ -105,17 +98,19 @@ class Divider:
         shares: split -> its share of the rows, in order; what is left over is `train`.
         write: takes (split, batch), in order.
         reject: takes (place, fate, why) of each row that is left out.
-        repeats: places of rows that nearly repeat another, and are left out.
+        groups: of rows that are nearly the same, by place: of each group the first row that can be trained on is kept.
     """
 
     def __init__(
         self, shares: dict[str, float], data: DataConfig, block: int | None,
         write: Callable[[str, pa.RecordBatch], None], reject: Callable[[str, str, str], None],
-        repeats: frozenset[str] = frozenset(),
+        groups: Mapping[str, int] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.sinks = {name: Sink(block, data.stride) for name in ("train", *shares)}
         self._names, self._edges = [*shares, "train"], np.cumsum(list(shares.values()))
-        self._data, self._write, self._reject, self._repeats = data, write, reject, repeats
+        self._data, self._write, self._reject, self._groups = data, write, reject, groups
+        self._seen: set[tuple[bytes, str | None]] = set()
+        self._seen_groups: set[int] = set()
 
     def take(self, piece: Piece | InputError) -> None:
         """The next rows of the source, or a fault of one of its files.
@@ -131,7 +126,7 @@ class Divider:
         for number, name in enumerate(self._names):
             mine, sink = belongs == number, self.sinks[name]
             if self._data.duplicates is not Duplicates.keep:
-                mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink)
+                mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink.report)
             batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
             sink.report.stop_rows += int(piece.stops[mine].sum())
             token_bytes = [piece.token_bytes[i] for i in np.flatnonzero(mine)] if piece.token_bytes else []
@@ -146,16 +141,22 @@ class Divider:
         if len(batch):
             self._write(name, batch)
 
-    def _first_ones(self, batch: pa.RecordBatch, sink: Sink) -> np.ndarray:
-        first = sink.first_ones(batch)
-        for place in batch["place"].filter(pa.array(~first)).to_pylist():
-            self._reject(place, "duplicate", "its content and label stand earlier in the source")
-        if self._repeats:
-            near = np.array([place in self._repeats for place in batch["place"].to_pylist()], bool) & first
-            for place in batch["place"].filter(pa.array(near)).to_pylist():
+    def _first_ones(self, batch: pa.RecordBatch, report: DataReport) -> np.ndarray:
+        """Which rows repeat none of those that were kept before, bool [n]."""
+        first = np.ones(len(batch), bool)
+        columns = [batch[name].to_pylist() for name in ("digest", "label", "place")]
+        for i, (digest, label, place) in enumerate(zip(*columns, strict=True)):
+            group = self._groups.get(place)
+            if (digest, label) in self._seen:
+                self._reject(place, "duplicate", "its content and label stand earlier in the source")
+                first[i] = False
+            elif group in self._seen_groups:
                 self._reject(place, "near duplicate", "it nearly repeats an earlier row of the source")
-            first &= ~near
-        sink.report.duplicates += int((~first).sum())
+                first[i] = False
+            else:
+                self._seen.add((digest, label))
+                self._seen_groups |= set() if group is None else {group}
+        report.duplicates += int((~first).sum())
         return first
 
     def _lose(self, piece: Piece | InputError) -> None:
@@ -177,6 +178,18 @@ class Divider:
         report.dropped += len(piece.dropped)
         report.dropped_places += piece.dropped[: NAMED - len(report.dropped_places)]
         report.too_long += len(piece.too_long)
+
+
+def require_columns(source: Source, seen: set[str]) -> None:
+    """Refuse a source that has no row with a column that the config names.
+
+    Raises:
+        InputError: it names the column.
+    """
+    for key, column in named_columns(source.data).items():
+        if column not in seen:
+            rule = f"no row of {source.path} has the column {column}"
+            raise InputError(f"{key}={column}", rule, f"The first row has {', '.join(source.names)}")
 
 
 def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> None:

@@ -12,6 +12,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 from tritune.trainer import __version__
+from tritune.trainer.audit.pictures import pictures as data_pictures
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER
 from tritune.trainer.metrics.progress import duration
 from tritune.trainer.report.plots import curves
@@ -41,7 +42,7 @@ def render(record: Record) -> str:
         ended=record.summary.get("time") or record.status.get("time", ""),
         results=_results(record),
         samples=[{k: _marked(v) if isinstance(v, str) else v for k, v in s.items()} for s in record.samples],
-        pictures=curves(record.steps, record.evaluations),
+        pictures=curves(record.steps, record.evaluations) + data_pictures(record.audit.get("splits", {})),
         data=_data(record.data),
         speed=_speed(record),
         written=_written(record.summary.get("export")),

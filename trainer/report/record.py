@@ -24,6 +24,7 @@ class Record:
     config: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
+    audit: dict[str, Any]
     status: dict[str, Any]
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -49,6 +50,7 @@ def read_record(directory: Path) -> Record:
         config=redact_tree(yaml.safe_load((directory / "config.yaml").read_text())),
         environment=_json(directory, "environment.json", {}),
         data=_json(directory, "data.json", {}),
+        audit=_json(directory / "audit", "audit.json", {}),
         status=_json(directory, "status.json", {}),
         summary=_json(directory, "summary.json", {}),
         samples=_json(directory, "samples.json", []),
