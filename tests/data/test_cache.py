@@ -220,7 +220,7 @@ def test_a_process_that_is_killed_is_no_silence(tmp_path, monkeypatch):
     monkeypatch.setattr(Conversations, "__call__", dying)
     settings = config(tmp_path, train=str(path))
     settings.cache.num_procs = 2
-    with pytest.raises(Exception, match="terminated abruptly"):
+    with pytest.raises(Exception, match="ended abruptly, by signal 9"):
         read_splits(settings, byte_tokenizer(), None)
     assert not entries(tmp_path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.errors import InputError, reason
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 LINE_BYTES = 32 << 20  # no line, cell or paragraph is held beyond this; also bounds what an unclosed quote swallows
 # One decompressed piece is unbounded but for its input, of which 4 bytes can become 128 KiB: at most 16 MiB at a time.
 # Costs 1.2 ns a byte over pieces of 64 KiB.

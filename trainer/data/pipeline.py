@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +15,8 @@ from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.encode import Encoded, Encoder
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
+from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
-from tritune.trainer.pulse import die_with_parent
-
-IN_FLIGHT = 3  # chunks a process: read ahead so far, so that memory stays flat however large the source is
 
 
 @dataclass(frozen=True)
@@ -83,6 +78,10 @@ class Source:
         """Parse and encode a chunk."""
         return self.encoded(parse_chunk(chunk))
 
+    def piece_or_fault(self, chunk: Chunk | InputError) -> Piece | InputError:
+        """What became of a chunk; a file's fault stays what it is."""
+        return chunk if isinstance(chunk, InputError) else self.piece(chunk)
+
     def encoded(self, rows: Iterable[Row | InputError]) -> Piece:
         """Encode rows; faults, and rows that are no records, are kept apart."""
         reading = Reading(self.data, self.objective, self.kind)
@@ -122,53 +121,14 @@ def pieces(source: Source, num_procs: int, skip: int = 0) -> Iterator[Piece | In
             break
     if num_procs < 2 or len(ahead) < 2:
         for chunk in (*ahead, *chunks):
-            yield chunk if isinstance(chunk, InputError) else source.piece(chunk)
+            yield source.piece_or_fault(chunk)
         return
-    yield from _in_processes(source, _chain(ahead, chunks), num_procs)
+    yield from in_order(source.piece_or_fault, _chain(ahead, chunks), num_procs)
 
 
 def _chain(ahead: Iterable, chunks: Iterator) -> Iterator:
     yield from ahead
     yield from chunks
-
-
-_source: Source | None = None
-
-
-def _begin(source: Source) -> None:
-    """A forked process: one thread each, no signal of the terminal's, no life after its parent's."""
-    global _source
-    _source = source
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pa.set_cpu_count(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a group's signal is the parent's to follow
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
-
-
-def _piece(chunk: Chunk) -> Piece:
-    assert _source is not None, "_begin ran in this process"
-    return _source.piece(chunk)
-
-
-def _in_processes(source: Source, chunks: Iterator[Chunk | InputError], num_procs: int) -> Iterator[Piece | InputError]:
-    # Forked, not spawned: tokenizer and encoder are inherited, and importing transformers anew takes seconds a process.
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(num_procs, context, _begin, (source,))
-    waiting: deque[Future[Piece] | InputError] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(chunk if isinstance(chunk, InputError) else pool.submit(_piece, chunk))
-            if len(waiting) > IN_FLIGHT * num_procs:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: Future[Piece] | InputError) -> Piece | InputError:
-    return future if isinstance(future, InputError) else future.result()
 
 
 def cores() -> int:
