@@ -168,7 +168,8 @@ def test_an_answer_with_no_choice_is_refused(tritune, chosen_run, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(path.read_text() + json.dumps({"prompt": "and this?", "response": "purple"}) + "\n")
     changed = [o for o in chosen_run if not o.startswith("data.validation_share")]
-    result = tritune(*changed, f"data.validation={path}", f"run.dir={tmp_path / 'run'}")
+    leaky = "audit.fail_on=[]"  # the split is the training rows
+    result = tritune(*changed, f"data.validation={path}", leaky, f"run.dir={tmp_path / 'run'}")
     assert result.code == 2
     assert "rows.jsonl:91" in result.err
     assert "purple" in result.err

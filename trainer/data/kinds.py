@@ -153,7 +153,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
     if kind is Kind.prompt_response and "input" in columns:
         extra = _string(row, columns["input"])
         values["prompt"] += f"\n\n{extra}" if extra else ""
-    return Record(row.place, group=group, **values)
+    return Record(row.place, group=group, **values)  # type: ignore[arg-type]
 
 
 def _string(row: Row, column: str) -> str:

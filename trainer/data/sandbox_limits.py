@@ -85,7 +85,7 @@ def weigh(value: Any, per_level: int = 0) -> int:
         if isinstance(item, str):
             chars += len(item)
         elif isinstance(item, CONTAINERS):
-            parts = [*item, *item.values()] if isinstance(item, dict) else item
+            parts: Any = [*item, *item.values()] if isinstance(item, dict) else item
             count += len(parts)
             if count > ITEMS:
                 raise Refused(f"it uses a nested value of more than {ITEMS:,} parts")

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from tritune.trainer.pulse import die_with_parent
@@ -50,7 +50,7 @@ def in_order(work: Callable[[Any], Any], items: Iterator[Any], num_procs: int) -
                 pipe = free.pop()
                 _talk(pipe.send, processes[pipe], item)
                 busy[pipe], sent = sent, sent + 1
-            for pipe in wait(list(busy)) if busy else []:
+            for pipe in cast(list[Connection], wait(list(busy)) if busy else []):
                 failed, result = _talk(pipe.recv, processes[pipe])
                 if failed:
                     raise result
