@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/python -m tritune.launch.quickstart
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,9 @@ os.environ["TRITUNE_CACHE"] = _cache.name
 import harness  # noqa: E402  first of all: it sets the number of threads, which torch reads when it is imported
 import torch  # noqa: E402
 
+# A busy machine is no fault of a test's.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, here and in forked ranks
 

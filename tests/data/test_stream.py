@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import time
 from collections import Counter
 
 import harness
@@ -194,7 +195,7 @@ def test_a_streamed_run_goes_on_bit_for_bit(tritune, tmp_path, sources):
     assert tritune(*same, f"run.dir={tmp_path}/whole").code == 0
     job = harness.start([*same, f"run.dir={tmp_path}/killed"], tmp_path / "logs")
     while len(harness.rows(tmp_path / "killed")) < 5 and job.alive():
-        pass
+        time.sleep(0.02)
     job.signal(9)
     job.wait()
     done = tritune(*same, f"run.dir={tmp_path}/killed")

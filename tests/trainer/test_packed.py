@@ -64,6 +64,8 @@ def require_same(scorer, want="token_nll", tolerance=1e-11, step=0):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_document_is_alone_in_its_pack(family, attention):
     """In float64, where 1e-11 leaves room for the order of sums alone; sliding windows of 4 are among the families."""
+    if attention == "eager" and family not in ("llama", "mistral", "gemma3_text"):
+        pytest.skip("transformers makes the masks of all families alike; gemma2 is eager anyhow")
     model = build(family, dtype=torch.float64)
     if family != "gemma2":
         model.set_attn_implementation(attention)
