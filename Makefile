@@ -25,7 +25,8 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/launch
+	$(PYTEST) -m slow tests/launch
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,20 +105,13 @@ def require_documents_apart(score: Score, vocab_size: int, device: torch.device,
     """
     size = 12
     ids = (torch.arange(2 * size) * 7919 + 3) % vocab_size
-    alone = rows_of(ids.view(2, size).to(device))
-    positions = torch.arange(size).repeat(2)[None]
-    documents = torch.arange(2).repeat_interleave(size)[None]
-    packs = Packs(positions, documents, torch.tensor([0, size, 2 * size], dtype=torch.int32), size)
-    together = Batch(
-        **{**vars(alone.to(torch.device("cpu"))), "input_ids": ids[None].to(device), "packs": packs_on(packs, device)}
-    )
-    expected, found = score(alone), score(together)
+    alone = rows_of(ids.view(2, size))
+    bounds = torch.tensor([0, size, 2 * size], dtype=torch.int32)
+    packs = Packs(torch.arange(size).repeat(2)[None], torch.arange(2).repeat_interleave(size)[None], bounds, size)
+    together = replace(alone, input_ids=ids[None], packs=packs)
+    expected, found = score(alone.to(device)), score(together.to(device))
     tolerance = 2**-5 if half else 1e-4
     error = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
     if not error <= tolerance:
         rule = f"packed documents have other losses than alone, by {error:.1e}: they see one another in this model"
         raise InputError("data.packing=best_fit", rule, "Use data.packing=none, or another model.attention")
-
-
-def packs_on(packs: Packs, device: torch.device) -> Packs:
-    return Packs(packs.positions.to(device), packs.documents.to(device), packs.bounds.to(device), packs.longest)
