@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import corpus
 import pytest
@@ -262,3 +264,21 @@ def test_banking77_is_stopped_by_nothing(audit, shared):
     assert result.names() == {"truncation", "duplicates_near", "leakage_near"}
     assert result.report["splits"]["train"]["rows"] == 10003
     assert min(result.report["splits"]["train"]["labels"].values()) == 35
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    """As it is called: nothing of ours is imported before it."""
+    train = corpus.write(tmp_path / "train.jsonl", corpus.clean_rows(60, 9))
+    command = [
+        sys.executable,
+        "-m",
+        "tritune.launch.cli",
+        "audit",
+        *SFT,
+        f"data.train={train}",
+        f"audit.out={tmp_path}/out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing found" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"audit.json", "rejects.jsonl", "lengths.svg"}

@@ -44,9 +44,9 @@ def audit(config: Config) -> InputError | None:
         InputError: nothing can be read, or the folder cannot be written.
     """
     from tritune.trainer.audit.page import render_page
-    from tritune.trainer.audit.pictures import draw
     from tritune.trainer.audit.read import read_audit
     from tritune.trainer.data.splits import Watch
+    from tritune.trainer.report.data_plots import draw
     from tritune.trainer.rundir import replace_file, write_whole_json
 
     began = time.perf_counter()

@@ -12,9 +12,9 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 from tritune.trainer import __version__
-from tritune.trainer.audit.pictures import pictures as data_pictures
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER
 from tritune.trainer.metrics.progress import duration
+from tritune.trainer.report.data_plots import pictures as data_pictures
 from tritune.trainer.report.plots import curves
 from tritune.trainer.report.record import Record
 
