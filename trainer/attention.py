@@ -24,7 +24,8 @@ Score = Callable[[Batch], Tensor]  # of every predicted token
 
 def document_bounds(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     """What a decoder is told of the documents in its rows: their positions, and for variable-length attention their bounds."""
-    packs, told = batch.packs, {}
+    packs = batch.packs
+    told: dict[str, Any] = {}
     if packs is not None:
         told["position_ids"] = packs.positions
     if model.config._attn_implementation == VARLEN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,11 +74,12 @@ class Batch:
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True)
 
+        def all_of(holder: Any, *names: str) -> dict[str, Any]:
+            return {name: moved(getattr(holder, name)) for name in names}
+
+        packs = self.packs and replace(self.packs, **all_of(self.packs, "positions", "documents", "bounds"))
         names = ("input_ids", "starts", "lengths", "sample_ids", "predict", "targets", "labels", "sources")
-        packs = self.packs and replace(
-            self.packs, **{n: moved(getattr(self.packs, n)) for n in ("positions", "documents", "bounds")}
-        )
-        return replace(self, packs=packs, **{n: moved(getattr(self, n)) for n in names})
+        return replace(self, packs=packs, **all_of(self, *names))
 
 
 def rows_of(input_ids: Tensor, step: int = 0, first_sample: int = 0) -> Batch:

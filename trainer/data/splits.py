@@ -102,7 +102,9 @@ def read_splits(
         if path is not None and name in names:
             found[name] = [reader.entries(path, f"data.{name}", data, objective, encoder, {}, block)["train"]]
     labels = _labels(config, found.get("train"))
-    examples = {n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names}
+    examples: dict[str, Examples] = {
+        n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names
+    }
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
         text = DataConfig(kind=Kind.text, text_unit=data.text_unit, max_length=limit, bad_rows=data.bad_rows)

@@ -127,7 +127,8 @@ class Rewinding:
 
     def __init__(self, source: Source, at: tuple[int, int]) -> None:
         self.source, self.at = source, at
-        self._chunks, self._rows = self._open(at[1]), iter(())
+        self._chunks = self._open(at[1])
+        self._rows: Iterator[Row | InputError] = iter(())
 
     def take(self, count: int) -> list[Row | InputError]:
         """The next `count` rows, good and bad; a file's fault comes with them and is not counted.
