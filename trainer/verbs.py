@@ -42,13 +42,22 @@ READS = {
 def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> int:
     """Run one of the verbs below and return the exit status."""
     config_dir, overrides = split_argv(argv)
-    try:
+
+    def call() -> None:
         run = _run_directory(overrides)
         kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
         _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
         config = load_config(overrides, config_dir, kept=kept, training=False)
         verb(config, run, **arguments)
+
+    return exit_status(call)
+
+
+def exit_status(call: Callable[[], None]) -> int:
+    """Call, say what went wrong, and return the status that it means: 0, 1 or 2."""
+    try:
+        call()
     except INPUT_ERRORS as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 from tritune.trainer.audit.findings import blocking
 from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.config import Config
-from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, INPUT_ERRORS, InputError
+from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact
+from tritune.trainer.verbs import exit_status
 
 TELL_SECONDS = 5.0
 
@@ -24,17 +24,13 @@ TELL_SECONDS = 5.0
 def main(argv: list[str]) -> int:
     """Run the verb; return 0, 2 where something of `audit.fail_on` was found or the input is wrong, 1 where we failed."""
     config_dir, overrides = split_argv(argv)
-    try:
+
+    def call() -> None:
         error = audit(load_config(overrides, config_dir, training=False))
         if error is not None:
             raise error
-    except INPUT_ERRORS as fault:
-        print(f"tritune: {redact(str(fault))}", file=sys.stderr)
-        return EXIT_INPUT
-    except Exception:  # noqa: BLE001  shown like any other, without secrets
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        return EXIT_FAILED
-    return EXIT_DONE
+
+    return exit_status(call)
 
 
 def audit(config: Config) -> InputError | None:

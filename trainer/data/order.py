@@ -59,6 +59,26 @@ def softened(weights: Sequence[float], temperature: float) -> np.ndarray:
     return np.power(values / values.max(), 1.0 / temperature)
 
 
+def packed_window(
+    rows: np.ndarray, lengths: np.ndarray, capacity: int, seed: int, stamp: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pack rows and shuffle the packs.
+
+    Args:
+        rows, lengths: int64 [n], numbers of rows in the global order, and their tokens.
+        stamp: what tells this window's shuffling from others of the seed.
+
+    Returns:
+        The rows, pack by pack, int64 [n], and how many each pack has, int64 [packs].
+    """
+    order, bounds = best_fit(lengths, capacity)
+    # Filled in the order of length: taken as they come, a step would have long rows alone or short ones.
+    shuffled = epoch_order(len(bounds) - 1, seed, stamp)
+    counts = np.diff(bounds)[shuffled]
+    starts = np.repeat(bounds[shuffled] - np.cumsum(counts) + counts, counts)
+    return rows[order[starts + np.arange(len(rows))]], counts
+
+
 class Order:
     """What comes in an epoch: sequences, each a row or rows packed together.
 
@@ -112,17 +132,15 @@ class Order:
         drawn = np.concatenate(parts)
         return drawn[epoch_order(len(drawn), self.seed, epoch)]
 
-    def _pack(self, rows: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pack(self, drawn: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.capacity is not None
-        windows = np.array_split(rows, max(round(len(rows) / self.window), 1))
+        windows = np.array_split(drawn, max(round(len(drawn) / self.window), 1))
         packed, sizes = [], []
         for number, window in enumerate(windows):
-            order, bounds = best_fit(self.examples.lengths[window], self.capacity)
-            # Filled in the order of length: taken as they come, a step would have long rows alone or short ones.
-            shuffled = epoch_order(len(bounds) - 1, self.seed, epoch + (number + 1 << 32))
-            counts = np.diff(bounds)[shuffled]
-            starts = np.repeat(bounds[shuffled] - np.cumsum(counts) + counts, counts)
-            packed.append(window[order[starts + np.arange(len(window))]])
+            rows, counts = packed_window(
+                window, self.examples.lengths[window], self.capacity, self.seed, epoch + (number + 1 << 32)
+            )
+            packed.append(rows)
             sizes.append(counts)
         return np.concatenate(packed), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
 

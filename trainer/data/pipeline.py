@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,29 +106,19 @@ def encode_records(records: Sequence[Record], encoder: Encoder) -> Piece:
     return pack_piece(encoder(records), [], set())
 
 
-def pieces(source: Source, num_procs: int, skip: int = 0) -> Iterator[Piece | InputError]:
+def pieces(source: Source, num_procs: int) -> Iterator[Piece | InputError]:
     """Yield what the chunks of a source became, in its order; a fault of a file in its place.
 
     Args:
         num_procs: processes that parse and encode; they are started when there is work for two.
-        skip: rows that are passed over.
     """
-    chunks = read_chunks(source.path, source.key, source.data.text_unit, skip)
-    ahead: deque[Chunk | InputError] = deque()
-    for chunk in chunks:
-        ahead.append(chunk)
-        if len(ahead) > 1:
-            break
+    chunks = read_chunks(source.path, source.key, source.data.text_unit)
+    ahead = list(itertools.islice(chunks, 2))
+    chunks = itertools.chain(ahead, chunks)
     if num_procs < 2 or len(ahead) < 2:
-        for chunk in (*ahead, *chunks):
-            yield source.piece_or_fault(chunk)
-        return
-    yield from in_order(source.piece_or_fault, _chain(ahead, chunks), num_procs)
-
-
-def _chain(ahead: Iterable, chunks: Iterator) -> Iterator:
-    yield from ahead
-    yield from chunks
+        yield from map(source.piece_or_fault, chunks)
+    else:
+        yield from in_order(source.piece_or_fault, chunks, num_procs)
 
 
 def cores() -> int:

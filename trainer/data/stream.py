@@ -8,7 +8,6 @@ source at which it begins, and nothing else of it is ever stored.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from tritune.trainer.config_choices import Packing, Unsupervised
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
-from tritune.trainer.data.order import epoch_order, uniform
-from tritune.trainer.data.packing import best_fit
+from tritune.trainer.data.order import epoch_order, packed_window, uniform
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
 from tritune.trainer.data.tables import Divider, require_columns, require_supervision
@@ -183,6 +181,5 @@ def sequences_of(examples: Examples, data: DataConfig, seed: int, number: int) -
     order = epoch_order(len(examples), seed, number)
     if data.packing is Packing.none:
         return [np.array([row]) for row in order]
-    placed, bounds = best_fit(examples.lengths[order], data.max_length)
-    packs = [order[placed[a:b]] for a, b in itertools.pairwise(bounds)]
-    return [packs[i] for i in epoch_order(len(packs), seed, number + (1 << 32))]
+    rows, counts = packed_window(order, examples.lengths[order], data.max_length, seed, number + (1 << 32))
+    return np.split(rows, np.cumsum(counts)[:-1])
