@@ -23,6 +23,9 @@ from tritune.trainer.rundir import LOCK, replace_file, run_path
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 SCRIPT = "submit.sh"
 POLL_SECONDS = 5.0
+# Slurm shows a job's passing flags in place of its state (SIGNALING, COMPLETING, STAGE_OUT ...): only these words are an end.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+         "TIMEOUT"}  # fmt: skip
 GUARD_SECONDS = 10  # so long before the grace is over the batch script requeues a job that is still saving
 
 
@@ -189,7 +192,7 @@ def _status_of(job: str) -> int:
         if "Invalid job id" in found.stderr:
             print(f"tritune: job {job}: Slurm no longer knows it", file=sys.stderr)
             return 1
-        if states and not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"} & set(states):
+        if states and set(states) <= ENDED:
             failed = any(s != "COMPLETED" for s in states)
             return max(codes, default=0) or int(failed)
         time.sleep(POLL_SECONDS)

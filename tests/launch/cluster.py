@@ -18,6 +18,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
+from tritune.launch.slurm import ENDED
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 KILL_WAIT = 5  # seconds from TERM to KILL
 SLURMD_TIMEOUT = 20  # seconds of silence after which a node is down
@@ -133,7 +135,7 @@ class Cluster:
 
     def wait_for_end(self, number: str, timeout: float = 240.0) -> dict[str, str]:
         deadline = time.monotonic() + timeout
-        while (job := self.job(number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
+        while (job := self.job(number))["JobState"] not in ENDED:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {number} after {timeout} s: {job}")
             time.sleep(0.2)

@@ -86,13 +86,27 @@ def test_words_reach_the_run_as_they_were_given(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("state", "code", "again"), [("RUNNING", 77, True), ("COMPLETING", 77, False), ("RUNNING", 75, False),
-                                                      ("RUNNING", 2, False), ("RUNNING", 137, True)])  # fmt: skip
+                                                      ("RUNNING", 2, False), ("RUNNING", 137, True),
+                                                      ("SIGNALING", 77, True)])  # fmt: skip
 def test_what_is_requeued(monkeypatch, tmp_path, state, code, again):
     """COMPLETING, with no word before: Slurm ended the job itself, by `scancel` say."""
     done = play(monkeypatch, tmp_path, srun=f"exit {code}", state=state)
     done.communicate(timeout=20)
     assert ("requeue 77" in (tmp_path / "asked").read_text()) is again
     assert done.returncode == (75 if code == 77 else code)
+
+
+def test_waiting_for_a_job_ends_with_its_end_alone(monkeypatch, tmp_path):
+    """Slurm shows SIGNALING and its like in the place of RUNNING for a moment: a CI run took that for the end."""
+    shown = ["PENDING", "RUNNING", "SIGNALING", "RUNNING", "STAGE_OUT", "COMPLETING", "REQUEUED", "COMPLETED"]
+    states = tmp_path / "states"
+    states.write_text("".join(f"JobId=7 JobState={state} ExitCode=0:0\n" for state in shown))
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\nhead -n 1 {states}\nsed -i 1d {states}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.0)
+    assert slurm._status_of("7") == 0
+    assert states.read_text() == "", "looked until the last"
 
 
 def test_a_stop_that_takes_too_long_is_requeued_before_it_is_killed(monkeypatch, tmp_path):

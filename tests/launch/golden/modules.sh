@@ -84,7 +84,8 @@ else
   if [ "$(wc -l < "$run_dir/launcher-deaths")" -le 3 ]; then again=yes; fi
 fi
 # A job that Slurm has ended already, by scancel or a requeue of its own, is left to it, unless it announced the end before.
-if [ -n "$again" ] && { [ "$state" = JobState=RUNNING ] || [ "$asked" = USR1 ]; }; then
+# SIGNALING stands for a moment in the place of RUNNING.
+if [ -n "$again" ] && { [[ "$state" =~ =(RUNNING|SIGNALING)$ ]] || [ "$asked" = USR1 ]; }; then
   # A job that ends by itself is not requeued, and one that waits here is ended by the requeue.
   trap '' USR1
   trap 'exit 75' TERM
