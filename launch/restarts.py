@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.checkpoint.names import saved_steps
+from tritune.trainer.checkpoint.names import newest_step
 from tritune.trainer.config_launch import LaunchConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED
 from tritune.trainer.redact import redact
@@ -45,8 +45,7 @@ def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> f
     """
     path = run / LOG
     before = _rows(path)
-    root = run / "checkpoints"
-    saved = max((int(p.name.rpartition("-")[2]) for p in saved_steps(root)), default=0) if root.is_dir() else 0
+    saved = newest_step(run / "checkpoints")
     in_vain = 0
     for row in reversed(before):
         if not (row["crashed"] and row["saved"] == saved):

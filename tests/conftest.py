@@ -70,6 +70,26 @@ def tritune(capfd):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(step)`: the run in this process gets a SIGTERM in that step."""
+    import signal
+
+    from tritune.trainer.state import TrainState
+
+    def arm(step: int) -> None:
+        advance = TrainState.advance
+
+        def and_ask(self, steps_per_epoch):
+            advance(self, steps_per_epoch)
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(TrainState, "advance", and_ask)
+
+    return arm
+
+
 @pytest.fixture(scope="session")
 def sft_file(tmp_path_factory) -> Path:
     """120 prompts and responses of very different lengths: masks are ragged."""

@@ -96,3 +96,22 @@ def rank_with_one_bad_step(*args) -> None:
 
     LanguageModel.__call__ = bad
     _rank(*args)
+
+
+def rank_asked_to_stop_in_an_evaluation(*args) -> None:
+    """Rank 1 gets a signal while it scores its first batch."""
+    import os
+    import signal
+
+    from tritune.trainer.objectives.language_model import LanguageModel
+
+    score, calls = LanguageModel.score, []
+
+    def and_ask(self, model, batch):
+        calls.append(1)
+        if len(calls) == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(self, model, batch)
+
+    LanguageModel.score = and_ask
+    _rank(*args)

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError
+from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError, StopRequested
 from tritune.trainer.pulse import begin, end_with_parent, launch_time
 from tritune.trainer.redact import redact
 
@@ -66,6 +66,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     begin("imports")
     from tritune.trainer import distributed
     from tritune.trainer.build import build
+    from tritune.trainer.checkpoint.names import newest_step
     from tritune.trainer.finish import finish, score_base
     from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
@@ -116,6 +117,11 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             note_error(rank, error)  # of another machine: the first knows nothing of it
         if not leader and (world is not None or os.environ.get("LOCAL_RANK") == "0"):
             print(f"tritune: rank {os.environ['RANK']}: {redact(str(error))}", file=sys.stderr)
+    except StopRequested as error:
+        stop.forget()
+        saved = newest_step(directory.path / "checkpoints")
+        progress.say(f"stopped   by {error}; the same command goes on from {f'step {saved}' if saved else 'the start'}")
+        state, code, culprit = "stopped", EXIT_STOPPED, str(error)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
@@ -129,7 +135,8 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         culprit = f"{type(error).__name__}: {error}"
     finally:
         if owned:
-            _write_end(directory, state, built.state.step if built else 0, code, culprit)
+            step = built.state.step if built else newest_step(directory.path / "checkpoints")
+            _write_end(directory, state, step, code, culprit)
             for sink in built.sinks if built else []:
                 sink.close(code)
         if built is not None:

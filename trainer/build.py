@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
@@ -67,6 +68,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     Raises:
         InputError: whatever in the config, the files or the run directory makes the run impossible.
         CheckpointError: there are checkpoints and none is whole.
+        StopRequested: a stop was asked for meanwhile.
     """
     say = progress.say
     with world.together("checking the run directory"):
@@ -78,8 +80,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if world.rank == 0:
             check_resume(config, directory)
     pulse.phase("data")
-    watch = Watch(progress.reading, pulse.beat)
-    with world.together("reading tokenizer and data", patiently=pulse.beat):
+
+
+    def beat() -> None:
+        pulse.beat()
+        stop.interrupt()
+
+    with world.together("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))
         require_length(config, context_length(architecture))
@@ -87,7 +94,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
+        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=Watch(progress.reading, beat))
         findings = cheap_findings(config, splits, tokenizer)
         refused = blocking(findings, config.audit.fail_on)
         if refused is not None:
@@ -95,6 +102,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         choices = lay_out_choices(config, splits, tokenizer)
         if world.rank == 0:
             directory.write_rejects(splits.rejects())
+    stop.heed(world)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     for finding in findings:
@@ -160,6 +168,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     _resume_or_start(run)
     if world.rank == 0:
         run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
+    stop.heed(world)
     return run
 
 

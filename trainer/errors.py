@@ -41,6 +41,10 @@ class NonFiniteError(Exception):
     """Too many steps in a row had a NaN or infinite gradient. Exit status 1; none of them was applied."""
 
 
+class StopRequested(Exception):
+    """A request to stop was followed outside of the steps, where there is nothing to save. Exit status 75."""
+
+
 class PeerError(Exception):
     """Another rank failed; this one stops with it. The message is the other rank's."""
 

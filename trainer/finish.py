@@ -111,7 +111,8 @@ def _score(run: Run, who: str) -> Scores:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
             objective: Objective = LanguageModel() if name == "retention" else run.objective
             scores[name] = evaluate(objective, run.model, run.splits[name], run.backend, run.config.evaluation.batch_size,
-                                    run.loader.dealer.pad_id, run.choices.get(name))  # fmt: skip
+                                    run.loader.dealer.pad_id, run.choices.get(name),
+                                    lambda: run.stop.heed(run.world))  # fmt: skip
     return scores
 
 

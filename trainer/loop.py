@@ -15,7 +15,7 @@ from tritune.trainer.config import Config
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Loader
 from tritune.trainer.distributed import World, generator_digest, seed_forward
-from tritune.trainer.errors import NonFiniteError
+from tritune.trainer.errors import NonFiniteError, StopRequested
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
 from tritune.trainer.metrics.meter import Meter
@@ -83,6 +83,8 @@ def fit(run: Run) -> str | None:
     config, state, backend, objective = run.config, run.state, run.backend, run.objective
     if "validation" in run.splits and run.due.evaluate(state.step) and state.evaluated < state.step:
         validate(run)  # the run was stopped before it came to this
+        if (stopping := run.stop.agreed(run.world)) is not None:
+            return stopping
     if out_of_patience(config, state):  # this run had stopped early before it was started again
         return None
     run.model.train()
@@ -116,6 +118,7 @@ def fit(run: Run) -> str | None:
         if "validation" in run.splits and run.due.evaluate(state.step) and not stopping:
             before = time.perf_counter()
             improved = validate(run)
+            stopping = run.stop.agreed(run.world)
             paused = time.perf_counter() - before
             run.meter.pause(paused)
             run.progress.pause(paused)
@@ -171,11 +174,18 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
 
 
 def validate(run: Run) -> bool:
-    """Score the validation split; return whether it is the best so far."""
+    """Score the validation split; return whether it is the best so far.
+
+    A stop that is asked for ends it early: nothing is written down, and the next start makes up for it.
+    """
     config, state = run.config, run.state
     run.pulse.phase("evaluate")
-    figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend,
-                       config.evaluation.batch_size, run.loader.dealer.pad_id, run.choices.get("validation"))  # fmt: skip
+    try:
+        figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend, config.evaluation.batch_size,
+                           run.loader.dealer.pad_id, run.choices.get("validation"),
+                           lambda: run.stop.heed(run.world))  # fmt: skip
+    except StopRequested:
+        return False
     metric = config.evaluation.metric
     state.evaluated = state.step
     improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)

@@ -1,4 +1,4 @@
-"""Requests to stop -> a stop that all ranks agree on, after the running step."""
+"""Requests to stop -> a stop that all ranks agree on: after the running step, or before the next piece of what has no steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 
 from tritune.trainer.distributed import World
+from tritune.trainer.errors import StopRequested
 from tritune.trainer.rundir import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -41,16 +42,37 @@ class Stop:
 
     def agreed(self, world: World) -> str | None:
         """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on."""
-        asked = self._caught or (_BY_FILE if self._file is not None and self._file.exists() else 0)
-        number = world.any(asked)
+        number = world.any(self._asked())
         if number == _BY_FILE:
             return f"the file {STOP_FILE}"
         return signal.Signals(number).name if number else None
+
+    def heed(self, world: World) -> None:
+        """Between two pieces of work that all ranks do in step.
+
+        Raises:
+            StopRequested: on all ranks, named by what asked.
+        """
+        by = self.agreed(world)
+        if by is not None:
+            raise StopRequested(by)
+
+    def interrupt(self) -> None:
+        """Within work that this rank does alone; what follows on it is to `heed`, so that the others learn of it.
+
+        Raises:
+            StopRequested: this rank was asked.
+        """
+        if self._asked():
+            raise StopRequested("this rank")
 
     def forget(self) -> None:
         """The request was followed: the next run of this directory is not to meet it."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+    def _asked(self) -> int:
+        return self._caught or (_BY_FILE if self._file is not None and self._file.exists() else 0)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._caught == signal.SIGINT:

@@ -18,7 +18,7 @@ from tritune.trainer.data.cache import build_once, content_hash, read_entry
 from tritune.trainer.data.examples import SCHEMA, Columns
 from tritune.trainer.data.splits import Watch, read_splits
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, StopRequested
 from tritune.trainer.tokenizer import byte_tokenizer
 
 FORK = multiprocessing.get_context("fork")
@@ -118,6 +118,23 @@ def test_a_refusal_is_told_to_those_that_wait(tmp_path, monkeypatch):
     with pytest.raises(InputError):
         build_once(tmp_path, "key", refuse, lambda: None)
     assert len(calls) == 2, "another start looks again: the file may have been mended"
+
+
+def test_a_stop_is_told_to_those_that_wait_and_leaves_nothing(tmp_path, monkeypatch):
+    """Else each rank in turn would begin to build what the one before it gave up."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-1")
+    calls = []
+
+    def stopped(folder):
+        (folder / "train.arrow").write_bytes(b"half")
+        calls.append(folder)
+        raise StopRequested("this rank")
+
+    for _ in range(3):
+        with pytest.raises(StopRequested):
+            build_once(tmp_path, "key", stopped, lambda: None)
+    assert len(calls) == 1
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -151,11 +151,9 @@ def test_steps_and_the_best(tritune, evaluate, kinds, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, base, tmp_path, monkeypatch):
-    from tritune.trainer.stop import Stop
-
-    run, calls = tmp_path / "run", []
-    monkeypatch.setattr(Stop, "agreed", lambda self, world: "SIGTERM" if calls.append(1) or len(calls) == 3 else None)
+def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, base, tmp_path, stop_at):
+    run = tmp_path / "run"
+    stop_at(3)
     options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=9"]
     assert tritune(*options, f"run.dir={run}").code == 75
     code, _, err = evaluate(f"run.dir={run}", "evaluation.splits=[test,train]")

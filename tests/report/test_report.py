@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -170,11 +172,8 @@ def test_what_comes_from_data_and_model_is_escaped(tritune, reported, tmp_path, 
     assert (tmp_path / "run" / "samples.json").stat().st_size > 10
 
 
-def test_a_stopped_run(tritune, reported, tmp_path, monkeypatch):
-    from tritune.trainer.stop import Stop
-
-    calls = []
-    monkeypatch.setattr(Stop, "agreed", lambda self, world: "SIGTERM" if calls.append(1) or len(calls) == 2 else None)
+def test_a_stopped_run(tritune, reported, tmp_path, stop_at):
+    stop_at(2)
     assert tritune(*reported, f"run.dir={tmp_path}").code == 75
     assert cli(["report", f"run.dir={tmp_path}"]) == 0
     page = check(tmp_path / "report.html")
@@ -258,6 +257,18 @@ def test_whatever_a_run_left(tmp_path, case):
     page = check(write_report(bare_run(tmp_path / "run", **CASES[case])))
     assert "What does every parameter on rows.jsonl make of model?" in page.text
     assert not list((tmp_path / "run").glob(".report*"))
+
+
+def test_each_sources_loss(tmp_path):
+    names = ["_web$1$", *"abcdefghijk"]
+    rows = metrics(60, **{f"loss/{name}": 1.0 + i for i, name in enumerate(names)})
+    page = check(write_report(bare_run(tmp_path / "run", metrics_jsonl=rows, status_json=STATUS)))
+    pictures = {a["alt"]: a["src"] for tag, a in page.tags if tag == "img"}
+    svg = base64.b64decode(pictures["Training loss by step, of each source"].partition(",")[2]).decode()
+    assert len(set(re.findall(r"stroke: (#\w{6})", svg))) >= 10
+    (tmp_path / "other").mkdir()
+    page = check(write_report(bare_run(tmp_path / "other" / "run", metrics_jsonl=metrics(60), status_json=STATUS)))
+    assert not [a for tag, a in page.tags if tag == "img" and "source" in a["alt"]]
 
 
 def test_no_run(tmp_path):

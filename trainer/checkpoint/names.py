@@ -14,3 +14,8 @@ def saved_steps(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first; not those moved aside or half written."""
     found = root.glob("step-*") if root.is_dir() else []
     return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+
+
+def newest_step(root: Path) -> int:
+    """The step of the newest committed checkpoint; 0 without one."""
+    return max((int(p.name.rpartition("-")[2]) for p in saved_steps(root)), default=0)

@@ -3,7 +3,7 @@
 <root>/<key>/        a finished entry: `<split>.arrow` for each split, and `manifest.json`, written last
 <root>/<key>.lock    held by the process that builds it; the others of the host wait, without a time limit
 <root>/<key>.part-*  being built; renamed when it is whole
-<root>/<key>.refused why a source was refused, for the ranks of the same start
+<root>/<key>.refused why a source was refused, or that a stop was asked for, for the ranks of the same start
 <root>/files/        hashes of files that did not change since
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, StopRequested
 
 HASH_BYTES = 1 << 26
 FORMAT = 2  # of the entries; a change of what rows become raises it
@@ -76,6 +76,7 @@ def build_once(
 
     Raises:
         InputError: the folder cannot be written; whatever `build` raises, in each process that waited for it.
+        StopRequested: so raised `build` or `beat`; nothing is kept of what was half built.
     """
     found = read_entry(root, key)
     if found is not None:
@@ -93,7 +94,10 @@ def build_once(
         try:
             _build(root, key, build)
         except InputError as error:
-            _note_refusal(root, key, error)
+            _note(root, key, {"value": error.value, "rule": error.rule, "remedy": error.remedy})
+            raise
+        except StopRequested as error:
+            _note(root, key, {"stop": str(error)})
             raise
         except OSError as error:
             if error.errno in (28, 122, 30, 13):  # full, over quota, read-only, forbidden
@@ -153,11 +157,10 @@ def _attempt() -> str | None:
     return "-".join(str(n) for n in names)
 
 
-def _note_refusal(root: Path, key: str, error: InputError) -> None:
-    """Leave the fault for the ranks that wait: they need not read the whole source to find it again."""
+def _note(root: Path, key: str, why: dict[str, str]) -> None:
+    """Leave word for the ranks that wait: they need not read the whole source to come to the same end."""
     if _attempt() is not None:
-        note = {"attempt": _attempt(), "value": error.value, "rule": error.rule, "remedy": error.remedy}
-        (root / f"{key}.refused").write_text(json.dumps(note))
+        (root / f"{key}.refused").write_text(json.dumps({"attempt": _attempt(), **why}))
 
 
 def _raise_refusal(root: Path, key: str) -> None:
@@ -165,8 +168,11 @@ def _raise_refusal(root: Path, key: str) -> None:
     if _attempt() is None or not path.is_file():
         return
     note = json.loads(path.read_text())
-    if note["attempt"] == _attempt():
-        raise InputError(note["value"], note["rule"], note["remedy"])
+    if note["attempt"] != _attempt():
+        return
+    if "stop" in note:
+        raise StopRequested(note["stop"])
+    raise InputError(note["value"], note["rule"], note["remedy"])
 
 
 def _unwritable(root: Path, error: OSError) -> InputError:

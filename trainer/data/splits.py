@@ -222,8 +222,8 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequen
 
 
 def _examples(entries: list[Entry], labels: list[str]) -> Examples:
-    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries])
-    examples.report = joined([e.report for e in entries])
+    report = joined([e.report for e in entries])
+    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries], report)
     require_known_labels(examples, labels)
     return examples
 

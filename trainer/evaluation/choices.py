@@ -7,6 +7,7 @@ the evaluation harnesses, with no normalisation by length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -75,11 +76,19 @@ def _common(tokens: list[int], answer: list[int]) -> int:
 
 
 @torch.no_grad()
-def choose(model: nn.Module, choices: Choices, backend: Backend, batch_size: int, pad_id: int) -> dict[str, float]:
-    """Return accuracy and macro figures of the model's choices; the same on all ranks. The model is in evaluation mode."""
+def choose(
+    model: nn.Module, choices: Choices, backend: Backend, batch_size: int, pad_id: int,
+    heed: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """Return accuracy and macro figures of the model's choices; the same on all ranks. The model is in evaluation mode.
+
+    Args:
+        heed: as in `evaluate`.
+    """
     nll = torch.zeros(len(choices.examples), dtype=torch.float64, device=backend.device)
     batches = evaluation_batches(choices.examples, batch_size, pad_id, backend.dp_rank, backend.dp_size, backend.device)
     for batch in batches:
+        heed()
         rows = batch.document_of(batch.predict)
         nll.index_add_(0, batch.sample_ids[rows], model(batch, "token_nll").double())
     chosen = backend.sum(nll).cpu().reshape(-1, choices.num_choices).argmin(dim=1)

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 MAX_POINTS = 1500  # of a curve; longer ones are thinned evenly, which keeps a report of a million steps small
+MAX_SOURCES = 10  # lines of one picture
 INK, GRID, TRAIN, HELD_OUT = "#33373d", "#e4e6ea", "#2b6cb0", "#c05621"
 STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "tritune", "font.size": 10, "axes.edgecolor": GRID, "axes.labelcolor": INK,
@@ -25,6 +26,9 @@ def curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
     pictures = []
     if any(s.get("loss") is not None for s in steps):
         pictures.append(("Loss by step, training and held out", _loss(steps, evaluations)))
+    by_source = _by_source(steps)
+    if len(by_source) > 1:
+        pictures.append(("Training loss by step, of each source", _sources(by_source)))
     for figure, title in (("accuracy", "Validation accuracy"), ("bits_per_byte", "Validation bits per byte")):
         points = [(e["step"], e[figure]) for e in evaluations if e.get(figure) is not None]
         if len(points) > 1:
@@ -58,6 +62,27 @@ def _loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
             axes.set_yscale("log")
             axes.set_title("Loss (logarithmic)")
         axes.legend(loc="upper right")
+        return _address(figure)
+
+
+def _by_source(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The points of each source, those that occur most often first."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in steps:
+        for key, value in row.items():
+            if key.startswith("loss/") and value is not None:
+                found.setdefault(key.removeprefix("loss/"), []).append((row["step"], value))
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def _sources(points: dict[str, list[tuple[int, float]]]) -> str:
+    with mpl.rc_context(STYLE):
+        shown = list(points.items())[:MAX_SOURCES]
+        of = f", {len(shown)} of {len(points)} sources" if len(points) > len(shown) else ""
+        figure, axes = _axes(f"Training loss of each source (moving mean{of})", wide=True)
+        for name, values in shown:
+            axes.plot(*_columns(_smooth(values)), linewidth=1.4, label=" " + name.replace("$", r"\$"))  # one that begins with _ is hidden
+        axes.legend(loc="upper right", ncols=2)
         return _address(figure)
 
 
