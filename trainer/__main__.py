@@ -10,7 +10,15 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, PeerError, StopRequested
+from tritune.trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_STOPPED,
+    INPUT_ERRORS,
+    PeerError,
+    StopRequested,
+)
 from tritune.trainer.pulse import begin, end_with_parent, launch_time
 from tritune.trainer.redact import redact
 

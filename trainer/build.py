@@ -81,11 +81,11 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
             check_resume(config, directory)
     pulse.phase("data")
 
-
     def beat() -> None:
         pulse.beat()
         stop.interrupt()
 
+    watch = Watch(progress.reading, beat)
     with world.together("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))
@@ -94,7 +94,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=Watch(progress.reading, beat))
+        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
         findings = cheap_findings(config, splits, tokenizer)
         refused = blocking(findings, config.audit.fail_on)
         if refused is not None:

@@ -34,7 +34,12 @@ def settings(sft_file):
     """Evaluations of the base, after steps 10 and 20, and of the tuned model."""
 
     def of(directory):
-        short = ["train.max_steps=20", "evaluation.batch_size=8", "evaluation.splits=[validation]", "evaluation.samples=0"]
+        short = [
+            "train.max_steps=20",
+            "evaluation.batch_size=8",
+            "evaluation.splits=[validation]",
+            "evaluation.samples=0",
+        ]
         return [*overrides(sft_file, directory, "lora"), *short]
 
     return of

@@ -23,8 +23,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     starts = np.flatnonzero(np.diff(ordered, prepend=-1))
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # open rows by how many tokens still fit
     occupied = 0  # bit r: some open row has room for r tokens; finding the fullest that fits is one shift
-    num_rows, rows = 0, []  # the row of each document, from the longest to the shortest
-    # Documents of one length at a time, which costs a third of one at a time: the fullest row that fits stays it until it is full.
+    num_rows = 0
+    rows: list[int] = []  # of each document, from the longest to the shortest
+    # Those of one length together, at a third of the cost: the fullest row that fits remains it until it is full.
     for length, count in zip(ordered[starts].tolist(), np.diff(starts, append=len(lengths)).tolist(), strict=True):
         while count:
             fits = occupied >> length

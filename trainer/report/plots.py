@@ -81,7 +81,8 @@ def _sources(points: dict[str, list[tuple[int, float]]]) -> str:
         of = f", {len(shown)} of {len(points)} sources" if len(points) > len(shown) else ""
         figure, axes = _axes(f"Training loss of each source (moving mean{of})", wide=True)
         for name, values in shown:
-            axes.plot(*_columns(_smooth(values)), linewidth=1.4, label=" " + name.replace("$", r"\$"))  # one that begins with _ is hidden
+            label = " " + name.replace("$", r"\$")  # one that begins with _ would be hidden
+            axes.plot(*_columns(_smooth(values)), linewidth=1.4, label=label)
         axes.legend(loc="upper right", ncols=2)
         return _address(figure)
 
