@@ -12,7 +12,7 @@ from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
 from tritune.trainer.config_data import Check
-from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.examples import Examples, as_numpy, flat
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.data.templates import ChatTemplate, verify
 from tritune.trainer.errors import InputError
@@ -60,7 +60,7 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
 
 
 def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
-    full = examples.table["full_length"].to_numpy()
+    full = as_numpy(examples.table["full_length"])
     long = np.flatnonzero(full > examples.lengths)
     count, tokens = len(long) + examples.report.too_long, int((full - examples.lengths)[long].sum())
     if not count or name == "retention":  # which is cut to a length of its own
@@ -103,7 +103,7 @@ def _double_bos(config: Config, name: str, examples: Examples, tokenizer: PreTra
 
 def _twice(chunk: pa.ListArray, bos: int, anywhere: bool) -> np.ndarray:
     """Which rows have `bos` twice in a row, bool [n]."""
-    values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+    values, offsets = flat(chunk)
     starts, ends = offsets[:-1], offsets[1:]
     twice = np.zeros(len(chunk), bool)
     if anywhere:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tritune.trainer.data.examples import Examples
+from tritune.trainer.data.examples import Examples, as_numpy
 
 QUANTILES = {"shortest": 0.0, "median": 0.5, "p95": 0.95, "longest": 1.0}
 
@@ -17,7 +17,7 @@ def facts_of(examples: Examples, labels: list[str], top: int) -> dict[str, Any]:
     equal steps up to `top`, the same for all splits, and what is over it.
     """
     report = examples.report
-    full = examples.table["full_length"].to_numpy()
+    full = as_numpy(examples.table["full_length"])
     facts: dict[str, Any] = {
         "rows": len(examples), "tokens": report.tokens, "supervised_tokens": report.supervised_tokens,
         "stop_rows": report.stop_rows, "truncated_rows": report.truncated_rows,

@@ -14,6 +14,7 @@ from tritune.trainer.audit.texts import Part, Texts, hide, parts_of, read_texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
 from tritune.trainer.config_data import Check, training_sources
+from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.splits import Splits, Watch, read_splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.model import context_length, load_architecture, model_stop_ids
@@ -80,7 +81,7 @@ def read_audit(config: Config, watch: Watch) -> Audit:
         "max_length": config.data.max_length, "context": context, "context_unknown": unknown,
         "sources": {part.key: part.path for part in parts}, "labels": len(labels),
     }  # fmt: skip
-    longest = [int(e.table["full_length"].to_numpy().max()) for e in splits.examples.values() if len(e)]
+    longest = [int(as_numpy(e.table["full_length"]).max()) for e in splits.examples.values() if len(e)]
     top = min(config.data.max_length, max(longest, default=1))
     facts = {n: facts_of(e, splits.labels, top) for n, e in splits.examples.items()}
     return Audit(facts, findings, rejects, about)

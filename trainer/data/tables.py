@@ -14,7 +14,16 @@ import numpy as np
 import pyarrow as pa
 from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.examples import NAMED, SCHEMA, Columns, DataReport, TableDigest, describe, name_places
+from tritune.trainer.data.examples import (
+    NAMED,
+    SCHEMA,
+    Columns,
+    DataReport,
+    TableDigest,
+    as_numpy,
+    describe,
+    name_places,
+)
 from tritune.trainer.data.kinds import named_columns
 from tritune.trainer.data.pipeline import Piece, Source
 from tritune.trainer.errors import InputError
@@ -62,7 +71,7 @@ class Blocks:
 
     def add(self, batch: pa.RecordBatch, token_bytes: list[np.ndarray]) -> pa.RecordBatch:
         """Append documents; return the blocks that are full."""
-        self._ids = np.concatenate([self._ids, batch["ids"].flatten().to_numpy()])
+        self._ids = np.concatenate([self._ids, as_numpy(batch["ids"].flatten())])
         self._bytes = np.concatenate([self._bytes, *token_bytes])
         return self._cut(last=False)
 
