@@ -79,8 +79,10 @@ def main() -> None:
                 write_rows(given.shared, rows_path, count, numbered=True)
                 found["stream"][str(count)] = child("stream", rows_path, tokenizer, count)
                 show(f"stream of {count:,}", found["stream"][str(count)])
-    from record import write_record
+    from record import commit, write_record
 
+    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    found["measured"] = found.get("measured", {}) | dict.fromkeys(given.only, stamp)
     write_record("data", {"figures": found})
 
 

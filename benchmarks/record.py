@@ -137,7 +137,7 @@ def write_record(name: str, fields: dict[str, Any]) -> Path:
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {p: _version(p) for p in ("torch", "deepspeed", "transformers")},
@@ -164,7 +164,7 @@ def machine() -> dict[str, Any]:
             "threads_per_rank": int(os.environ["OMP_NUM_THREADS"]), "gpus": gpus}  # fmt: skip
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with `+` where files of the packages differ from it."""
     root = RESULTS.parents[1]
 

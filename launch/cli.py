@@ -38,7 +38,7 @@ Every verb takes the same Hydra overrides:
 `tritune config` shows every key with its value; trainer/config.py says what each means.
 Under torchrun: torchrun --nproc-per-node 8 -m tritune.trainer [overrides]
 
-exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request with a checkpoint (the same command goes on)
+exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request (the same command goes on)
 """
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped with a checkpoint, 1 else."""
+    """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped on request, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     leader = int(os.environ.get("RANK", "0")) == 0
     begin("config")

@@ -85,7 +85,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         pulse.beat()
         stop.interrupt()
 
-    watch = Watch(progress.reading, beat)
+    watch = Watch(progress.reading, beat, say)
     with world.together("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
         architecture = load_architecture(config.model, len(tokenizer))

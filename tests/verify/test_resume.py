@@ -83,13 +83,16 @@ def test_every_backend_reads_what_another_wrote(common, tmp_path, writer, method
         shutil.rmtree(where)
 
 
+STREAM = ["data.streaming=true", "data.packing=best_fit", "data.pack_window=16", "checkpoint.every=5"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "then"),
     [
         (["backend=zero3"], []),
-        (["backend=fsdp"], []),
-        (["backend=zero2"], ["verify.to_backend=fsdp", "verify.to_procs=1"]),
+        (["backend=fsdp", "data.packing=best_fit"], []),
+        (["backend=zero2", *STREAM], ["verify.to_backend=fsdp", "verify.to_procs=1"]),
         (["backend=hsdp"], ["verify.to_backend=zero3+offload", "verify.to_procs=4"]),
     ],
 )

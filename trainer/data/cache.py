@@ -5,6 +5,7 @@
 <root>/<key>.part-*  being built; renamed when it is whole
 <root>/<key>.refused why a source was refused, or that a stop was asked for, for the ranks of the same start
 <root>/files/        hashes of files that did not change since
+<root>/hub/          the versions of hub datasets that were last seen
 """
 
 from __future__ import annotations
@@ -202,11 +203,20 @@ def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None
     digest = hashed.hexdigest()
     if time.time() - facts.st_ctime < SETTLED_SECONDS:  # clocks of file systems tick slowly: it could change unseen
         return digest
+    remember(root, note, digest)
+    return digest
+
+
+def remember(root: Path, note: Path, text: str) -> None:
+    """Write a small file beside the entries, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_suffix(f".{os.getpid()}")
-        part.write_text(digest)
+        part.write_text(text)
         part.replace(note)
     except OSError as error:
         raise _unwritable(root, error) from None
-    return digest

@@ -273,6 +273,7 @@ def _read_hub(source: str) -> Iterator[Chunk]:
     name, config, split = _hub_name(source)
     with _hub_errors(source):
         dataset = load_dataset(name, config, split=split, streaming=not set("[+(") & set(split))
+    with _hub_errors(source, begun=True):
         yield from _from_datasets(source, dataset, 0)
 
 
@@ -283,7 +284,8 @@ def _hub_name(source: str) -> tuple[str, str | None, str]:
 
 
 @contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
+def _hub_errors(source: str, begun: bool = False) -> Iterator[None]:
+    """A fault of the user's as an `InputError`; once rows are read, a connection that is lost is none: a restart may mend it."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 
@@ -291,6 +293,8 @@ def _hub_errors(source: str) -> Iterator[None]:
     try:
         yield
     except faults as error:
+        if begun and isinstance(error, ConnectionError | TimeoutError):
+            raise
         rule = f"the dataset did not load: {reason(error)}"
         raise InputError(source, rule, "Check name, @config and :split, and that the hub can be reached") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind
 from tritune.trainer.config_data import DataConfig, training_sources
-from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of
+from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, remember
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
@@ -54,10 +55,12 @@ class Splits:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told while rows are tokenized: `notify` of the source and what was read so far, `beat` that there is life."""
+    """Who is told while rows are tokenized: `notify` of the source and what was read so far, `beat` that there is life, `say`
+    of what the user did not ask for."""
 
     notify: Callable[[str, int, int], None] = lambda name, rows, tokens: None
     beat: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
 
 def require_length(config: Config, context: int | None) -> None:
@@ -142,7 +145,7 @@ class Reader:
         root = cache_root(self.config.cache.dir)
         source = Source(path, key, data, objective, encoder)
         parts = {
-            "source": fingerprint(path, key, root, self.watch.beat),
+            "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
             "data": {name: str(getattr(data, name)) for name in DECIDES},
             "objective": [objective, getattr(self.config.objective, "prompt", None)],
@@ -167,7 +170,7 @@ class Reader:
                         self.watch.beat()
                         self.watch.notify(key, rows, tokens)
                 divider.end()
-                if fingerprint(path, key, root, self.watch.beat) != parts["source"]:
+                if fingerprint(path, key, root, self.watch) != parts["source"]:
                     raise InputError(f"{key}={path}", "it changed while it was read", "Start again once it is whole")
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
@@ -243,11 +246,27 @@ def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     return list(labels)
 
 
-def fingerprint(path: str, key: str, root: Path, beat: Callable[[], None] = lambda: None) -> list[Any]:
+def fingerprint(path: str, key: str, root: Path, watch: Watch) -> list[Any]:
     """What a source holds: for files their content, for the hub what `datasets` calls the same version."""
     if path.startswith("hf://"):
-        return [path, hub_version(path)]
-    return [path, [[str(f), content_hash(f, root, beat)] for f in source_files(path, key)]]
+        return [path, _last_version(path, root, watch)]
+    return [path, [[str(f), content_hash(f, root, watch.beat)] for f in source_files(path, key)]]
+
+
+def _last_version(path: str, root: Path, watch: Watch) -> str:
+    """The hub's version of a source, remembered for machines that cannot reach it: their tokens may be in the cache."""
+    note = root / "hub" / key_of(path)
+    try:
+        version = hub_version(path)
+    except InputError as error:
+        if not note.is_file():
+            raise
+        version = note.read_text()
+        watch.say(f"data      {path}: {error.rule}; taking its version {version[:12]}, the last that was seen here")
+        return version
+    if not note.is_file() or note.read_text() != version:
+        remember(root, note, version)
+    return version
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
