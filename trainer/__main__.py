@@ -99,6 +99,8 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
                 progress.open_log(directory.path / "train.log")
                 stop.watch(directory.path, launch_time())
                 pulse.startup_file = directory.path / "startup.json"
+        if not leader:  # after the leader removed a file from before
+            stop.watch(directory.path, launch_time(), leads=False)
         progress.say(f"run       {directory.path}")
         built = build(config, world, directory, progress, stop, pulse)
         warn_of_slow_save(built)

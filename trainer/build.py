@@ -166,9 +166,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     dry_run(run)
     pulse.phase("resume")
     _resume_or_start(run)
+    stop.heed(world)  # before trackers are opened, which nobody would close
     if world.rank == 0:
         run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
-    stop.heed(world)
     return run
 
 
@@ -269,7 +269,7 @@ def _resume_or_start(run: Run) -> None:
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
     with run.world.together("writing the run directory"):
         if run.world.rank == 0:
-            run.directory.cut_logs(run.state.step)
+            run.directory.cut_logs(run.state.step, run.state.evaluated)
             if found is None:
                 for name in ("base.json", "samples.json"):
                     (run.directory.path / name).unlink(missing_ok=True)

@@ -29,6 +29,14 @@ class ConfigFaults(Exception):
         return (type(self), (self.faults,))
 
 
+class UnreachableError(InputError):
+    """A hub dataset cannot be asked for now; what is known of it from before may do."""
+
+
+class LostConnectionError(Exception):
+    """A hub dataset ended early while it was read. Exit status 1: another start may find it whole."""
+
+
 class CheckpointError(Exception):
     """A checkpoint could not be written or read. Exit status 1; what was saved before is untouched."""
 

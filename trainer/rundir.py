@@ -181,14 +181,13 @@ class RunDir:
         for log in self._logs.values():
             os.fsync(log.fileno())
 
-    def cut_logs(self, step: int) -> None:
-        """Keep the rows up to `step`: what a killed run logged after its checkpoint will be logged again."""
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
+    def cut_logs(self, step: int, evaluated: int) -> None:
+        """Keep rows up to `step`, evaluations up to `evaluated`: what a killed run logged after its checkpoint comes again."""
+        for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", evaluated)):
             path = self.path / name
             if path.is_file():
-                replace_file(
-                    path, "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
-                )
+                lines = path.read_text().splitlines(True)
+                replace_file(path, "".join(line for line in lines if _step_of(line) <= last))
 
     def close(self) -> None:
         for log in self._logs.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -12,6 +14,7 @@ from tritune.trainer.rundir import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _BY_FILE = 1 << 16  # above every signal's number
+LOOK_SECONDS = 1.0  # between looks for the file within a rank's own work: a file system that all share is spared
 
 
 class Stop:
@@ -24,25 +27,29 @@ class Stop:
     def __init__(self) -> None:
         self._caught = 0
         self._file: Path | None = None
+        self._started, self._looked, self._leads = 0.0, 0.0, True
 
     def install(self) -> Stop:
         for number in SIGNALS:
             signal.signal(number, self._catch)
         return self
 
-    def watch(self, directory: Path, started: float) -> None:
-        """Look for the file in a run directory from now on; for one rank alone, since the ranks agree anyway.
+    def watch(self, directory: Path, started: float, leads: bool = True) -> None:
+        """Look for the file in a run directory from now on.
 
         Args:
             started: seconds since 1970; a file from before was not meant for this start, and goes.
+            leads: whether this rank looks for all after each step; the others do within work of their own, and only then.
         """
-        self._file = directory / STOP_FILE
-        if self._file.exists() and self._file.stat().st_mtime < started:
+        self._file, self._started, self._leads = directory / STOP_FILE, started, leads
+        if leads and self._file.exists() and self._file.stat().st_mtime < started:
             self._file.unlink()
 
     def agreed(self, world: World) -> str | None:
         """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on."""
-        number = world.any(self._asked())
+        if self._leads:
+            self._look()
+        number = world.any(self._caught)
         if number == _BY_FILE:
             return f"the file {STOP_FILE}"
         return signal.Signals(number).name if number else None
@@ -63,16 +70,24 @@ class Stop:
         Raises:
             StopRequested: this rank was asked.
         """
-        if self._asked():
+        if not self._caught and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
+        if self._caught:
             raise StopRequested("this rank")
 
     def forget(self) -> None:
         """The request was followed: the next run of this directory is not to meet it."""
-        if self._file is not None:
+        if self._file is not None and self._leads:
             self._file.unlink(missing_ok=True)
 
-    def _asked(self) -> int:
-        return self._caught or (_BY_FILE if self._file is not None and self._file.exists() else 0)
+    def _look(self) -> None:
+        """Once the file was seen it was asked for, though it should go: other ranks may follow it already."""
+        self._looked = time.monotonic()
+        if self._caught or self._file is None or not self._file.exists():
+            return
+        with suppress(FileNotFoundError):
+            if self._leads or self._file.stat().st_mtime >= self._started:
+                self._caught = _BY_FILE
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._caught == signal.SIGINT:

@@ -23,6 +23,7 @@ from tritune.trainer.errors import (
     CheckpointError,
     ExportError,
     InputError,
+    LostConnectionError,
 )
 from tritune.trainer.redact import MARK, redact
 
@@ -61,7 +62,7 @@ def exit_status(call: Callable[[], None]) -> int:
     except INPUT_ERRORS as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    except (CheckpointError, ExportError) as error:
+    except (CheckpointError, ExportError, LostConnectionError) as error:
         print(f"tritune: {redact(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  shown like any other, without secrets

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from harness import write_prompts
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Unsupervised
 from tritune.trainer.data import cache
 from tritune.trainer.data.cache import build_once, content_hash, read_entry
+from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.examples import SCHEMA, Columns
+from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.splits import Watch, read_splits
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles
 from tritune.trainer.errors import InputError, StopRequested
@@ -313,6 +315,35 @@ def test_near_duplicates_are_left_out_where_asked(tmp_path):
         kept[how.value] = [int(train.place(i).rpartition(":")[2]) for i in range(len(train))]
         assert train.report.duplicates == 5 - len(train)
     assert kept == {"keep": [1, 2, 3, 4, 5], "drop": [1, 2, 3, 5], "drop_near": [1, 2, 5]}
+
+
+@pytest.mark.parametrize(("name", "text"), [("rows.jsonl", '{"text": "a", "label": "", "who": "x"}\n'),
+                                            ("rows.csv", "text,label,who\na,b,x\na,,x\n"),
+                                            ("group.csv", "text,label,who\na,b,x\na,c,\n")])  # fmt: skip
+def test_an_empty_label_or_group_is_none(tmp_path, name, text):
+    """A spreadsheet's empty cell: it would be a class of its own, or one group of rows that have nothing in common."""
+    path = tmp_path / name
+    path.write_text(text)
+    settings = config(tmp_path, train=str(path), group="who")
+    settings.objective = ObjectiveConfig("classify")
+    with pytest.raises(InputError, match=rf"{name}:\d: the column (label|who) is empty"):
+        read_splits(settings, byte_tokenizer(), None)
+
+
+def test_rows_that_call_other_things_are_no_duplicates(tmp_path):
+    """Their words are the same, and None; what they call is what they say."""
+
+    def row(city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
+        return {"messages": [{"role": "user", "content": "the weather, please, as ever, in the usual place"},
+                             {"role": "assistant", "content": None, "tool_calls": [call]}]}  # fmt: skip
+
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row(city)) + "\n" for city in ("Rome", "Reykjavik", "Rome")))
+    settings = config(tmp_path, train=str(source)).data
+    opened = Source(str(source), "data.train", settings, "sft", None)
+    opened.settle()
+    assert sorted(near_groups(opened, 0.95, lambda: None)) == [f"{source}:1", f"{source}:3"]
 
 
 def test_a_kept_row_speaks_for_its_group(tmp_path):

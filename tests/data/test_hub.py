@@ -10,11 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import harness
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from tritune.trainer.data import records
-from tritune.trainer.errors import InputError
+from tritune.trainer.data.splits import Watch, fingerprint
+from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError
 
 pytestmark = pytest.mark.slow
 
@@ -162,9 +165,28 @@ def test_a_connection_that_is_lost_is_not_the_users_fault():
         with records._hub_errors("hf://me/rows:train", begun=begun):
             raise error
 
+    busy = HfHubHTTPError("busy", response=SimpleNamespace(status_code=503, headers={}, request=None))
+    denied = HfHubHTTPError("no", response=SimpleNamespace(status_code=403, headers={}, request=None))
+    for error in (ConnectionError("Server Disconnected"), TimeoutError("slow"), busy):
+        with pytest.raises(UnreachableError, match="did not load"):
+            read(error, begun=False)
+        with pytest.raises(LostConnectionError):
+            read(error, begun=True)
+    for error in (ValueError("a bad row"), denied):
+        for begun in (False, True):
+            with pytest.raises(InputError, match="did not load") as raised:
+                read(error, begun)
+            assert type(raised.value) is InputError
+
+
+def test_a_folder_that_is_gone_is_no_hub_that_is_down(tmp_path, monkeypatch, sft_file):
+    """`hf://./rows` is another folder in another working directory: its version is never taken from memory."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "rows").mkdir()
+    (tmp_path / "a" / "rows" / "train.jsonl").write_bytes(sft_file.read_bytes())
+    monkeypatch.chdir(tmp_path / "a")
+    assert fingerprint("hf://./rows:train", "data.train", tmp_path / "cache", Watch())
+    monkeypatch.chdir(tmp_path / "b")
     with pytest.raises(InputError, match="did not load"):
-        read(ConnectionError("no route"), begun=False)
-    with pytest.raises(ConnectionError):
-        read(ConnectionError("Server Disconnected"), begun=True)
-    with pytest.raises(InputError, match="did not load"):
-        read(ValueError("a bad row"), begun=True)
+        fingerprint("hf://./rows:train", "data.train", tmp_path / "cache", Watch())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritune.trainer.config_data import SourceConfig
 from tritune.trainer.data.examples import Columns, Examples
-from tritune.trainer.data.order import Order, draws_of, epoch_order
+from tritune.trainer.data.order import Order, draws_of, epoch_order, epoch_orders
 from tritune.trainer.data.packing import best_fit
 
 
@@ -116,6 +116,16 @@ def test_each_row_comes_before_any_comes_again():
         assert max(mine.count(first + i) for i in range(count)) <= whole + 1
     for epoch in range(12):
         assert np.bincount(data.sources[order.rows(epoch)]).tolist() == [5, 14]
+
+
+def test_a_row_that_comes_half_a_million_times():
+    """Its passes are laid out at once: one after the other took half a minute an epoch."""
+    data = Examples([table([3]), table([3] * 5), table([4] * 10)])
+    order = Order(data, 2, np.array([500_000, 7, 10]))
+    assert np.bincount(order.rows(3), minlength=16).tolist()[0] == 500_000
+    for first in (0, 5):
+        each = [epoch_order(5, 9, epoch) for epoch in range(first, first + 4)]
+        assert epoch_orders(5, 9, first, 4).tolist() == [e.tolist() for e in each]
 
 
 def test_a_mixture_that_takes_every_row_once_is_the_plain_order():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Packing
+from tritune.trainer.config_choices import BadRows, Overlong, Packing
 from tritune.trainer.config_data import SourceConfig
 from tritune.trainer.data.feed import open_stream
 from tritune.trainer.data.loader import Dealer
@@ -177,6 +177,61 @@ def test_columns_that_no_row_has_are_refused(tmp_path):
     stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
     with pytest.raises(InputError, match="has the column nowhere"):
         stream.get(0, [(0, 0)])
+
+
+def test_a_source_that_the_first_window_does_not_draw_from(tmp_path):
+    """Whether its rows have the columns that the config names shows later."""
+    for name, count in (("often", 60), ("rarely", 9)):
+        rows = [{"prompt": f"{name} {i}", "response": "x", "more": "and"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    named = {"often": SourceConfig(str(tmp_path / "often.jsonl"), weight=0.97),
+             "rarely": SourceConfig(str(tmp_path / "rarely.jsonl"), weight=0.03)}  # fmt: skip
+    drawn = set()
+    for seed in range(12):
+        made = config(named)
+        made.data.columns, made.seed = {"input": "more"}, seed
+        stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+        drawn.add(len(np.unique(stream.get(0, [(0, 0), (0, 0)]).examples.sources)))
+        stream.close()
+    assert drawn == {1, 2}
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_windows_of_which_no_row_is_left(tmp_path, window):
+    """In a small window one bad row can be all of it: it is counted, and the next one is read."""
+    path = tmp_path / "rows.jsonl"
+    write(path, range(3))
+    path.write_text("{broken\n" * 4 + path.read_text() + "{broken\n")
+    made = config({"one": SourceConfig(str(path))}, packing=Packing.none, window=window)
+    made.data.bad_rows = BadRows.skip
+
+    def train(state, steps):
+        stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+        return StreamLoader(stream, state, Dealer(2, None, 0, 0, 1, CPU), steps, digest, told.append)
+
+    first = train(TrainState(), 9)
+    assert len(first.longest()) == 1
+    whole = run(first)
+    assert len(whole) == 9
+    # 18 rows in 9 steps of 2: five passes before the last row, of which five rows each are bad, and what stands before it
+    assert first.state.left_out >= 5 * 5
+    half = train(TrainState(), 4)
+    assert run(half) == whole[:4]
+    assert run(train(half.state, 9)) == whole[4:]
+
+
+def test_sources_of_which_no_row_can_be_trained_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, range(1))
+    path.write_text(path.read_text() + "{broken\n" * 5)
+    made = config({"one": SourceConfig(str(path))}, packing=Packing.none, window=2)
+    made.data.bad_rows, made.data.max_length = BadRows.skip, 4
+    made.data.overlong = Overlong.drop
+    stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    train = StreamLoader(stream, TrainState(), Dealer(2, None, 0, 0, 1, CPU), 9, digest, told.append)
+    with pytest.raises(InputError, match="in a whole pass no row can be trained on"):
+        train.longest()
+    stream.close()
 
 
 def test_an_empty_source_is_refused(tmp_path):

@@ -10,10 +10,14 @@ import time
 import harness
 import planted
 import pytest
+import torch
 from test_resume import curve, overrides
 from tritune.launch import processes
 from tritune.trainer.data.cache import cache_root
+from tritune.trainer.distributed import World
+from tritune.trainer.errors import StopRequested
 from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.stop import Stop
 
 
 def asks(monkeypatch, at: int) -> None:
@@ -75,6 +79,37 @@ def test_within_an_evaluation(tritune, settings, unbroken, tmp_path, monkeypatch
     assert curve(tmp_path) == curve(unbroken)
     assert harness.rows(tmp_path, "evaluations.jsonl") == harness.rows(unbroken, "evaluations.jsonl")
     assert figures(tmp_path) == figures(unbroken)
+
+
+def test_twice_in_the_same_validation(tritune, settings, unbroken, tmp_path, monkeypatch):
+    """The second time it is whole, and written down, when the run ends: it is not written down again."""
+    batches = -(-json.loads((unbroken / "data.json").read_text())["validation"]["rows"] // 8)
+    for batch in (batches + 1, batches):
+        with monkeypatch.context() as patch:
+            asks(patch, batch)
+            assert tritune(*settings(tmp_path)).code == 75
+    assert [r["step"] for r in harness.rows(tmp_path, "evaluations.jsonl")] == [10]
+    assert tritune(*settings(tmp_path)).code == 0
+    assert harness.rows(tmp_path, "evaluations.jsonl") == harness.rows(unbroken, "evaluations.jsonl")
+
+
+def test_a_file_that_was_seen_was_seen(tmp_path):
+    """Though it goes again: other ranks may follow it already. A rank that does not lead sees it within its own work."""
+    alone = World(0, 1, torch.device("cpu"))
+    (tmp_path / "STOP").touch()
+    leads, follows = Stop(), Stop()
+    leads.watch(tmp_path, time.time() + 60)  # a start after it
+    assert leads.agreed(alone) is None
+    follows.watch(tmp_path, time.time() - 1, leads=False)
+    follows.interrupt()
+    (tmp_path / "STOP").touch()
+    assert follows.agreed(alone) is None, "the first rank looks for all"
+    with pytest.raises(StopRequested):
+        follows.interrupt() or time.sleep(1.1) or follows.interrupt()
+    assert follows.agreed(alone) == leads.agreed(alone) == "the file STOP"
+    (tmp_path / "STOP").unlink()
+    with pytest.raises(StopRequested, match="the file STOP"):
+        leads.heed(alone)
 
 
 def test_one_rank_of_two_is_asked_within_an_evaluation(settings, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.clean import compared_text, turns_of
+from tritune.trainer.data.clean import compared_text, said, turns_of
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.personal import find_personal, masked
@@ -71,8 +71,8 @@ def question_of(record: Record) -> tuple[str, str]:
         return record.text, record.label or ""
     turns = turns_of(record)
     last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=len(turns))
-    given = "\n".join(f"{t['role']}: {t.get('content') or ''}" for t in turns[:last])
-    return given, str(turns[last].get("content") or "") if last < len(turns) else ""
+    given = "\n".join(f"{t['role']}: {said(t)}" for t in turns[:last])
+    return given, said(turns[last]) if last < len(turns) else ""
 
 
 def hide(text: str) -> str:

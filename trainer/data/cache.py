@@ -26,7 +26,7 @@ import pyarrow as pa
 from tritune.trainer.errors import InputError, StopRequested
 
 HASH_BYTES = 1 << 26
-FORMAT = 2  # of the entries; a change of what rows become raises it
+FORMAT = 3  # of the entries; a change of what rows become raises it
 MANIFEST = "manifest.json"
 SETTLED_SECONDS = 2.0  # how old a file's last change must be for its hash to be remembered
 WAIT_SECONDS = 0.1  # between looks at a lock that another process holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,14 @@ def compared_text(record: Record) -> str:
     share."""
     if record.text is not None:
         return record.text
-    return "\n".join(t.get("content") or "" for t in turns_of(record) if t["role"] != "system")
+    return "\n".join(said(t) for t in turns_of(record) if t["role"] != "system")
+
+
+def said(turn: dict[str, Any]) -> str:
+    """The words of a turn, and what it calls."""
+    words = str(turn.get("content") or "")
+    calls = turn.get("tool_calls")
+    return f"{words}\n{json.dumps(calls, ensure_ascii=False, sort_keys=True, default=str)}" if calls else words
 
 
 def near_groups(source: Source, similarity: float, beat: Callable[[], None]) -> dict[str, int]:

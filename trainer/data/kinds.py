@@ -143,13 +143,17 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
             rule = f"the column {wanted} is missing; this row has {', '.join(row.fields)}"
             raise InputError(row.place, rule, f"Map it: data.columns.{name}=<name in the file>")
     group = _string(row, config.group) if config.group and config.group in row.fields else None
-    if config.group and group is None:
-        rule = f"the column {config.group} is missing; this row has {', '.join(row.fields)}"
+    if config.group and not group:
+        what = "missing" if group is None else "empty"
+        rule = f"the column {config.group} is {what}; this row has {', '.join(row.fields)}"
         raise InputError(row.place, rule, "Mend the row, or leave out data.group")
     if kind is Kind.messages:
         tools = tools_of(row, columns["tools"]) if "tools" in columns else None
         return Record(row.place, messages=messages_of(row, columns["messages"]), tools=tools, group=group)
     values = {name: _string(row, columns[name]) for name in _NEEDS[kind]}
+    if values.get("label") == "":
+        rule = f"the column {columns['label']} is empty, and a label is a word"
+        raise InputError(row.place, rule, "Mend the row, or skip such rows with data.bad_rows=skip")
     if kind is Kind.prompt_response and "input" in columns:
         extra = _string(row, columns["input"])
         values["prompt"] += f"\n\n{extra}" if extra else ""

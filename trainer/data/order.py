@@ -16,10 +16,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     Samples are sorted by a hash (SplitMix64, Steele et al. 2014) and not by a library's generator: a new version of
     NumPy or PyTorch cannot reorder a run that is resumed under it.
     """
+    return epoch_orders(num_samples, seed, epoch, 1)[0]
+
+
+def epoch_orders(num_samples: int, seed: int, first: int, count: int) -> np.ndarray:
+    """The permutations of `count` epochs from `first` on, int64 [count, num_samples]."""
     with np.errstate(over="ignore"):
-        stream = _splitmix(np.uint64(seed & (2**64 - 1))) ^ _splitmix(np.uint64(epoch) + np.uint64(0x5851F42D4C957F2D))
+        epochs = np.arange(first, first + count, dtype=np.uint64)[:, None]
+        stream = _splitmix(np.uint64(seed & (2**64 - 1))) ^ _splitmix(epochs + np.uint64(0x5851F42D4C957F2D))
         keys = _splitmix(np.arange(num_samples, dtype=np.uint64) + _splitmix(stream))
-    return np.argsort(keys, kind="stable")
+    return np.argsort(keys, axis=1, kind="stable")
 
 
 def uniform(first: int, count: int, seed: int) -> np.ndarray:
@@ -125,9 +131,10 @@ class Order:
             return epoch_order(len(self.examples), self.seed, epoch)
         parts, first = [], 0
         for number, (count, draws) in enumerate(zip(self.counts.tolist(), self.draws.tolist(), strict=True)):
-            at = epoch * draws + np.arange(draws)
-            passes = [epoch_order(count, self.seed + number + 1, p) for p in range(at[0] // count, at[-1] // count + 1)]
-            parts.append(first + np.concatenate(passes)[at - at[0] // count * count])
+            begin, end = epoch * draws, (epoch + 1) * draws
+            begun = begin // count
+            passes = epoch_orders(count, self.seed + number + 1, begun, (end - 1) // count + 1 - begun)
+            parts.append(first + passes.ravel()[begin - begun * count : end - begun * count])
             first += count
         drawn = np.concatenate(parts)
         return drawn[epoch_order(len(drawn), self.seed, epoch)]

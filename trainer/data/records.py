@@ -27,7 +27,7 @@ from tritune.trainer.data.files import (
 from tritune.trainer.data.files import FORMATS as FORMATS
 from tritune.trainer.data.files import require_source as require_source
 from tritune.trainer.data.files import require_sources as require_sources
-from tritune.trainer.errors import InputError, reason
+from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -285,18 +285,37 @@ def _hub_name(source: str) -> tuple[str, str | None, str]:
 
 @contextmanager
 def _hub_errors(source: str, begun: bool = False) -> Iterator[None]:
-    """A fault of the user's as an `InputError`; once rows are read, a connection that is lost is none: a restart may mend it."""
+    """A fault of the user's as an `InputError`.
+
+    Raises:
+        UnreachableError: the hub does not answer.
+        LostConnectionError: it no longer does, and rows were read (`begun`).
+    """
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     faults = (OSError, ValueError, DatasetsError, pyarrow.ArrowException)  # no such split or config, or bad rows
     try:
         yield
-    except faults as error:
-        if begun and isinstance(error, ConnectionError | TimeoutError):
-            raise
+    except Exception as error:
+        if begun and _is_lost(error):
+            raise LostConnectionError(f"{source}: the connection to the hub was lost: {reason(error)}") from error
         rule = f"the dataset did not load: {reason(error)}"
-        raise InputError(source, rule, "Check name, @config and :split, and that the hub can be reached") from None
+        remedy = "Check name, @config and :split, and that the hub can be reached"
+        if _is_lost(error):
+            raise UnreachableError(source, rule, remedy) from None
+        if isinstance(error, faults):
+            raise InputError(source, rule, remedy) from None
+        raise
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether it is the network or the server. By name: several HTTP clients stand behind `datasets`, and come and go."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    names = {"ConnectionError", "TimeoutError", "Timeout", "TransportError", "ClientConnectionError"}
+    return not names.isdisjoint(c.__name__ for c in type(error).__mro__)
 
 
 def _from_datasets(path: str, dataset: Any, passed: int) -> Iterator[Chunk]:

@@ -25,7 +25,7 @@ from tritune.trainer.data.examples import DataReport, Examples, joined, require_
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, UnreachableError
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
@@ -258,13 +258,14 @@ def _last_version(path: str, root: Path, watch: Watch) -> str:
     note = root / "hub" / key_of(path)
     try:
         version = hub_version(path)
-    except InputError as error:
+    except UnreachableError as error:
         if not note.is_file():
             raise
         version = note.read_text()
         watch.say(f"data      {path}: {error.rule}; taking its version {version[:12]}, the last that was seen here")
         return version
-    if not note.is_file() or note.read_text() != version:
+    local = Path(path[5:].partition(":")[0].partition("@")[0]).exists()  # one that is gone is no hub that is down
+    if not local and (not note.is_file() or note.read_text() != version):
         remember(root, note, version)
     return version
 

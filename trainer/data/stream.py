@@ -31,7 +31,7 @@ class Window:
 
     Attributes:
         examples: its rows; `numbers` are theirs in the stream.
-        sequences: rows, or packs of them, in the order in which they are trained.
+        sequences: rows, or packs of them, in the order in which they are trained; none where every row was left out.
         after: (passes, rows) read of each source when it was made: where the next window begins.
     """
 
@@ -63,6 +63,7 @@ class Stream:
         self._ahead: tuple[int, Future[Window]] | None = None
         self._pool = ThreadPoolExecutor(1, "window")
         self._readers: list[Rewinding] = []
+        self._fruitful: list[int] | None = None  # passes of each source when a row was last kept
 
     def get(self, number: int, at: list[tuple[int, int]]) -> Window:
         """Return a window; the one behind it is begun.
@@ -71,7 +72,8 @@ class Stream:
             at: (passes, rows) read of each source before it.
 
         Raises:
-            InputError: a bad row, or one without a supervised token, where the config refuses these.
+            InputError: a bad row, or one without a supervised token, where the config refuses these; no row of the sources
+                can be trained on.
         """
         if self._ahead is not None and self._ahead[0] == number:
             window = self._ahead[1].result()
@@ -105,14 +107,16 @@ class Stream:
         )  # fmt: skip
         require_known_labels(examples, self.labels)
         if number == 0:
-            for source, columns in zip(self.sources, seen, strict=True):
-                require_columns(source, columns)
-        if not len(examples):
-            rule = f"of {self.window:,} rows none can be trained on ({examples.report.line()})"
-            raise InputError(
-                f"{self.sources[0].key}={self.sources[0].path}", rule, "Check the rows, or run tritune audit"
-            )
-        data = self.sources[0].data
+            for source, columns, count in zip(self.sources, seen, counts, strict=True):
+                if count:  # of one with a small share there may be no row yet
+                    require_columns(source, columns | set(source.names))
+        data, passes = self.sources[0].data, [reader.at[0] for reader in self._readers]
+        if len(examples) or self._fruitful is None:
+            self._fruitful = passes
+        if not len(examples) and all(now > then + 1 for now, then in zip(passes, self._fruitful, strict=True)):
+            names = ", ".join(f"{s.key}={s.path}" for s in self.sources)
+            rule = f"in a whole pass no row can be trained on; the last: {examples.report.line()}"
+            raise InputError(names, rule, "Check the rows, or run tritune audit")
         return Window(number, examples, sequences_of(examples, data, self.seed, number), [r.at for r in self._readers])
 
 
@@ -179,7 +183,7 @@ def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.Re
 def sequences_of(examples: Examples, data: DataConfig, seed: int, number: int) -> list[np.ndarray]:
     """Shuffle a window's rows, and pack them where that is asked for."""
     order = epoch_order(len(examples), seed, number)
-    if data.packing is Packing.none:
+    if data.packing is Packing.none or not len(order):
         return [np.array([row]) for row in order]
     rows, counts = packed_window(order, examples.lengths[order], data.max_length, seed, number + (1 << 32))
     return np.split(rows, np.cumsum(counts)[:-1])

@@ -56,13 +56,13 @@ class StreamLoader:
         window, used, sources, wanted = self.window, self.state.used, self.state.sources, self.dealer.batch_size
         left_out = self.state.left_out
         parts, packs, rows = [], [], 0
+        if used == 0:
+            left_out += self._lost(window)
         while wanted:
-            if used == len(window.sequences):
+            while used == len(window.sequences):
                 sources, used = [list(at) for at in window.after], 0
                 window = self._window = self.stream.get(window.number + 1, window.after)
-            if used == 0 and window.lost:
-                left_out += window.lost
-                self._say(f"data      window {window.number}: {window.examples.report.line()}")
+                left_out += self._lost(window)
             taken = window.sequences[used : used + wanted]
             parts.append(window.examples.some(np.concatenate(taken)))
             for pack in taken:
@@ -71,6 +71,12 @@ class StreamLoader:
             wanted, used = wanted - len(taken), used + len(taken)
         self._next = (window.number, sources, used, left_out)
         return Examples.join(parts), packs
+
+    def _lost(self, window: Window) -> int:
+        """How many rows of a window that is begun are left out; it is said."""
+        if window.lost:
+            self._say(f"data      window {window.number}: {window.examples.report.line()}")
+        return window.lost
 
     def advance(self) -> None:
         self.state.step += 1
@@ -81,6 +87,8 @@ class StreamLoader:
 
     def longest(self) -> list[Batch]:
         window = self.window
+        while not window.sequences:
+            window = self.stream.get(window.number + 1, window.after)
         rows = np.concatenate(window.sequences)
         bounds = np.concatenate([[0], np.cumsum([len(s) for s in window.sequences])])
         return self.dealer.longest(window.examples, rows, bounds)
