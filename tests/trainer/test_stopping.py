@@ -62,8 +62,10 @@ def figures(run):
 
 @pytest.mark.parametrize(
     ("evaluation", "batch", "step", "says"),
-    [(0, 1, 0, "the start"), (1, 0, 10, "after step 10, saved"), (1, -1, 10, "after step 10, saved"), (3, 1, 20, "from step 20")],
-    ids=["base", "validation", "last batch of one", "tuned"],
+    [pytest.param(0, 1, 0, "the start", id="base", marks=pytest.mark.slow),
+     pytest.param(1, 0, 10, "after step 10, saved", id="validation"),
+     pytest.param(1, -1, 10, "after step 10, saved", id="last batch of one", marks=pytest.mark.slow),
+     pytest.param(3, 1, 20, "from step 20", id="tuned", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_within_an_evaluation(tritune, settings, unbroken, tmp_path, monkeypatch, evaluation, batch, step, says):
     batches = -(-json.loads((unbroken / "data.json").read_text())["validation"]["rows"] // 8)
@@ -81,6 +83,7 @@ def test_within_an_evaluation(tritune, settings, unbroken, tmp_path, monkeypatch
     assert figures(tmp_path) == figures(unbroken)
 
 
+@pytest.mark.slow
 def test_twice_in_the_same_validation(tritune, settings, unbroken, tmp_path, monkeypatch):
     """The second time it is whole, and written down, when the run ends: it is not written down again."""
     batches = -(-json.loads((unbroken / "data.json").read_text())["validation"]["rows"] // 8)
@@ -112,6 +115,7 @@ def test_a_file_that_was_seen_was_seen(tmp_path):
         leads.heed(alone)
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_is_asked_within_an_evaluation(settings, tmp_path, monkeypatch):
     """They agree before each batch, or one would wait for the other in the next collective."""
     arguments = [*settings(tmp_path / "run"), "backend=fsdp", "evaluation.base=false"]
@@ -125,7 +129,7 @@ def test_one_rank_of_two_is_asked_within_an_evaluation(settings, tmp_path, monke
     assert [r["step"] for r in harness.rows(tmp_path / "run", "evaluations.jsonl")] == [10, 20]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_while_rows_are_tokenized(tmp_path, world_size):
     rows, root = tmp_path / "rows.jsonl", cache_root(None)
     harness.write_prompts(rows, 60_000, seed=world_size)
