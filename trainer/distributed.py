@@ -103,7 +103,9 @@ class World:
 
 
 def _portable(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    """What the others are told; by `InputError` they know that the fault is the user's, and end with the same status."""
+    name = InputError.__name__ if isinstance(error, InputError) else type(error).__name__
+    return f"{name}: {error}"
 
 
 def start(config: BackendConfig, deterministic: bool) -> World:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tritune.launch.processes import CONTEXT
-from tritune.trainer.distributed import World
+from tritune.trainer.distributed import World, _portable
+from tritune.trainer.errors import UnreachableError
 
 LIMIT, LATE = 2.0, 5.0  # seconds: of a collective, and what one rank takes
 
@@ -38,3 +39,9 @@ def test_a_rank_that_takes_long_is_waited_for(tmp_path):
     assert [p.exitcode for p in processes] == [0, 0]
     assert time.monotonic() - began >= LATE > LIMIT
     assert int((tmp_path / "0").read_text()) > 10, "and it showed signs of life meanwhile"
+
+
+def test_a_fault_of_the_users_is_known_as_one_by_the_other_ranks():
+    """Whatever kind of input error it is: they end with the same status, and no job is tried again for it."""
+    assert _portable(UnreachableError("hf://a:b", "it is down", "Wait")) == "InputError: hf://a:b: it is down. Wait"
+    assert _portable(ValueError("x")) == "ValueError: x"
