@@ -81,6 +81,7 @@ def unbroken(settings, tmp_path_factory) -> list[tuple]:
     return curve(root / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(settings, unbroken, tmp_path):
     run = tmp_path / "run"
     job = launch([*settings, f"run.dir={run}", "launch.max_restarts=1", "launch.backoff_seconds=0.5"])
