@@ -240,6 +240,7 @@ def test_an_empty_source_is_refused(tmp_path):
         loader({"one": SourceConfig(str(tmp_path / "rows.jsonl"))}).describe()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_goes_on_bit_for_bit(tritune, tmp_path, sources):
     same = [
         "model=tiny", "data.streaming=true", "data.pack_window=16", "data.packing=best_fit", "data.max_length=120",

@@ -46,6 +46,7 @@ def hold(rows: list[dict], targets: set[str]) -> None:
     assert {r["kernel"] for r in rows if r["dot"]} == {k for k in KERNELS if k.startswith("lora_dropout")}
 
 
+@pytest.mark.slow
 def test_one_launch_of_each_kernel_for_hopper(tmp_path):
     hold(compiled(tmp_path, "--core", "sm_90"), {"sm_90"})
 

@@ -109,7 +109,10 @@ def pretrained(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(harness.save_small_llama(tmp_path_factory.mktemp("model"), 160))
 
 
-RECOMPUTED = [("full", False), ("selective", False), pytest.param("full", True, marks=pytest.mark.slow)]
+RECOMPUTED = [
+    ("full", False),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in (("selective", False), ("full", True))),
+]
 
 
 @pytest.mark.parametrize(("keeps", "offload"), RECOMPUTED)
@@ -143,6 +146,7 @@ def test_the_scorer_s_sum_is_the_sum_of_its_tokens(pretrained):
         torch.testing.assert_close(tokens.sum(), total, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_its_check_gives_way_in_the_log(tritune, tiny, tmp_path, monkeypatch):
     from tritune.kernels import selfcheck
 

@@ -43,7 +43,12 @@ def unbroken(tmp_path_factory, sft_file):
 
 
 @pytest.mark.parametrize(
-    ("method", "world_size", "kills"), [("full", 1, 1), ("lora", 1, 2), ("lora", 2, 1), ("full", 2, 1)]
+    ("method", "world_size", "kills"),
+    [
+        ("full", 1, 1),
+        ("lora", 2, 1),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("lora", 1, 2), ("full", 2, 1))),
+    ],
 )
 def test_killed_run_goes_on_bit_for_bit(tmp_path, sft_file, unbroken, method, world_size, kills):
     """SIGKILL at random steps, of all ranks at once, as when a node dies."""
@@ -61,7 +66,10 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, sft_file, unbroken, method, wo
     assert [r[0] for r in expected_curve] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS])
 def test_signal_saves_and_stops(tmp_path, sft_file, unbroken, number):
     """One rank of two catches a signal: both save the same step and exit 75; the same command goes on."""
     directory, arguments = tmp_path / "run", overrides(sft_file, tmp_path / "run", "lora")
@@ -102,6 +110,7 @@ def test_finished_run_is_not_trained_again(tmp_path, sft_file):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_stop_on_an_evaluation_step_does_not_lose_it(tmp_path, sft_file):
     """A stop saves at once; the evaluation that was due is made up for when the run goes on."""
     extra = ["evaluation.every=1", "train.patience=1000"]

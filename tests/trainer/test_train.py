@@ -45,7 +45,7 @@ def test_supervised_fine_tuning_writes_what_others_read(tritune, tiny, tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["classify", "classify_token"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_classification_learns(tritune, tiny, label_file, tmp_path, objective, method):
     data = [f"data.train={label_file}", "data.test_share=0.2", "data.max_length=96", "train.batch_size=32"]
     data += ["train.max_steps=150", "optim.lr=6e-3"]
