@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
-from tritune.trainer.evaluation.evaluate import evaluate
 from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
-from tritune.trainer.loop import Run
+from tritune.trainer.loop import Run, score
 from tritune.trainer.model import context_length
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify
@@ -110,9 +109,7 @@ def _score(run: Run, who: str) -> Scores:
         if name in run.splits:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
             objective: Objective = LanguageModel() if name == "retention" else run.objective
-            scores[name] = evaluate(objective, run.model, run.splits[name], run.backend, run.config.evaluation.batch_size,
-                                    run.loader.dealer.pad_id, run.choices.get(name),
-                                    lambda: run.stop.heed(run.world))  # fmt: skip
+            scores[name] = score(run, objective, name)
     return scores
 
 

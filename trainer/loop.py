@@ -181,9 +181,7 @@ def validate(run: Run) -> bool:
     config, state = run.config, run.state
     run.pulse.phase("evaluate")
     try:
-        figures = evaluate(run.objective, run.model, run.splits["validation"], run.backend, config.evaluation.batch_size,
-                           run.loader.dealer.pad_id, run.choices.get("validation"),
-                           lambda: run.stop.heed(run.world))  # fmt: skip
+        figures = score(run, run.objective, "validation")
     except StopRequested:
         return False
     metric = config.evaluation.metric
@@ -196,6 +194,16 @@ def validate(run: Run) -> bool:
     shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
     run.progress.say(f"step {state.step}  validation  {shown}{'  (best)' if improved else ''}")
     return improved
+
+
+def score(run: Run, objective: Objective, split: str) -> dict[str, float]:
+    """The figures of a split.
+
+    Raises:
+        StopRequested: a stop was asked for meanwhile.
+    """
+    return evaluate(objective, run.model, run.splits[split], run.backend, run.config.evaluation.batch_size,
+                    run.loader.dealer.pad_id, run.choices.get(split), lambda: run.stop.heed(run.world))  # fmt: skip
 
 
 def out_of_patience(config: Config, state: TrainState) -> bool:

@@ -258,7 +258,7 @@ def hub_version(source: str) -> str:
     """
     from datasets import load_dataset_builder
 
-    name, config, _ = _hub_name(source)
+    name, config, _ = hub_name(source)
     with _hub_errors(source):
         return str(load_dataset_builder(name, config).hash)
 
@@ -270,14 +270,15 @@ def _read_hub(source: str) -> Iterator[Chunk]:
     """
     from datasets import load_dataset
 
-    name, config, split = _hub_name(source)
+    name, config, split = hub_name(source)
     with _hub_errors(source):
         dataset = load_dataset(name, config, split=split, streaming=not set("[+(") & set(split))
     with _hub_errors(source, begun=True):
         yield from _from_datasets(source, dataset, 0)
 
 
-def _hub_name(source: str) -> tuple[str, str | None, str]:
+def hub_name(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of `hf://name[@config]:split`."""
     name, _, split = source[5:].partition(":")  # train[:10%] has a colon of its own
     name, _, config = name.partition("@")
     return name, config or None, split

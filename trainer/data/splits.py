@@ -23,7 +23,7 @@ from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
-from tritune.trainer.data.records import hub_version, source_files
+from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.errors import InputError, UnreachableError
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
@@ -264,7 +264,7 @@ def _last_version(path: str, root: Path, watch: Watch) -> str:
         version = note.read_text()
         watch.say(f"data      {path}: {error.rule}; taking its version {version[:12]}, the last that was seen here")
         return version
-    local = Path(path[5:].partition(":")[0].partition("@")[0]).exists()  # one that is gone is no hub that is down
+    local = Path(hub_name(path)[0]).exists()  # one that is gone is no hub that is down
     if not local and (not note.is_file() or note.read_text() != version):
         remember(root, note, version)
     return version
