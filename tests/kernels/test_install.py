@@ -227,6 +227,22 @@ def test_a_state_dict_and_generation_are_what_they_were():
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True), expected)
 
 
+def test_an_attention_that_takes_more_than_is_known_is_left_as_it_is(monkeypatch):
+    """transformers renamed an argument once: ours took it among the rest, and generated without its cache."""
+    model = build("llama")
+    block = type(model.model.layers[0].self_attn)
+    own = block.forward
+
+    def forward(self, hidden_states, sinks=None, **kwargs):
+        return own(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(block, "forward", forward)
+    done = install(model, ALL)
+    assert done.left == ["LlamaAttention, whose forward takes sinks, unknown here"]
+    assert done.counts["rope"] == 0
+    assert done.counts["glu"] == 2
+
+
 def attributes():
     """Every attribute of every torch and transformers module and of their classes, by identity."""
     seen = {}
