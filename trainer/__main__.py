@@ -16,6 +16,7 @@ from tritune.trainer.errors import (
     EXIT_INPUT,
     EXIT_STOPPED,
     INPUT_ERRORS,
+    ExportError,
     PeerError,
     StopRequested,
 )
@@ -136,6 +137,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
             note_error(rank, error)
+    except ExportError as error:  # said already; everything but the export is done
+        note_error(rank, error)
+        culprit = str(error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown

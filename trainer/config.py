@@ -129,6 +129,7 @@ class ExportConfig:
     form: Form = Form.auto
     dir: str | None = None  # default: <run.dir>/export
     dtype: Dtype | None = None  # default: what the model computes in
+    insist: bool = False  # write it although what is read back is not what was trained; the card says by how much
     shard_gb: float = 5.0  # weights are split into files of at most this many gigabytes, with an index
 
 
