@@ -69,9 +69,12 @@ def layer_forward(self: Any, hidden_states: Tensor, **kwargs) -> Tensor:
 
 def attention_forward(
     family: Family, rotates: bool, fused: bool, self: Any, hidden_states: Tensor, position_embeddings: Any = None,
-    attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs,
+    attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **kwargs,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Self-attention; `rotates`: with our rotation; `fused`: queries, keys and values are one LoRA group."""
+    """Self-attention; `rotates`: with our rotation; `fused`: queries, keys and values are one LoRA group.
+
+    Keys and values of earlier tokens come as `cache` from transformers 5.24 on, as `past_key_values` before.
+    """
     code, shape = _defined_in(self), hidden_states.shape[:-1]
     q, k, v = _queries_keys_values(self, hidden_states, fused)
     q, k, v = (x.view(*shape, -1, self.head_dim) for x in (q, k, v))
@@ -79,8 +82,9 @@ def attention_forward(
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k = (rope if rotates else code.apply_rotary_pos_emb)(q, k, *position_embeddings)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    earlier = past_key_values if cache is None else cache
+    if earlier is not None:
+        k, v = earlier.update(k, v, self.layer_idx)
     options: dict[str, Any] = {}
     if family.window is not None:
         options["sliding_window"] = getattr(self if family.window == "module" else self.config, "sliding_window", None)
