@@ -98,6 +98,7 @@ class TrainConfig:
     activation_checkpointing: Activations = Activations.none
     activation_offload: bool = False  # with full: layer inputs wait for backward in host memory
     compile: bool = False  # torch.compile on each decoder layer
+    compile_seconds: float = 900.0  # that the dry run may take with it before the run is ended with a message
     patience: int | None = None  # evaluations without improvement before stopping early
     use_best: bool = False  # test and export the best checkpoint instead of the last
 
