@@ -154,8 +154,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         if code == EXIT_FAILED:
             note_error(rank, error)
     except ExportError as error:  # said already; everything but the export is done
-        note_error(rank, error)
-        culprit = str(error)
+        code, culprit = (EXIT_INPUT if error.asked_wrongly else EXIT_FAILED), str(error)
+        if code == EXIT_FAILED:
+            note_error(rank, error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
@@ -166,7 +167,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
-            _write_end(directory, state, step, code, culprit)
+            _write_end(directory, state, step, code, culprit, refused=code == EXIT_INPUT and built is None)
             for sink in built.sinks if built else []:
                 sink.close(code)
         if built is not None:
@@ -191,10 +192,10 @@ def _limits(config: Config) -> dict[str, Limit]:
     return {"dry run": Limit(seconds, f"{why}. {remedy}")}
 
 
-def _write_end(directory: RunDir, state: str, step: int, code: int, culprit: str | None) -> None:
+def _write_end(directory: RunDir, state: str, step: int, code: int, culprit: str | None, refused: bool) -> None:
     """The last status. A start that was refused leaves what the directory says of an earlier run."""
     try:
-        if code == EXIT_INPUT:
+        if refused:
             directory.write_refusal(culprit or "", code)
         else:
             directory.write_status(state, step, code, culprit)

@@ -42,7 +42,13 @@ class CheckpointError(Exception):
 
 
 class ExportError(Exception):
-    """An export does not compute what was trained. Exit status 1; nothing is left of it, the checkpoints are untouched."""
+    """An export does not compute what was trained. Exit status 1; nothing is left of it, the checkpoints are untouched.
+
+    Attributes:
+        asked_wrongly: what was asked for is impossible, and trying again would be too: exit status 2.
+    """
+
+    asked_wrongly = False
 
 
 class NonFiniteError(Exception):

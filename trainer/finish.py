@@ -67,17 +67,19 @@ def finish(run: Run, base: Scores) -> None:
                 "eval": results,
             }
             run.directory.write_json("summary.json", {**summary, "export": None})
-            exported = _try_export(run, summary) if config.export.enabled else None
+            run.pulse.phase("export")
+            exported, failed = _try_export(run, summary) if config.export.enabled else (None, None)
             summary |= {"export": exported, "export_bytes": exported and exported.get("num_bytes")}
             run.directory.write_json("summary.json", summary)
             for sink in run.sinks:
                 sink.summary(under("", results))
             if config.report.enabled:
+                run.pulse.phase("report")
                 from tritune.trainer.report import write_report  # matplotlib takes most of a second to import
 
                 run.progress.say(f"report    {write_report(run.directory.path)}")
-            if exported is not None and "error" in exported:
-                raise ExportError(exported["error"])
+            if failed is not None:
+                raise failed
 
 
 def _use_best(run: Run) -> int:
@@ -94,20 +96,21 @@ def _use_best(run: Run) -> int:
     return state.best_step
 
 
-def _try_export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """Export; where that fails, say why and how to go on, and leave everything else of the run to be finished."""
+def _try_export(run: Run, facts: dict[str, Any]) -> tuple[dict[str, Any], ExportError | None]:
+    """Export; where that fails, say why and how to go on, and let everything else of the run be finished."""
     try:
-        return _export(run, facts)
+        return _export(run, facts), None
     except Exception as error:  # noqa: BLE001  whatever it is, the trained weights stand in the checkpoint
         why = str(error) if isinstance(error, InputError | ExportError) else reason(error)
         again = f"tritune export run.dir={shlex.quote(str(run.directory.path))}"
-        stands = (
-            f"the export failed, and the run did not: {why}. The trained weights are the checkpoint of step "
-            f"{facts['tested_step']}; `{again}` tries again, with export.form=merged or adapter, export.dtype=float32, "
+        failed = ExportError(
+            f"the export failed, and the run did not: {why.removesuffix('.')}. The trained weights are the checkpoint of "
+            f"step {facts['tested_step']}; `{again}` tries again, with export.form=merged or adapter, export.dtype=float32, "
             "another export.dir, or export.insist=true where what is read back differs"
         )
-        run.progress.say(f"export    {stands}")
-        return {"error": stands}
+        failed.asked_wrongly = isinstance(error, InputError)
+        run.progress.say(f"tritune: {failed}")
+        return {"error": str(failed)}, failed
 
 
 def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def wait_until_entered(job, timeout: float = 120.0) -> None:
     deadline = time.monotonic() + timeout
     mark = Path(job.logs[0]).with_suffix(".entered")
     while not mark.exists():
-        assert job.alive() and time.monotonic() < deadline, job.output()
+        assert job.alive(), job.output()
+        assert time.monotonic() < deadline, job.output()
         time.sleep(0.05)
 
 

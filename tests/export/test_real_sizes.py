@@ -1,0 +1,57 @@
+"""Vocabularies and depths of real models on tiny widths: nothing on the way grows faster than they do."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+
+import pytest
+import sizes
+from tritune.launch.cli import main as cli
+
+VOCABULARY, LAYERS = 262_144, 128
+SECONDS = 60.0  # of a phase; what grew with the square of the vocabulary took hours
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return sizes.save_llama(tmp_path_factory.mktemp("sizes") / "model", VOCABULARY, LAYERS)
+
+
+@pytest.fixture
+def within():
+    @contextmanager
+    def phase(name):
+        began = time.process_time()
+        yield
+        took = time.process_time() - began
+        assert took < SECONDS, f"{name} took {took:.0f} s"
+
+    return phase
+
+
+def test_train_export_merge_and_evaluate(tritune, model, sft_file, tmp_path, within):
+    run = tmp_path / "run"
+    common = ["data.max_length=64", "data.overlong=drop", "backend.device=cpu"]
+    with within("audit"):
+        assert cli(["audit", f"model.path={model}", f"data.train={sft_file}", *common, f"audit.out={tmp_path}"]) == 0
+    with within("train and export"):
+        result = tritune(f"model.path={model}", f"data.train={sft_file}", "method=lora", "method.rank=2", *common,
+                         "train.batch_size=2", "train.max_steps=1", f"run.dir={run}", "report.enabled=false")  # fmt: skip
+    assert result.code == 0, result.err
+    settings = json.loads((run / "export/adapter_config.json").read_text())
+    assert len(settings["target_modules"]) == 7
+    with within("merge"):
+        assert cli(["export", f"run.dir={run}", "export.form=merged", f"export.dir={tmp_path / 'merged'}"]) == 0
+    with within("generate"):
+        asked = ["--prompt", "Where?", "generate.max_new_tokens=2", f"generate.out={tmp_path / 'said.jsonl'}"]
+        assert cli(["generate", f"model.path={tmp_path / 'merged'}", "backend.device=cpu", *asked]) == 0
+
+
+def test_classify_by_token(tritune, model, label_file, tmp_path, within):
+    with within("classify by token"):
+        result = tritune(f"model.path={model}", f"data.train={label_file}", "objective=classify_token", "method=lora",
+                         "method.targets=[q_proj]", "data.max_length=64", "train.batch_size=2", "train.max_steps=1",
+                         "backend.device=cpu", "export.enabled=false", f"run.dir={tmp_path}", "report.enabled=false")  # fmt: skip
+    assert result.code == 0, result.err
