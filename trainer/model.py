@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
@@ -17,6 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
@@ -110,8 +115,7 @@ def load_model(
             if labels is not None and missing - {f"{CLASS_HEAD}.weight"}:
                 # A tied checkpoint may hold the shared matrix under the output head's name, which a classifier does not
                 # have: loaded directly, its embeddings would start random. The language model knows both names.
-                language_model: Any = AutoModelForCausalLM
-                causal, info = language_model.from_pretrained(
+                causal, info = auto_class(architecture, False).from_pretrained(
                     config.path, revision=config.revision, config=architecture, output_loading_info=True,
                     use_safetensors=True, trust_remote_code=False, **options,
                 )  # fmt: skip
@@ -140,14 +144,24 @@ def settle_architecture(
     architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> Any:
     """Put tokenizer and labels into the model's own config; return transformers' class for it."""
-    architecture.pad_token_id = tokenizer.pad_token_id
-    architecture.use_cache = False
+    for settings in (architecture, architecture.get_text_config()):  # two, where the model sees images as well
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.use_cache = False
     if labels is None:
-        return AutoModelForCausalLM
+        return auto_class(architecture, False)
     architecture.num_labels = len(labels)
     architecture.id2label = dict(enumerate(labels))
     architecture.label2id = {label: i for i, label in enumerate(labels)}
-    return AutoModelForSequenceClassification
+    return auto_class(architecture, True)
+
+
+def auto_class(architecture: PreTrainedConfig, classifier: bool) -> Any:
+    """Transformers' class that loads such a model: one that reads images as well is a language model here, too."""
+    if classifier:
+        return AutoModelForSequenceClassification
+    kind = type(architecture)
+    sees = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

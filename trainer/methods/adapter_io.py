@@ -44,12 +44,16 @@ def save_adapter(
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    saved = saved_modules(config, model, heads)
+    # What training left frozen was no module to save; in one that was, it is whole all the same.
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    saved = saved_modules(config, model, heads, frozen)
     for name in saved:
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     for name, parameter in model.named_parameters():
-        if config.bias.value != "none" and name.endswith("bias") and parameter.requires_grad:
+        # As with PEFT, `all` writes those too that did not train because they take no part in the loss.
+        written = config.bias is Bias.all or (config.bias is Bias.lora_only and parameter.requires_grad)
+        if written and name.endswith("bias"):
             tensors[PREFIX + name] = parameter
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ADAPTER_WEIGHTS
