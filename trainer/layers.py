@@ -35,9 +35,10 @@ def idle_modules(model: nn.Module) -> list[nn.Module]:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of the decoder: the longest list of modules of one class among what runs."""
-    running = [m for _, m in model.named_modules(memo=set(idle_modules(model)))]  # a vision tower may be the deeper one
-    lists = [list(m) for m in running if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return max(lists, key=len, default=[])
+    idle = set(idle_modules(model))  # a vision tower may be the deeper one, and lists of the decoder hold layers for it
+    running = [m for _, m in model.named_modules(memo=set(idle))]
+    lists = [[x for x in m if x not in idle] for m in running if isinstance(m, nn.ModuleList)]
+    return max((x for x in lists if len({type(m) for m in x}) == 1), key=len, default=[])
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
@@ -97,6 +98,9 @@ def load_model(
     Raises:
         InputError: weights are missing from the checkpoint, or the family has no such head.
     """
+    if labels is not None and architecture.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        rule = f"transformers has no classifier of {architecture.model_type}"
+        raise InputError("objective=classify", rule, "Use objective=classify_token, which needs no new head")
     auto = settle_architecture(architecture, tokenizer, labels)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": config.attention.value, "dtype": dtype}
@@ -156,12 +160,17 @@ def settle_architecture(
 
 
 def auto_class(architecture: PreTrainedConfig, classifier: bool) -> Any:
-    """Transformers' class that loads such a model: one that reads images as well is a language model here, too."""
+    """Transformers' class that loads such a model.
+
+    One that sees images as well is loaded with all it has, although only text is trained: as a plain language model, which
+    some families have for the same files, it would lose its vision tower without a word.
+    """
     if classifier:
         return AutoModelForSequenceClassification
-    kind = type(architecture)
-    sees = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(architecture.model_type)
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(architecture.model_type)
+    whole = causal is None or seeing in (architecture.architectures or [])
+    return AutoModelForImageTextToText if seeing not in (None, causal) and whole else AutoModelForCausalLM
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
