@@ -1,6 +1,6 @@
 """Text-only training of a model that sees images: one curve on every backend, and the tower the same bits after it.
 
-Without the rule DDP ends in its second step, waiting for gradients, and ZeRO shrinks the tower by the weight decay.
+Without the rule DDP does not come to its first step, for it waits for gradients, and ZeRO decays the matrices of the tower.
 """
 
 from __future__ import annotations
@@ -101,5 +101,8 @@ def test_it_is_said(runs, cell):
     root, backend = runs[cell].parent, cell.partition("-")[0]
     logs = root / {"single": "logs-1", "ddp": "logs-2"}.get(backend, f"logs-{cell}")
     said = "".join(p.read_text() for p in sorted(logs.rglob("*")) if p.is_file())
-    assert "9,424 parameters in 66 tensors take no part in the loss of text and stay as they are: model.vision_tower" in said
+    assert (
+        "9,424 parameters in 66 tensors take no part in the loss of text and stay as they are: model.vision_tower"
+        in said
+    )
     assert ("linear layers among them match method.targets" in said) == (backend in ("single", "ddp"))

@@ -139,7 +139,9 @@ def saved_modules(
         found, idle = [n for n in found if not _is_idle(model, n, unused)], found
         if not found:
             rule = f"it takes no part in the loss of text alone: {idle[0]}"
-            raise InputError(f"method.modules_to_save={pattern}", rule, "Take it out: it stays as the base model has it")
+            raise InputError(
+                f"method.modules_to_save={pattern}", rule, "Take it out: it stays as the base model has it"
+            )
         result += [n for n in found if n not in result]
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is not None and getattr(output, "weight", None) is embeddings.weight:
