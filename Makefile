@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow test-gpu check clean
 help:
 	@echo "make demo       a small model from scratch, then LoRA teaches it a task; base against tuned, a report (3 minutes)"
 	@echo "make test       the tests (at most 10 minutes on two cores)"
 	@echo "make test-slow  everything else that needs no GPU (at most 60 minutes)"
+	@echo "make test-gpu   the kernels and some runs, on a GPU (at most 3 minutes)"
 	@echo "make check      ruff and mypy"
 
 $(STAMP): pyproject.toml
@@ -27,6 +28,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/launch
 	$(PYTEST) -m slow tests/launch
+
+test-gpu: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("tritune: make test-gpu needs a GPU")'
+	$(PYTEST) -m gpu -n 6 --dist loadgroup tests/kernels tests/trainer tests/verify
 
 check: $(STAMP)
 	$(BIN)/ruff check .

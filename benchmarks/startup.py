@@ -32,10 +32,11 @@ WHY = {
     "process group": "ranks meet over gloo; the run directory is taken",
     "data": "tokenizer, rows, token ids; with the architecture's own imports",
     "model": "weights from safetensors",
+    "export rehearsal": "all of an export but its weights, written and read back",
     "backend": "wrapping; the optimizer",
     "dry run": "the longest micro-batch, forward and backward",
     "resume": "checkpoints are looked for, trackers opened",
-    "evaluate": "the untouched model on held-out rows; there are none here",
+    "base": "the untouched model on held-out rows; there are none here",
     "train": "the first step",
     "save": "the first checkpoint, which ends the first step here",
 }

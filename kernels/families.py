@@ -7,6 +7,7 @@ rotation) are looked up in the module that defines its class.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -69,9 +70,12 @@ def layer_forward(self: Any, hidden_states: Tensor, **kwargs) -> Tensor:
 
 def attention_forward(
     family: Family, rotates: bool, fused: bool, self: Any, hidden_states: Tensor, position_embeddings: Any = None,
-    attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs,
+    attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **kwargs,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Self-attention; `rotates`: with our rotation; `fused`: queries, keys and values are one LoRA group."""
+    """Self-attention; `rotates`: with our rotation; `fused`: queries, keys and values are one LoRA group.
+
+    transformers 5.24 calls `cache` what was `past_key_values` before.
+    """
     code, shape = _defined_in(self), hidden_states.shape[:-1]
     q, k, v = _queries_keys_values(self, hidden_states, fused)
     q, k, v = (x.view(*shape, -1, self.head_dim) for x in (q, k, v))
@@ -79,8 +83,9 @@ def attention_forward(
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k = (rope if rotates else code.apply_rotary_pos_emb)(q, k, *position_embeddings)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     options: dict[str, Any] = {}
     if family.window is not None:
         options["sliding_window"] = getattr(self if family.window == "module" else self.config, "sliding_window", None)
@@ -90,6 +95,17 @@ def attention_forward(
     dropout = self.attention_dropout if self.training else 0.0
     attended, scores = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs)
     return self.o_proj(attended.reshape(*shape, -1).contiguous()), scores
+
+
+# What `attention_forward` reads, and what it hands on to the attention function unread.
+_READS = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache"}
+_HANDED_ON = {"self", "kwargs", "cache_position", "position_ids"}
+
+
+def unread(block: nn.Module) -> list[str]:
+    """Parameters of an attention's own forward that `attention_forward` does not know: another version of transformers may
+    have given it something to do that ours would leave out in silence."""
+    return sorted(set(inspect.signature(type(block).forward).parameters) - _READS - _HANDED_ON)
 
 
 def _queries_keys_values(self: Any, x: Tensor, fused: bool) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ from tritune.kernels.families import (
     mlp_forward,
     mlp_inputs,
     norm_forward,
+    unread,
 )
 from tritune.kernels.rms_norm import rms_norm_reference
 
@@ -84,7 +85,10 @@ def install(model: nn.Module, choices: Mapping[str, Choice], idle: Collection[nn
             if hasattr(module, "o_proj") and hasattr(module, "head_dim"):
                 inputs = attention_inputs(module)
                 fused = "lora" in on and fusable(inputs)
-                if fused or "rope" in on:
+                if (fused or "rope" in on) and (names := unread(module)):
+                    line = f"{type(module).__name__}, whose forward takes {', '.join(names)}, unknown here"
+                    done.left += [line] if line not in done.left else []
+                elif fused or "rope" in on:
                     forward = partial(attention_forward, family, "rope" in on, fused)
                     _patch(done, module, forward, inputs if fused else ())
                     done.counts["rope"] += "rope" in on

@@ -115,3 +115,22 @@ def rank_asked_to_stop_in_an_evaluation(*args) -> None:
 
     LanguageModel.score = and_ask
     _rank(*args)
+
+
+def rank_that_never_comes_back(cells, ports, variables, log) -> None:
+    """`TRITUNE_PLANT=module:function` is entered, on rank 0 where there are several, and not left again."""
+    import importlib
+    import os
+    import time
+    from pathlib import Path
+
+    module, _, name = variables["TRITUNE_PLANT"].partition(":")
+    if variables.get("RANK", "0") == "0":
+
+        def enter(*_, **__):
+            Path(log).with_suffix(".entered").touch()
+            time.sleep(600)
+
+        setattr(importlib.import_module(module), name, enter)
+    os.environ.update(variables)
+    _rank(cells, ports, variables, log)

@@ -16,6 +16,7 @@ from tritune.trainer.errors import (
     EXIT_INPUT,
     EXIT_STOPPED,
     INPUT_ERRORS,
+    ExportError,
     PeerError,
     StopRequested,
 )
@@ -24,6 +25,7 @@ from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
+    from tritune.trainer.guard import Limit
     from tritune.trainer.rundir import RunDir
 
 
@@ -76,6 +78,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     from tritune.trainer.build import build
     from tritune.trainer.checkpoint.names import newest_step
     from tritune.trainer.finish import finish, score_base
+    from tritune.trainer.guard import Guard
     from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
     from tritune.trainer.pulse import Pulse, note_error
@@ -87,6 +90,20 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     pulse = Pulse(rank, limits.quiet_seconds, limits.hang_factor, limits.hang_seconds)
     directory, world, owned, built = RunDir(path, overrides), None, False, None
     state, code, culprit = "failed", EXIT_FAILED, None
+
+    def abandon(why: str, asked: bool) -> None:
+        """On the guard's thread, while the main one is out of reach; the newest checkpoint is what the next start has."""
+        saved = newest_step(directory.path / "checkpoints") if owned else 0
+        if owned and asked:
+            directory.write_status("stopped", saved, EXIT_STOPPED, why)
+        elif owned:
+            directory.write_refusal(why, EXIT_INPUT)
+        after = f"; the same command goes on from {f'step {saved}' if saved else 'the start'}"
+        doing = pulse.where()
+        progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
+        _end_process(EXIT_STOPPED if asked else EXIT_INPUT)
+
+    guard = Guard(stop, pulse.where, abandon, _limits(config))
     try:
         world = distributed.start(config.backend, config.train.deterministic)
         directory = RunDir(
@@ -106,7 +123,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         warn_of_slow_save(built)
         if leader:
             directory.write_status("training", built.state.step)
-        pulse.phase("evaluate")
+        pulse.phase("base")
         base = score_base(built)
         pulse.phase("train")
         stopped_by = fit(built)
@@ -136,6 +153,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
             note_error(rank, error)
+    except ExportError as error:  # said already; everything but the export is done
+        note_error(rank, error)
+        culprit = str(error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
@@ -155,7 +175,20 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         directory.close()
         distributed.end()
         pulse.phase("ended")
+        guard.close()
     return code
+
+
+def _limits(config: Config) -> dict[str, Limit]:
+    """Of the phases of a run. Compilation is the one that is known to go on without an end."""
+    from tritune.trainer.guard import Limit
+
+    if not config.train.compile:
+        return {}
+    seconds = config.train.compile_seconds
+    why = f"train.compile=true: torch.compile was not done with the first batch after {seconds:g} s"
+    remedy = "Leave it out: without it our kernels compute. Or raise train.compile_seconds"
+    return {"dry run": Limit(seconds, f"{why}. {remedy}")}
 
 
 def _write_end(directory: RunDir, state: str, step: int, code: int, culprit: str | None) -> None:
@@ -177,13 +210,23 @@ def worker() -> int:
     """
     end_with_parent()
     _log_apart()
-    code = main()
+    return _status_for_launcher(main())
+
+
+def _status_for_launcher(code: int) -> int:
     note = os.environ.get("TRITUNE_EXIT_FILE")
     if note is None:
         return code
-    if os.environ.get("RANK") == "0":
+    if os.environ.get("RANK", "0") == "0":
         Path(note).write_text(str(code))
     return 0 if code in (EXIT_INPUT, EXIT_STOPPED) else code
+
+
+def _end_process(code: int) -> NoReturn:
+    """From any thread, whatever the others do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_status_for_launcher(code))
 
 
 def _log_apart() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from tritune.trainer.batch import Batch, Packs, rows_of
 from tritune.trainer.errors import InputError
+from tritune.trainer.torch_api import varlen_attn
 
 VARLEN = "tritune_varlen"
 Score = Callable[[Batch], Tensor]  # of every predicted token
@@ -66,8 +67,6 @@ def varlen_attention(
         RuntimeError: the bounds did not arrive, so that documents would see one another; a dropout or a softcap, which PyTorch's
             kernel does not compute.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if ignored.get("dropout") or ignored.get("softcap"):
         raise RuntimeError(f"{VARLEN} computes neither attention dropout nor softcaps: use model.attention=sdpa")
     num_rows, num_heads, num_positions, width = query.shape
@@ -75,11 +74,7 @@ def varlen_attention(
         raise RuntimeError(f"{VARLEN} was not told where documents end: use model.attention=sdpa")
     q, k, v = (x.transpose(1, 2).reshape(num_rows * num_positions, x.shape[1], width) for x in (query, key, value))
     before = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(before, 0),
-        enable_gqa=num_heads != key.shape[1],
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    out = varlen_attn(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=(before, 0))
     return out.view(num_rows, num_positions, num_heads, width), None
 
 

@@ -29,6 +29,9 @@ from tritune.trainer.errors import InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
+from tritune.trainer.export.rehearse import rehearse
+from tritune.trainer.export.source import Source
+from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
@@ -41,8 +44,6 @@ from tritune.trainer.model import (
     is_tied,
     load_architecture,
     load_model,
-    model_stop_ids,
-    set_generation,
     storage_dtype,
     widen_masters,
 )
@@ -118,7 +119,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         added = len(tokenizer) - architecture.get_text_config().vocab_size
         model, weights, unused = _load(config, architecture, tokenizer, labels, dtype, say)
         if not heads:
-            set_generation(model, tokenizer)
+            for setting in set_generation(model, tokenizer):
+                say(f"model     its generation config's {setting} is left out: transformers would not save it again")
         for line in describe_unused(model, unused, config.method):
             say(f"model     {line}")
         keys = apply_method(config.method, model, heads, config.seed, unused)
@@ -129,6 +131,12 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         widen_masters(model)
         if weights is not None:
             weights.take(model)
+    if config.export.enabled:
+        pulse.phase("export rehearsal")
+        with world.together("trying the export"):
+            if world.rank == 0:
+                source = Source(config, model, lambda ids: ids, tokenizer, heads, labels or [])
+                rehearse(source, export_path(config, directory.path), say)
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
     say(

@@ -98,6 +98,7 @@ class TrainConfig:
     activation_checkpointing: Activations = Activations.none
     activation_offload: bool = False  # with full: layer inputs wait for backward in host memory
     compile: bool = False  # torch.compile on each decoder layer
+    compile_seconds: float = 900.0  # that the dry run may take with it before the run is ended with a message
     patience: int | None = None  # evaluations without improvement before stopping early
     use_best: bool = False  # test and export the best checkpoint instead of the last
 
@@ -129,6 +130,7 @@ class ExportConfig:
     form: Form = Form.auto
     dir: str | None = None  # default: <run.dir>/export
     dtype: Dtype | None = None  # default: what the model computes in
+    insist: bool = False  # write it although what is read back is not what was trained; the card says by how much
     shard_gb: float = 5.0  # weights are split into files of at most this many gigabytes, with an index
 
 

@@ -92,6 +92,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         "train.max_steps",
         "the run has no end. Give train.max_steps or train.epochs, at least 1",
     )
+    rule(c.train.compile_seconds > 0, "train.compile_seconds", "compiling takes some time. Use e.g. 900")
     rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
     rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
     check_launch(c.launch, rule)

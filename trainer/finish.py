@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
 import torch
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import CheckpointError
+from tritune.trainer.errors import CheckpointError, ExportError, InputError, reason
 from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
@@ -66,7 +67,7 @@ def finish(run: Run, base: Scores) -> None:
                 "eval": results,
             }
             run.directory.write_json("summary.json", {**summary, "export": None})
-            exported = _export(run, summary) if config.export.enabled else None
+            exported = _try_export(run, summary) if config.export.enabled else None
             summary |= {"export": exported, "export_bytes": exported and exported.get("num_bytes")}
             run.directory.write_json("summary.json", summary)
             for sink in run.sinks:
@@ -75,6 +76,8 @@ def finish(run: Run, base: Scores) -> None:
                 from tritune.trainer.report import write_report  # matplotlib takes most of a second to import
 
                 run.progress.say(f"report    {write_report(run.directory.path)}")
+            if exported is not None and "error" in exported:
+                raise ExportError(exported["error"])
 
 
 def _use_best(run: Run) -> int:
@@ -89,6 +92,22 @@ def _use_best(run: Run) -> int:
     run.backend.refresh()
     run.progress.say(f"best      step {state.best_step}, {run.config.evaluation.metric} {state.best:.4f}")
     return state.best_step
+
+
+def _try_export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """Export; where that fails, say why and how to go on, and leave everything else of the run to be finished."""
+    try:
+        return _export(run, facts)
+    except Exception as error:  # noqa: BLE001  whatever it is, the trained weights stand in the checkpoint
+        why = str(error) if isinstance(error, InputError | ExportError) else reason(error)
+        again = f"tritune export run.dir={shlex.quote(str(run.directory.path))}"
+        stands = (
+            f"the export failed, and the run did not: {why}. The trained weights are the checkpoint of step "
+            f"{facts['tested_step']}; `{again}` tries again, with export.form=merged or adapter, export.dtype=float32, "
+            "another export.dir, or export.insist=true where what is read back differs"
+        )
+        run.progress.say(f"export    {stands}")
+        return {"error": stands}
 
 
 def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:

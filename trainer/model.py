@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +26,6 @@ from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.tokenizer import stop_token_ids
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -68,17 +66,6 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions that the model has, or None where it sets no limit."""
     return getattr(architecture.get_text_config(), "max_position_embeddings", None)
-
-
-def model_stop_ids(config: ModelConfig, architecture: PreTrainedConfig) -> list[int]:
-    """The ids at which the model's own generation config, or its architecture, ends an answer; no weight is read."""
-    found = [getattr(architecture.get_text_config(), "eos_token_id", None)]
-    if config.path is not None:
-        try:
-            found.append(GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id)
-        except OSError:
-            pass  # many models have none
-    return sorted({i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
 
 
 def load_model(
@@ -171,13 +158,6 @@ def auto_class(architecture: PreTrainedConfig, classifier: bool) -> Any:
     seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(architecture.model_type)
     whole = causal is None or seeing in (architecture.architectures or [])
     return AutoModelForImageTextToText if seeing not in (None, causal) and whole else AutoModelForCausalLM
-
-
-def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the exported model stop where it was trained to, and pad with the token chosen here."""
-    generation: GenerationConfig = model.generation_config  # type: ignore[assignment]
-    generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id) or None
-    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def storage_dtype(config: Config) -> torch.dtype:

@@ -19,6 +19,7 @@ from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source
+from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, LABELS, add_saved_adapter, read_settings
 from tritune.trainer.model import (
@@ -26,8 +27,6 @@ from tritune.trainer.model import (
     cast_parameters,
     load_architecture,
     load_model,
-    model_stop_ids,
-    set_generation,
     storage_dtype,
     widen_masters,
 )

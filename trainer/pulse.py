@@ -97,6 +97,10 @@ class Pulse:
             begin(name)
         self._write(name, self._quiet)
 
+    def where(self) -> str:
+        """The phase that runs."""
+        return self._phase
+
     def beat(self) -> None:
         """Something of a phase without steps is done, a batch of an evaluation say: its time begins anew."""
         if self._phase != "train":

@@ -158,6 +158,9 @@ class KeepFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
+            # Angles up to transformers 5.17: frequencies whose cast is ignored, by positions that really are float32.
+            args = tuple(x.double() for x in args) if torch.float64 in {x.dtype for x in args} else args
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             narrows = func is torch.Tensor.float or torch.float32 in args[1:] or kwargs.get("dtype") is torch.float32
             if narrows and func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type):

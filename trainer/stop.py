@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import suppress
@@ -50,9 +51,7 @@ class Stop:
         if self._leads:
             self._look()
         number = world.any(self._caught)
-        if number == _BY_FILE:
-            return f"the file {STOP_FILE}"
-        return signal.Signals(number).name if number else None
+        return self.name(number) if number else None
 
     def heed(self, world: World) -> None:
         """Between two pieces of work that all ranks do in step.
@@ -74,6 +73,22 @@ class Stop:
             self._look()
         if self._caught:
             raise StopRequested("this rank")
+
+    def seen(self) -> int:
+        """What this rank knows of a request, for a thread beside the main one, where that does not look; 0 for none."""
+        if not self._caught and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
+        return self._caught
+
+    def tell_others(self) -> None:
+        """Hand a signal that perhaps this rank alone got on to the others, by the file that all look for."""
+        if self._file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._file.touch()
+
+    @staticmethod
+    def name(number: int) -> str:
+        """A request as a user knows it."""
+        return f"the file {STOP_FILE}" if number == _BY_FILE else signal.Signals(number).name
 
     def forget(self) -> None:
         """The request was followed: the next run of this directory is not to meet it."""

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from judge import DEVICE
 from scipy.stats import chi2, poisson
 from torch.testing import assert_close
 from tritune.kernels.dropout import dropout_reference, keep_mask_reference, mix, token_keys
@@ -47,22 +48,22 @@ def kept(key: int, site: int, feature: int, p: float) -> bool:
 
 
 def ids(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device=DEVICE)
 
 
 def bits(x: torch.Tensor) -> np.ndarray:
-    return x.numpy().astype(np.int64) & MASK
+    return x.cpu().numpy().astype(np.int64) & MASK
 
 
 def test_mix_has_the_published_values_of_murmur3():
     """MurmurHash3_x86_32 of an empty message is fmix32(seed): known answers of its test suites."""
-    x = torch.tensor([0, 1, -1], dtype=torch.int32)
+    x = torch.tensor([0, 1, -1], dtype=torch.int32, device=DEVICE)
     assert bits(mix(x)).tolist() == [0, 0x514E28B7, 0x81F16F39]
 
 
 def test_mix_is_a_bijection_with_full_avalanche():
     g = torch.Generator().manual_seed(0)
-    x = torch.unique(torch.randint(-(2**31), 2**31, (1 << 16,), generator=g)).to(torch.int32)
+    x = torch.unique(torch.randint(-(2**31), 2**31, (1 << 16,), generator=g)).to(DEVICE, torch.int32)
     assert len(np.unique(bits(mix(x)))) == len(x)
     for bit in range(32):
         flipped = mix(x ^ (torch.tensor(1, dtype=torch.int32) << bit))
@@ -95,7 +96,7 @@ def test_low_bits_of_seed_and_step_count():
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.3, 0.5, 0.9, 0.999])
 def test_keep_rate(p):
     """Kept of n is Binomial(n, 1 - p): six standard deviations."""
-    keys = token_keys(11, 5, torch.arange(32), 128)
+    keys = token_keys(11, 5, torch.arange(32, device=DEVICE), 128)
     mask = keep_mask_reference(keys, site_of("a"), 256, p)
     n = mask.numel()
     assert abs(mask.double().mean().item() - (1 - p)) <= SIGMAS * math.sqrt(p * (1 - p) / n)
@@ -112,14 +113,14 @@ def test_keep_rate(p):
 
 
 def test_nothing_is_dropped_at_zero():
-    keys = token_keys(0, 0, torch.arange(64), 64)
+    keys = token_keys(0, 0, torch.arange(64, device=DEVICE), 64)
     assert keep_mask_reference(keys, 3, 512, 0.0).all()
-    x = torch.randn(64, 64, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, 64, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     assert torch.equal(dropout_reference(x, keys, 3, 0.0), x)
 
 
 def test_nearly_everything_is_dropped_below_one():
-    keys = token_keys(0, 0, torch.arange(64), 64)
+    keys = token_keys(0, 0, torch.arange(64, device=DEVICE), 64)
     p = 1.0 - 2.0**-20
     count = int(keep_mask_reference(keys, 3, 512, p).sum())  # 2^21 draws at 2^-20: Poisson(2)
     assert count <= poisson.isf(1e-9, 2.0)
@@ -139,7 +140,7 @@ def test_independent_across_every_coordinate(p):
     correlate."""
 
     def draw(seed=3, step=9, sample=100, position=0, site=1000, feature=0):
-        keys = token_keys(seed, step, torch.arange(sample, sample + 32), position + 64)[:, position:]
+        keys = token_keys(seed, step, torch.arange(sample, sample + 32, device=DEVICE), position + 64)[:, position:]
         return keep_mask_reference(keys, site, feature + 64, p)[..., feature:]
 
     base = draw()
@@ -149,12 +150,12 @@ def test_independent_across_every_coordinate(p):
             score = phi(base, draw(**{name: origin + lag}))
             assert abs(score) < SIGMAS, f"{name} + {lag}: {score:.1f} sigma"
     # coordinates that a weak hash would confuse: t and f, sample and position, seed and step exchanged
-    keys = token_keys(3, 9, torch.arange(64), 64)
+    keys = token_keys(3, 9, torch.arange(64, device=DEVICE), 64)
     mask = keep_mask_reference(keys, 5, 64, p)
     for a, b in itertools.combinations(range(3), 2):
         off = mask.transpose(a, b)
-        different = torch.ones(64, 64, 64, dtype=torch.bool)
-        index = torch.arange(64)
+        different = torch.ones(64, 64, 64, dtype=torch.bool, device=DEVICE)
+        index = torch.arange(64, device=DEVICE)
         shape_a = [64 if d == a else 1 for d in range(3)]
         shape_b = [64 if d == b else 1 for d in range(3)]
         different &= index.reshape(shape_a) < index.reshape(shape_b)  # each unordered pair once
@@ -167,20 +168,24 @@ def test_runs_of_four_are_uniform(along):
     """Chi-square on the 16 patterns of four neighbours at p = 1/2: pairs, triples and quadruples at once (15
     degrees)."""
     if along == "feature":
-        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64), 64), 7, 64 * 4, 0.5).reshape(-1, 4)
+        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64, device=DEVICE), 64), 7, 64 * 4, 0.5).reshape(
+            -1, 4
+        )
     elif along == "position":
-        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64), 64 * 4), 7, 64, 0.5)
+        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64, device=DEVICE), 64 * 4), 7, 64, 0.5)
         quads = quads.reshape(64, 64, 4, 64).movedim(2, -1).reshape(-1, 4)
     elif along == "sample":
-        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64 * 4), 64), 7, 64, 0.5)
+        quads = keep_mask_reference(token_keys(1, 2, torch.arange(64 * 4, device=DEVICE), 64), 7, 64, 0.5)
         quads = quads.reshape(64, 4, 64, 64).movedim(1, -1).reshape(-1, 4)
     else:
         masks = []
         for i in range(4):
             seed, step, site = 1 + i * (along == "seed"), 2 + i * (along == "step"), 7 + i * (along == "site")
-            masks.append(keep_mask_reference(token_keys(seed, step, torch.arange(64), 64), site, 64, 0.5))
+            masks.append(
+                keep_mask_reference(token_keys(seed, step, torch.arange(64, device=DEVICE), 64), site, 64, 0.5)
+            )
         quads = torch.stack(masks, dim=-1).reshape(-1, 4)
-    counts = torch.bincount((quads.long() * torch.tensor([1, 2, 4, 8])).sum(-1), minlength=16).double()
+    counts = torch.bincount((quads.long() * torch.tensor([1, 2, 4, 8], device=DEVICE)).sum(-1), minlength=16).double()
     expected = counts.sum() / 16
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < chi2.isf(1e-9, 15)
@@ -190,7 +195,11 @@ def test_runs_of_four_are_uniform(along):
 def test_tokens_share_a_key_no_more_often_than_chance():
     """131,072 tokens in 32-bit words: n^2 / 2^33 = 2 expected pairs, Poisson."""
     keys = torch.cat(
-        [token_keys(seed, step, torch.arange(64), 128).reshape(-1) for seed in range(4) for step in range(4)]
+        [
+            token_keys(seed, step, torch.arange(64, device=DEVICE), 128).reshape(-1)
+            for seed in range(4)
+            for step in range(4)
+        ]
     )
     n = keys.numel()
     assert n == 1 << 17
@@ -203,7 +212,7 @@ def test_the_real_sites_of_a_model_are_distinct_and_independent():
     ]
     sites = [site_of(n) for n in names]
     assert len(set(sites)) == len(sites)
-    keys = token_keys(0, 1, torch.arange(16), 32)
+    keys = token_keys(0, 1, torch.arange(16, device=DEVICE), 32)
     masks = torch.stack([keep_mask_reference(keys, s, 32, 0.1).reshape(-1) for s in sites]).double()
     masks -= masks.mean(dim=1, keepdim=True)
     masks /= masks.norm(dim=1, keepdim=True)
@@ -219,25 +228,29 @@ def test_depends_on_nothing_but_its_coordinates():
     wide = token_keys(5, 6, samples, 50)
     assert torch.equal(wide[:, :12], keys)
     assert torch.equal(keep_mask_reference(wide, site, 24, p)[:, :12], mask)
-    order = torch.tensor([2, 0, 3, 1])
+    order = torch.tensor([2, 0, 3, 1], device=DEVICE)
     assert torch.equal(keep_mask_reference(token_keys(5, 6, samples[order], 12), site, 24, p), mask[order])
     for row in range(4):
         alone = token_keys(5, 6, samples[row : row + 1], 12)
         assert torch.equal(keep_mask_reference(alone, site, 24, p)[0], mask[row])
-    flat = keys.reshape(-1)[torch.tensor([40, 3, 17])]  # as the output head sees them: any tokens, flattened
-    assert torch.equal(keep_mask_reference(flat, site, 24, p), mask.reshape(-1, 24)[torch.tensor([40, 3, 17])])
+    some = torch.tensor([40, 3, 17], device=DEVICE)  # as the output head sees them: any tokens, flattened
+    assert torch.equal(keep_mask_reference(keys.reshape(-1)[some], site, 24, p), mask.reshape(-1, 24)[some])
     assert torch.equal(keep_mask_reference(keys, site, 10, p), mask[..., :10]), "nor on the number of features"
 
 
 def test_value_and_gradient():
     keys = token_keys(1, 1, ids(0, 1, 2), 7)
-    x = torch.randn(3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = (
+        torch.randn(3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        .to(DEVICE)
+        .requires_grad_()
+    )
     y = dropout_reference(x, keys, 9, 0.25)
     keep = keep_mask_reference(keys, 9, 16, 0.25)
     assert 0 < keep.sum() < keep.numel()
     # one multiplication by a rounded 1 / (1 - p) against one division: 2 units in the last place
     assert_close(y, torch.where(keep, x / 0.75, torch.zeros_like(x)), rtol=2 * 2.0**-52, atol=0)
-    weight = torch.randn(3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     (grad,) = torch.autograd.grad((y * weight).sum(), x)
     assert_close(grad, torch.where(keep, weight / 0.75, torch.zeros_like(x)), rtol=2 * 2.0**-52, atol=0)
     assert y.dtype == torch.float64
@@ -249,7 +262,7 @@ def test_a_layer_that_sees_other_tokens_is_refused():
     with pytest.raises(RuntimeError, match=r"method\.exclude"):
         keys.dropout(torch.ones(2, 3, 4), 1, 0.5)
     keys.set(token_keys(0, 0, ids(1, 2), 3))
-    assert keys.dropout(torch.ones(2, 3, 4), 1, 0.5).shape == (2, 3, 4)
-    assert keys.dropout(torch.ones(6, 4), 1, 0.5).shape == (6, 4), "a flattened view of the same tokens"
+    assert keys.dropout(torch.ones(2, 3, 4, device=DEVICE), 1, 0.5).shape == (2, 3, 4)
+    assert keys.dropout(torch.ones(6, 4, device=DEVICE), 1, 0.5).shape == (6, 4), "a flattened view of the same tokens"
     with pytest.raises(RuntimeError, match="does not hold the forward's tokens"):
-        keys.dropout(torch.ones(2, 5, 4), 1, 0.5)
+        keys.dropout(torch.ones(2, 5, 4, device=DEVICE), 1, 0.5)

@@ -44,6 +44,12 @@ def build(family, attention="eager", **settings):
     return model
 
 
+def adapt(model, **settings):
+    """Adapters as training adds them, before the model comes to its device, and the model there."""
+    add_lora(LoraConfig(rank=4, **settings), model, [], 0)
+    return model.to(DEVICE)
+
+
 def forward_and_gradients(model, double=False):
     """Logits of two rows, each two packed documents, and every gradient, for one upstream gradient."""
     if double:
@@ -109,7 +115,7 @@ def test_a_family_computes_the_same_with_kernels_and_again_without(family, setti
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_adapters_on_any_subset_of_layers(targets, dropout):
     model = build("qwen2", "sdpa")  # biases on queries, keys and values
-    add_lora(LoraConfig(rank=4, alpha=6.0, dropout=dropout, targets=targets), model, [], 0)
+    adapt(model, alpha=6.0, dropout=dropout, targets=targets)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -128,7 +134,7 @@ def test_adapters_on_any_subset_of_layers(targets, dropout):
 
 def test_adapters_on_fused_projections_of_phi3():
     model = build("phi3")
-    add_lora(LoraConfig(rank=4, dropout=0.1), model, [], 0)
+    adapt(model, dropout=0.1)
     plain, exact = forward_and_gradients(model), exact_of(model)
     assert install(model, ALL).counts["lora group"] == 2
     require_as_exact(forward_and_gradients(model), plain, exact)
@@ -181,7 +187,7 @@ def test_a_norm_of_another_kind_and_an_odd_activation_are_left_alone():
 
 def test_a_head_that_is_wrapped_or_absent_is_left_to_chunks():
     model = build("llama")
-    add_lora(LoraConfig(rank=4, targets=["q_proj", "lm_head"]), model, [], 0)
+    adapt(model, targets=["q_proj", "lm_head"])
     done = install(model, ALL)
     assert not done.head
     assert done.left == ["the output head (it is a LoRALinear): logits are made in chunks"]
@@ -227,6 +233,22 @@ def test_a_state_dict_and_generation_are_what_they_were():
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True), expected)
 
 
+def test_an_attention_that_takes_more_than_is_known_is_left_as_it_is(monkeypatch):
+    """transformers renamed an argument once: ours took it among the rest, and generated without its cache."""
+    model = build("llama")
+    block = type(model.model.layers[0].self_attn)
+    own = block.forward
+
+    def forward(self, hidden_states, sinks=None, **kwargs):
+        return own(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(block, "forward", forward)
+    done = install(model, ALL)
+    assert done.left == ["LlamaAttention, whose forward takes sinks, unknown here"]
+    assert done.counts["rope"] == 0
+    assert done.counts["glu"] == 2
+
+
 def attributes():
     """Every attribute of every torch and transformers module and of their classes, by identity."""
     seen = {}
@@ -241,7 +263,7 @@ def attributes():
 
 def test_no_attribute_of_torch_or_transformers_is_changed():
     model = build("llama")
-    add_lora(LoraConfig(rank=4), model, [], 0)
+    adapt(model)
     install(model, {})
     forward_and_gradients(model)  # whatever the libraries set up lazily is there now
     gc.collect()
@@ -285,7 +307,7 @@ def test_asking_for_what_cannot_run_is_refused(monkeypatch):
 
 def test_the_self_check_passes_on_a_real_model_s_sizes_and_falls_back_with_a_reason(monkeypatch):
     model = build("gemma2")
-    add_lora(LoraConfig(rank=4, dropout=0.1), model, [], 0)
+    adapt(model, dropout=0.1)
     sizes = sizes_of(model)
     assert sizes.norms == ((32, False),)
     assert sizes.rotation == (4, 2, 8, 8)

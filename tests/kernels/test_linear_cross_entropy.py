@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from judge import DEVICE
 from torch import nn
 from tritune.kernels.linear_cross_entropy import token_nll_reference
 
@@ -16,8 +17,8 @@ class Head(nn.Module):
     def __init__(self, bias: bool, cap: float | None = None, dtype=torch.float64):
         super().__init__()
         g = torch.Generator().manual_seed(3)
-        self.weight = nn.Parameter(torch.randn(V, H, dtype=torch.float64, generator=g).to(dtype))
-        self.bias = nn.Parameter(torch.randn(V, dtype=torch.float64, generator=g).to(dtype)) if bias else None
+        self.weight = nn.Parameter(torch.randn(V, H, dtype=torch.float64, generator=g).to(DEVICE, dtype))
+        self.bias = nn.Parameter(torch.randn(V, dtype=torch.float64, generator=g).to(DEVICE, dtype)) if bias else None
         self.cap, self.calls = cap, []
 
     def forward(self, hidden, start, stop):
@@ -31,8 +32,8 @@ class Head(nn.Module):
 
 def inputs(m=M, dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
-    hidden = torch.randn(m, H, dtype=torch.float64, generator=g).to(dtype).requires_grad_()
-    return hidden, torch.randint(V, (m,), generator=g)
+    hidden = torch.randn(m, H, dtype=torch.float64, generator=g).to(DEVICE, dtype).requires_grad_()
+    return hidden, torch.randint(V, (m,), generator=g).to(DEVICE)
 
 
 def straightforward(hidden, head, targets):
@@ -57,7 +58,7 @@ def test_value_and_gradients(bias, cap, chunk):
     assert nll.shape == (M,)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, expected, **TOLERANCE)
-    weight = torch.randn(M, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(M, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     wanted = [hidden, *head.parameters()]
     ours = torch.autograd.grad((nll * weight).sum(), wanted)
     theirs = torch.autograd.grad((expected * weight).sum(), wanted)
@@ -108,9 +109,12 @@ def test_zero_tokens(chunk):
 
 
 def test_low_precision_logits_are_widened_before_the_softmax():
-    """bfloat16 logits: the only error is that of the logits themselves, at most half a unit in 8 bits each."""
+    """bfloat16 logits: the only error is that of the logits themselves, at most half a unit in 8 bits each.
+
+    In one chunk: a product of other rows may be rounded otherwise.
+    """
     head, (hidden, targets) = Head(bias=True, dtype=torch.bfloat16), inputs(dtype=torch.bfloat16)
-    nll = token_nll_reference(hidden, head, targets, 4)
+    nll = token_nll_reference(hidden, head, targets, M)
     assert nll.dtype == torch.float32
     logits = head.logits(hidden).detach().double()
     expected = torch.logsumexp(logits, -1) - logits[torch.arange(M), targets]

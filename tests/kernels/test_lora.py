@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from judge import DEVICE
 from tritune.kernels.lora import lora_update_reference
 
 EPS = 2.0**-52
@@ -13,7 +14,7 @@ def tensors(shape=(3, 5), k=17, n=11, r=4, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size):
-        return torch.randn(*size, dtype=torch.float64, generator=g).requires_grad_()
+        return torch.randn(*size, dtype=torch.float64, generator=g).to(DEVICE).requires_grad_()
 
     return draw(*shape, n), draw(*shape, k), draw(r, k), draw(n, r)
 
@@ -29,7 +30,7 @@ def test_value_and_gradients(shape, scaling):
     terms = 17 + 4 + 4
     size = y.abs() + abs(scaling) * (x.abs() @ a.abs().T @ b.abs().T)
     assert ((out - expected).abs() <= 2 * terms * EPS * size).all()
-    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours = torch.autograd.grad((out * weight).sum(), (y, x, a, b), allow_unused=True)
     theirs = torch.autograd.grad((expected * weight).sum(), (y, x, a, b), allow_unused=True)
     # In these sizes every gradient sums at most 24 * 11 * 4 products of numbers below 5: far within 1e-11.

@@ -7,7 +7,6 @@ codes up in a table of 65,536 points. Its path for other dtypes has no table: fl
 
 from __future__ import annotations
 
-import os
 import re
 from statistics import NormalDist
 
@@ -15,15 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+from judge import DEVICE
 from tritune.kernels import nf4
 from tritune.kernels.language import DTYPES, why_not
 from tritune.kernels.nf4 import NF4_LEVELS, Nf4Weight, dequantize_reference, quantize
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float64)
 MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).float()
 U = 2.0**-24  # relative error of one rounding to float32

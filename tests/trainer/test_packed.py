@@ -122,12 +122,13 @@ def test_a_model_that_mixes_documents_is_refused():
         require_documents_apart(lambda b: scorer(b, "token_nll"), PAD, torch.device("cpu"), half=False)
 
 
-def judged_varlen(monkeypatch):
-    """PyTorch's variable-length attention has no CPU code: here document by document through its SDPA."""
+def judged_varlen(version):
+    """PyTorch's variable-length attention has no CPU code: here document by document through its SDPA, with the signature of
+    a version of torch."""
 
-    def documents(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
-        assert bounds is bounds_k
+    def documents(q, k, v, bounds, longest, scale, window_size, enable_gqa):
         assert longest == int(bounds.diff().max())
+        assert enable_gqa or q.shape[1] == k.shape[1] == v.shape[1], "grouped heads, and nobody said so"
         out = torch.empty_like(q)
         for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             at = torch.arange(b - a)
@@ -139,15 +140,31 @@ def judged_varlen(monkeypatch):
             )[0].transpose(0, 1)
         return out
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documents)
+    def torch_2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        assert cu_seq_q is cu_seq_k
+        assert max_q == max_k
+        return documents(query, key, value, cu_seq_q, max_q, scale, window_size, False)
+
+    def torch_2_13(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+        enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+    ):  # fmt: skip
+        assert cu_seq_q is cu_seq_k
+        assert max_q == max_k
+        return documents(query, key, value, cu_seq_q, max_q, scale, window_size, enable_gqa)
+
+    return {"2.11": torch_2_11, "2.13": torch_2_13}[version]
 
 
+@pytest.mark.parametrize("version", ["2.11", "2.13"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen3", "phi3", "olmo2"])
-def test_variable_length_attention_is_called_as_it_is_meant(family, monkeypatch):
+def test_variable_length_attention_is_called_as_it_is_meant(family, version, monkeypatch):
     """Layouts, bounds, windows, scales and groups, with the kernel itself replaced: it runs on GPUs alone."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    judged_varlen(monkeypatch)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", judged_varlen(version))
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
     model, data = build(family, dtype=torch.float64), rows()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import harness
 import planted
@@ -86,6 +89,19 @@ def test_every_backend_in_bfloat16(rows_and_model, tmp_path, method):
         for step, bound in zip(cell["steps"], found["bounds"], strict=True):
             assert step["loss_difference"] <= bound["loss"]
             assert step["grad_norm_difference"] <= bound["grad_norm"]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_one_process_of_a_gpu_where_there_is_one(rows_and_model, tmp_path):
+    """Through the command, in a process that has not told DeepSpeed of CPUs alone."""
+    argv = [*rows_and_model, *METHODS["lora"], "launch.num_procs=1", "train.batch_size=8", "train.micro_batch_size=4",
+            "verify.steps=3", "verify.backends=[fsdp,zero2]", "backend.device=auto", f"run.dir={tmp_path}"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "tritune.launch.cli", "verify", "parity", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list(certificate(tmp_path)["backends"]) == ["fsdp", "zero2"]
 
 
 TRAPS = {

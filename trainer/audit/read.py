@@ -17,7 +17,8 @@ from tritune.trainer.config_data import Check, training_sources
 from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.splits import Splits, Watch, read_splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.model import context_length, load_architecture, model_stop_ids
+from tritune.trainer.generation_config import model_stop_ids
+from tritune.trainer.model import context_length, load_architecture
 from tritune.trainer.tokenizer import load_tokenizer
 
 _ORDER = {severity: number for number, severity in enumerate(Severity)}

@@ -5,41 +5,20 @@ from __future__ import annotations
 import fnmatch
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Form
-from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement, compare, probe_ids
-from tritune.trainer.export.write import write_adapter, write_whole
+from tritune.trainer.export.source import Source, choose_form
+from tritune.trainer.export.tokenizer_files import write_tokenizer
+from tritune.trainer.export.write import new_folder, write_adapter, write_whole
 
 EXPORT_FILES = ("README.md", "*.json", "*.safetensors", "chat_template.jinja", "tokenizer.model")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is to be exported.
-
-    Attributes:
-        model: the Hugging Face model, with the method's layers in it.
-        logits: input ids -> logits, as the model computed them in training.
-        heads: modules that are new; labels: of a classifier.
-        facts: of the run, for the model card: step, tokens, scores.
-    """
-
-    config: Config
-    model: PreTrainedModel
-    logits: Callable[[Tensor], Tensor]
-    tokenizer: PreTrainedTokenizerBase
-    heads: list[str]
-    labels: list[str]
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,27 +83,15 @@ def require_replaceable(directory: Path, config: Config, run: Path | None) -> No
         raise InputError(value, rule, remedy)
 
 
-def choose_form(source: Source, say: Callable[[str], None]) -> Form:
-    """`export.form`, settled where it is `auto`."""
-    wanted = source.config.export.form
-    if not isinstance(source.config.method, LoraConfig):
-        return Form.full
-    if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
-        if wanted is Form.auto:
-            say("export    merged, since the base has random weights and an adapter would have nothing to go on")
-        return Form.merged
-    return Form.adapter if wanted is Form.auto else wanted
-
-
 def _export(source: Source, form: Form, directory: Path, say: Callable[[str], None]) -> Exported:
-    partial = directory.with_name(f".partial-{directory.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    insist = source.config.export.insist
+    partial = new_folder(directory)
     try:
-        name_rendering(source.tokenizer, source.config.objective)
-        source.tokenizer.save_pretrained(partial)
+        write_tokenizer(partial, source, say)
         size = (write_adapter if form is Form.adapter else write_whole)(partial, source, say)
         agreement = compare(partial, source, form, probe_ids(source.model, source.tokenizer))
+        if not agreement.holds and not insist:
+            raise ExportError(f"{agreement.reader} loads another model than was trained: {agreement.line()}")
         write_card(partial, source, form, agreement)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,5 +100,6 @@ def _export(source: Source, form: Form, directory: Path, say: Callable[[str], No
         shutil.rmtree(directory)
     partial.rename(directory)
     say(f"export    {form.value}, {size:,} bytes of weights: {directory}")
-    say(f"export    reloaded with {agreement.reader}: {agreement.line()}")
+    said = "" if agreement.holds else "; written all the same (export.insist), and the card says so"
+    say(f"export    reloaded with {agreement.reader}: {agreement.line()}{said}")
     return Exported(form, directory, size, agreement)

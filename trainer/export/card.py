@@ -13,8 +13,8 @@ from tritune.trainer.model import auto_class
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
-    from tritune.trainer.export import Source
     from tritune.trainer.export.check import Agreement
+    from tritune.trainer.export.source import Source
 
 
 def write_card(directory: Path, source: Source, form: Form, agreement: Agreement) -> None:
@@ -31,10 +31,15 @@ def write_card(directory: Path, source: Source, form: Form, agreement: Agreement
         _scores(source.facts.get("eval") or {}),
         "## Training",
         _training(config, source.facts),
-        f"Written by Tritune {__version__}. Reloaded with {agreement.reader}, it gives the trained model's logits: "
-        f"{agreement.line()}.",
+        f"Written by Tritune {__version__}. Reloaded with {agreement.reader}, {_verdict(agreement)}: {agreement.line()}.",
     ]
     (directory / "README.md").write_text(redact("\n\n".join(p for p in parts if p)) + "\n")
+
+
+def _verdict(agreement: Agreement) -> str:
+    if agreement.holds:
+        return "it gives the trained model's logits"
+    return "**it does not give the trained model's logits**, and was written because `export.insist` asked for it"
 
 
 def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:

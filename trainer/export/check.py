@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config_choices import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
 from tritune.trainer.model import auto_class, cast_parameters
 
 if TYPE_CHECKING:
-    from tritune.trainer.export import Source
+    from tritune.trainer.export.source import Source
 
-PROBE_TEXT = "It's 3 o'clock.\n\tNaïve 漢字 🙂 <|im_start|>user  x_1 = {}"
 FLOAT32 = 1e-5  # of the largest logit, or of 1: a few hundred roundings of float32
 
 
@@ -38,6 +37,10 @@ class Agreement:
     kl: float
     allowed: float
     reader: str
+
+    @property
+    def holds(self) -> bool:
+        return self.max_difference <= self.allowed  # False for NaN
 
     def line(self) -> str:
         return (
@@ -71,7 +74,7 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     weights once more) as far as the reloaded one run in bfloat16 does: the test of Dao et al. for low-precision kernels.
 
     Raises:
-        ExportError: the files do not load, the vocabulary changed, or the logits differ by more than that.
+        ExportError: the files do not load, or give logits of another shape.
     """
     trained = source.logits(ids).float().cpu()
     computes = getattr(torch, source.config.model.dtype.value)
@@ -85,22 +88,14 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
             cast_parameters(model, torch.bfloat16)
             rounded = model(input_ids=ids.to(model.device)).logits.float().cpu()
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:
         raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
-    changed = [t for t, i in source.tokenizer.get_vocab().items() if tokenizer.get_vocab().get(t) != i]
-    if changed or tokenizer(PROBE_TEXT)["input_ids"] != source.tokenizer(PROBE_TEXT)["input_ids"]:
-        rule = f"{len(changed)} tokens have other ids, {changed[:3]}" if changed else "it splits text otherwise"
-        raise ExportError(f"the tokenizer written is not the one trained with once it is read back: {rule}")
     if trained.shape != reloaded.shape:
         raise ExportError(f"{reader} gives logits {list(reloaded.shape)}, the trained model {list(trained.shape)}")
     p, q = trained.double().log_softmax(-1), reloaded.double().log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     difference = float((trained - reloaded).abs().max())
-    agreement = Agreement(difference, largest, max(kl, 0.0), allowed, reader)
-    if not difference <= allowed:
-        raise ExportError(f"{reader} loads another model than was trained: {agreement.line()}")
-    return agreement
+    return Agreement(difference, largest, max(kl, 0.0), allowed, reader)
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:

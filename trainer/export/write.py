@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,15 @@ from tritune.trainer.export.merge import merged_state
 from tritune.trainer.methods.adapter_io import LABELS, save_adapter, whole
 
 if TYPE_CHECKING:
-    from tritune.trainer.export import Source
+    from tritune.trainer.export.source import Source
+
+
+def new_folder(directory: Path) -> Path:
+    """An empty folder beside `directory`, which takes its place once all of it is written and read back."""
+    partial = directory.with_name(f".partial-{directory.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -> int:

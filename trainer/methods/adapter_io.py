@@ -39,15 +39,21 @@ def save_adapter(
         heads: modules that are new and belong to the adapter (a classification head).
         base, revision: hub id or folder of the base model, so that PEFT finds it.
     """
-    layers = lora_layers(model)
+    tensors = adapter_tensors(config, model, heads)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ADAPTER_WEIGHTS
+    save_file({n: whole(t).cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_settings(directory, config, model, heads, base, revision)
+    return path.stat().st_size
+
+
+def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+    """What an adapter's file holds, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in lora_layers(model).items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    # What training left frozen was no module to save; in one that was, it is whole all the same.
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    saved = saved_modules(config, model, heads, frozen)
-    for name in saved:
+    for name in _saved_whole(config, model, heads):
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     for name, parameter in model.named_parameters():
@@ -55,9 +61,25 @@ def save_adapter(
         written = config.bias is Bias.all or (config.bias is Bias.lora_only and parameter.requires_grad)
         if written and name.endswith("bias"):
             tensors[PREFIX + name] = parameter
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ADAPTER_WEIGHTS
-    save_file({n: whole(t).cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    return tensors
+
+
+def _saved_whole(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> list[str]:
+    """The modules to save that trained: of those that `modules_to_save` matches, some may take no part in the loss."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return saved_modules(config, model, heads, frozen)
+
+
+def save_settings(
+    directory: Path,
+    config: LoraConfig,
+    model: PreTrainedModel,
+    heads: list[str],
+    base: str | None,
+    revision: str | None,
+) -> None:
+    """Write `adapter_config.json`. Arguments as of `save_adapter`."""
+    saved = _saved_whole(config, model, heads)
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
@@ -67,7 +89,7 @@ def save_adapter(
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "bias": config.bias.value,
-        "target_modules": _short_targets(model, list(layers)),
+        "target_modules": _short_targets(model, list(lora_layers(model))),
         "modules_to_save": saved or None,
         "inference_mode": True,
         "fan_in_fan_out": False,
@@ -75,7 +97,6 @@ def save_adapter(
         "use_dora": False,
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    return path.stat().st_size
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

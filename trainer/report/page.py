@@ -139,6 +139,8 @@ def _speed(record: Record) -> list[tuple[str, str]]:
 def _written(export: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not export:
         return []
+    if "error" in export:
+        return [("nothing", export["error"])]
     return [
         ("form", export["form"]),
         ("folder", export["directory"]),

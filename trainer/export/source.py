@@ -1,0 +1,44 @@
+"""What is to be exported, and in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config_choices import Form
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be exported.
+
+    Attributes:
+        model: the Hugging Face model, with the method's layers in it.
+        logits: input ids -> logits, as the model computed them in training.
+        heads: modules that are new; labels: of a classifier.
+        facts: of the run, for the model card: step, tokens, scores.
+    """
+
+    config: Config
+    model: PreTrainedModel
+    logits: Callable[[Tensor], Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    heads: list[str]
+    labels: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_form(source: Source, say: Callable[[str], None]) -> Form:
+    """`export.form`, settled where it is `auto`."""
+    wanted = source.config.export.form
+    if not isinstance(source.config.method, LoraConfig):
+        return Form.full
+    if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
+        if wanted is Form.auto:
+            say("export    merged, since the base has random weights and an adapter would have nothing to go on")
+        return Form.merged
+    return Form.adapter if wanted is Form.auto else wanted
