@@ -131,6 +131,7 @@ def save_small_vlm(where: Path, family: str = "gemma3", **text: object) -> Path:
         parameter.data += 0.05 * torch.randn(parameter.shape)
     model.save_pretrained(where)
     tokenizer.save_pretrained(where)
+    (where / "preprocessor_config.json").write_text('{"size": 16}')
     return where
 
 

@@ -135,9 +135,8 @@ def settle_architecture(
     architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> Any:
     """Put tokenizer and labels into the model's own config; return transformers' class for it."""
-    for settings in (architecture, architecture.get_text_config()):  # two, where the model sees images as well
-        settings.pad_token_id = tokenizer.pad_token_id
-        settings.use_cache = False
+    architecture.pad_token_id = architecture.get_text_config().pad_token_id = tokenizer.pad_token_id
+    architecture.use_cache = False
     if labels is None:
         return auto_class(architecture, False)
     architecture.num_labels = len(labels)
