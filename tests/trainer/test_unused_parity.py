@@ -6,13 +6,16 @@ Without the rule DDP does not come to its first step, for it waits for gradients
 from __future__ import annotations
 
 import json
+import re
 
 import harness
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from tritune.trainer import verbs
 from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.verbs import run_verb
 
 STEPS = 4
 METHODS = {
@@ -108,3 +111,28 @@ def test_it_is_said(runs, cell):
         in said
     )
     assert ("linear layers among them match method.targets" in said) == (backend in ("single", "ddp"))
+
+
+@pytest.mark.slow
+def test_an_adapter_of_it_is_read_like_the_run(common, tmp_path, tritune, capfd):
+    """The export has held it against PEFT; here our own reading of both, and generation. Biases that did not train are in
+    the file, as PEFT writes them, or it could not be read as a whole."""
+    root, settings = common
+    overrides = [*METHODS["lora"][:-1], "method.bias=all", "method.modules_to_save=[language_model.norm]"]
+    result = tritune(*settings, f"model.path={root / 'gemma3'}", *overrides, f"run.dir={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert "reloaded with PEFT" in result.err
+    file = load_file(tmp_path / "run" / "export" / "adapter_model.safetensors")
+    assert any(".vision_tower." in n and n.endswith(".bias") for n in file)
+    assert not any("vision_tower" in n and "lora_" in n for n in file)
+    losses, answers = [], []
+    for source in (f"run.dir={tmp_path / 'run'}", f"model.path={tmp_path / 'run' / 'export'}"):
+        given = [source, "backend.device=cpu", "data.max_length=160"]
+        capfd.readouterr()
+        assert run_verb(verbs.evaluate, [*given, f"data.test={root / 'rows.jsonl'}"]) == 0
+        losses += re.findall(r"loss +([\d.]+)", capfd.readouterr().out)
+        assert run_verb(verbs.generate, [*given[:2], "generate.max_new_tokens=4"], prompts=["1: the cat"]) == 0
+        answers.append(capfd.readouterr().out)
+    assert len(losses) == 2
+    assert losses[0] == losses[1] != ""
+    assert answers[0] == answers[1] != ""
