@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -61,10 +61,13 @@ class Installed:
         return ([f"in place: {done}"] if done else []) + [f"left to the model's own code: {line}" for line in self.left]
 
 
-def install(model: nn.Module, choices: Mapping[str, Choice]) -> Installed:
+def install(model: nn.Module, choices: Mapping[str, Choice], idle: Collection[nn.Module] = ()) -> Installed:
     """Give blocks of `model`, a transformers model, the kernels that `choices` says are Triton's.
 
     To be called after adapters are in place and before anything wraps the model. Meta parameters are fine.
+
+    Args:
+        idle: modules that never run, and stay as they are with all that is in them.
     """
     on = {kernel for kernel, choice in choices.items() if choice.implementation == "triton"}
     done = Installed()
@@ -75,9 +78,10 @@ def install(model: nn.Module, choices: Mapping[str, Choice]) -> Installed:
     if family is None and on & {"rope", "glu"}:
         known = ", ".join(FAMILIES)
         done.left.append(f"rotation and MLP of {config.model_type}, a family not known here (known: {known})")
-    norms = _install_norms(model, done) if "rms_norm" in on else set()
+    modules = [m for _, m in model.named_modules(memo=set(idle))]
+    norms = _install_norms(modules, done) if "rms_norm" in on else set()
     if family is not None:
-        for module in list(model.modules()):
+        for module in modules:
             if hasattr(module, "o_proj") and hasattr(module, "head_dim"):
                 inputs = attention_inputs(module)
                 fused = "lora" in on and fusable(inputs)
@@ -95,7 +99,7 @@ def install(model: nn.Module, choices: Mapping[str, Choice]) -> Installed:
                 _patch(done, module, layer_forward)
     if "lora" in on:
         grouped = {layer for block in done.blocks for layer in block.computes}  # type: ignore[union-attr]
-        for module in model.modules():
+        for module in modules:
             if is_adapted(module) and module not in grouped:
                 _patch(done, module, lora_forward, [module.base_layer])  # type: ignore[list-item]
                 done.counts["lora layer"] += 1
@@ -123,10 +127,10 @@ def _patch(
         done.blocks.append(module)
 
 
-def _install_norms(model: nn.Module, done: Installed) -> set[nn.Module]:
+def _install_norms(modules: list[nn.Module], done: Installed) -> set[nn.Module]:
     offsets: dict[type, float | None] = {}
     norms = set()
-    for module in model.modules():
+    for module in modules:
         if not type(module).__name__.endswith("RMSNorm") or [n for n, _ in module.named_parameters()] != ["weight"]:
             continue
         if type(module) not in offsets:

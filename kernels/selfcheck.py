@@ -7,7 +7,7 @@ One that does not pass, or that raises, gives way to the reference, with the rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,9 @@ class Sizes:
     lora: tuple[tuple[int, int, int, float], ...]
 
 
-def sizes_of(model: Any) -> Sizes:
-    """Read them off a transformers model's modules, whatever its parameters are made of."""
-    modules = list(model.modules())
+def sizes_of(model: Any, idle: Collection[nn.Module] = ()) -> Sizes:
+    """Read them off a transformers model's modules but `idle`, which never run, whatever its parameters are made of."""
+    modules = [m for _, m in model.named_modules(memo=set(idle))]
     config = model.config.get_text_config()
     known = config.model_type in FAMILIES  # others keep their own attention and MLP
     weights = [m.weight for m in modules if type(m).__name__.endswith("RMSNorm") and hasattr(m, "weight")]

@@ -104,6 +104,37 @@ def save_small_llama(where: Path, positions: int) -> Path:
     return where
 
 
+def save_small_vlm(where: Path, family: str = "gemma3", **text: object) -> Path:
+    """A model that sees images, its vision tower deeper than its two-layer decoder, saved with the byte tokenizer.
+
+    Args:
+        family: gemma3, or another whose vision tower is CLIP's and whose decoder is a Llama's.
+        text: changes to the decoder's settings.
+    """
+    import torch
+    from transformers import AutoConfig
+    from tritune.trainer.model import auto_class
+    from tritune.trainer.tokenizer import byte_tokenizer
+
+    tokenizer, gemma = byte_tokenizer(), family == "gemma3"
+    vision = {"model_type": "siglip_vision_model" if gemma else "clip_vision_model", "hidden_size": 16, "image_size": 16,
+              "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}  # fmt: skip
+    decoder = {"model_type": "gemma3_text" if gemma else "llama", "vocab_size": len(tokenizer), "hidden_size": 32,
+               "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+               "head_dim": 8, "max_position_embeddings": 160, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+               "initializer_range": 0.1, **text}  # fmt: skip
+    seen = {"mm_tokens_per_image": 4} if gemma else {}
+    config = AutoConfig.for_model(family, vision_config=vision, text_config=decoder, image_token_index=3, **seen)
+    torch.manual_seed(1)
+    model = auto_class(config, classifier=False).from_config(config)
+    for parameter in model.parameters():  # what starts at zero would stay so under any decay
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    (where / "preprocessor_config.json").write_text('{"size": 16}')
+    return where
+
+
 def wait_for_step(job: Job, directory: Path, step: int, timeout: float = 120.0) -> None:
     """Return as soon as the run has logged `step`, or has ended."""
     deadline = time.monotonic() + timeout

@@ -13,6 +13,7 @@ from tritune.kernels.selfcheck import self_check, sizes_of
 from tritune.trainer.config import Config
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
+from tritune.trainer.layers import idle_modules
 
 
 def choose_kernels(config: Config, device: torch.device) -> dict[str, Choice]:
@@ -36,10 +37,11 @@ def install_kernels(
     config: Config, model: PreTrainedModel, choices: dict[str, Choice], world: World, say: Callable[[str], None]
 ) -> Installed:
     """Check the chosen kernels, put those that pass on every rank into `model`, and announce all of it."""
+    idle = idle_modules(model)
     if config.kernels.self_check and any(c.implementation == "triton" for c in choices.values()):
         dtype = getattr(torch, config.model.dtype.value)
-        choices = _agreed(self_check(choices, sizes_of(model), world.device, dtype), world)
-    installed = install(model, choices)
+        choices = _agreed(self_check(choices, sizes_of(model, idle), world.device, dtype), world)
+    installed = install(model, choices, idle)
     for line in announce(choices) + installed.lines():
         say(f"kernels   {line}")
     return installed

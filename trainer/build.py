@@ -52,6 +52,7 @@ from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
 from tritune.trainer.pulse import Pulse
+from tritune.trainer.reached import describe_unused, find_unused
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir, export_path
 from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
@@ -116,11 +117,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
-        model, weights = _load(config, architecture, tokenizer, labels, dtype, say)
+        model, weights, unused = _load(config, architecture, tokenizer, labels, dtype, say)
         if not heads:
             for setting in set_generation(model, tokenizer):
                 say(f"model     its generation config's {setting} is left out: transformers would not save it again")
-        keys = apply_method(config.method, model, heads, config.seed)
+        for line in describe_unused(model, unused, config.method):
+            say(f"model     {line}")
+        keys = apply_method(config.method, model, heads, config.seed, unused)
         if config.export.enabled and config.export.form is Form.merged:
             require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:
@@ -183,18 +186,20 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 def _load(
     config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None,
     dtype: torch.dtype, say: Callable[[str], None],
-) -> tuple[PreTrainedModel, Weights | None]:  # fmt: skip
-    """The model whole, or, where the backend shards it and its files allow it, a skeleton and where its values are."""
+) -> tuple[PreTrainedModel, Weights | None, frozenset[str]]:  # fmt: skip
+    """The model whole, or, where the backend shards it and its files allow it, a skeleton and where its values are; and
+    the names of the parameters that take no part in the loss, of which a skeleton's family has none."""
     args = (config.model, architecture, tokenizer, labels, config.seed, dtype)
     if shards_parameters(config.backend):
         found = load_skeleton(*args)
         if not isinstance(found, str):
-            return found
+            return *found, frozenset()
         say(f"model     each rank loads it whole before it is sharded: {found}")
     model = load_model(*args)
+    unused = find_unused(model, [CLASS_HEAD] if labels is not None else [])
     if labels is None and architecture.model_type not in TESTED_FAMILIES:
         require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
-    return model, None
+    return model, None, unused
 
 
 def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Choices]:

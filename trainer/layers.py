@@ -1,14 +1,44 @@
-"""The decoder's blocks: what is sharded, compiled and checkpointed one by one."""
+"""The decoder's blocks, which are sharded, compiled and checkpointed one by one; and the modules that never run."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
+
+_MARK = "takes_no_part"
+
+
+def set_apart(model: nn.Module, unused: Collection[str]) -> None:
+    """Mark the modules, the outermost of each kind, of which no parameter takes part: text training never calls them.
+
+    Args:
+        unused: names of parameters, shared ones under all their names (`reached.find_unused`).
+    """
+    if not unused:
+        return
+    for module in _outermost_idle(model, "", frozenset(unused)):
+        setattr(module, _MARK, True)
+
+
+def _outermost_idle(module: nn.Module, prefix: str, unused: frozenset[str]) -> list[nn.Module]:
+    names = [prefix + n for n, _ in module.named_parameters(remove_duplicate=False)]
+    if names and all(n in unused for n in names):
+        return [module]
+    return [m for n, child in module.named_children() for m in _outermost_idle(child, f"{prefix}{n}.", unused)]
+
+
+def idle_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `set_apart` marked."""
+    return [m for m in model.modules() if getattr(m, _MARK, False)]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the decoder: the longest list of modules of one class."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return max(lists, key=len, default=[])
+    """The blocks of the decoder: the longest list of modules of one class among what runs."""
+    idle = set(idle_modules(model))  # a vision tower may be the deeper one, and lists of the decoder hold layers for it
+    running = [m for _, m in model.named_modules(memo=set(idle))]
+    lists = [[x for x in m if x not in idle] for m in running if isinstance(m, nn.ModuleList)]
+    return max((x for x in lists if len({type(m) for m in x}) == 1), key=len, default=[])
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -10,12 +10,18 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
@@ -79,6 +85,9 @@ def load_model(
     Raises:
         InputError: weights are missing from the checkpoint, or the family has no such head.
     """
+    if labels is not None and architecture.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        rule = f"transformers has no classifier of {architecture.model_type}"
+        raise InputError("objective=classify", rule, "Use objective=classify_token, which needs no new head")
     auto = settle_architecture(architecture, tokenizer, labels)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": config.attention.value, "dtype": dtype}
@@ -97,8 +106,7 @@ def load_model(
             if labels is not None and missing - {f"{CLASS_HEAD}.weight"}:
                 # A tied checkpoint may hold the shared matrix under the output head's name, which a classifier does not
                 # have: loaded directly, its embeddings would start random. The language model knows both names.
-                language_model: Any = AutoModelForCausalLM
-                causal, info = language_model.from_pretrained(
+                causal, info = auto_class(architecture, False).from_pretrained(
                     config.path, revision=config.revision, config=architecture, output_loading_info=True,
                     use_safetensors=True, trust_remote_code=False, **options,
                 )  # fmt: skip
@@ -127,14 +135,28 @@ def settle_architecture(
     architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> Any:
     """Put tokenizer and labels into the model's own config; return transformers' class for it."""
-    architecture.pad_token_id = tokenizer.pad_token_id
+    architecture.pad_token_id = architecture.get_text_config().pad_token_id = tokenizer.pad_token_id
     architecture.use_cache = False
     if labels is None:
-        return AutoModelForCausalLM
+        return auto_class(architecture, False)
     architecture.num_labels = len(labels)
     architecture.id2label = dict(enumerate(labels))
     architecture.label2id = {label: i for i, label in enumerate(labels)}
-    return AutoModelForSequenceClassification
+    return auto_class(architecture, True)
+
+
+def auto_class(architecture: PreTrainedConfig, classifier: bool) -> Any:
+    """Transformers' class that loads such a model.
+
+    One that sees images as well is loaded with all it has, although only text is trained: as a plain language model, which
+    some families have for the same files, it would lose its vision tower without a word.
+    """
+    if classifier:
+        return AutoModelForSequenceClassification
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(architecture.model_type)
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(architecture.model_type)
+    whole = causal is None or seeing in (architecture.architectures or [])
+    return AutoModelForImageTextToText if seeing not in (None, causal) and whole else AutoModelForCausalLM
 
 
 def storage_dtype(config: Config) -> torch.dtype:

@@ -31,6 +31,7 @@ from tritune.trainer.model import (
     widen_masters,
 )
 from tritune.trainer.piece import piece_of
+from tritune.trainer.reached import find_unused
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 
@@ -178,7 +179,7 @@ def _assemble(config: Config, labels: list[str], what: str, trained: bool = Fals
     dtype = storage_dtype(config) if trained else getattr(torch, config.model.dtype.value)
     model = load_model(config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
     if trained:
-        apply_method(config.method, model, heads, config.seed)
+        apply_method(config.method, model, heads, config.seed, find_unused(model, heads))
         widen_masters(model)
         name_rendering(tokenizer, config.objective)
     if not heads:

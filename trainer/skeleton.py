@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import reason
 from tritune.trainer.model import CLASS_HEAD, settle_architecture
-from tritune.trainer.scorer import TESTED_FAMILIES
+from tritune.trainer.reached import reaches_everything
 from tritune.trainer.weights import Weights, find_weights
 
 
@@ -36,8 +36,8 @@ def load_skeleton(
         return "random weights are drawn in one order"
     if len(tokenizer) > architecture.get_text_config().vocab_size:
         return "new embeddings are drawn from the whole matrix"
-    if labels is None and architecture.model_type not in TESTED_FAMILIES:
-        return f"{architecture.model_type} is no family whose losses are tested, and is compared when it is loaded"
+    if not reaches_everything(architecture):
+        return f"{architecture.model_type} is no family that the tests know, and is looked at when it is loaded"
     auto = settle_architecture(architecture, tokenizer, labels)
     try:
         with init_empty_weights(include_buffers=False):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from judge import DEVICE
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from tritune.kernels.dispatch import KERNELS, Choice, announce, choose
 from tritune.kernels.dropout import token_keys
 from tritune.kernels.families import FAMILIES
@@ -357,3 +357,30 @@ print("imported")
 def test_importing_needs_no_triton_and_touches_no_device():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.stdout == "imported\n", done.stderr
+
+
+def test_what_never_runs_stays_as_it_is():
+    """Pixtral's tower has the names and the norms of a Mistral decoder, and other sizes."""
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8,
+              "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+    text = {**SMALL, **OWN["mistral"], "model_type": "mistral"}
+    config = AutoConfig.for_model("mistral3", vision_config=vision, text_config=text, image_token_index=3)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").to(DEVICE)
+    tower = model.model.vision_tower
+    norms = {width for width, _ in sizes_of(model).norms}
+    assert norms == {16, 32}, "else there is nothing to tell apart"
+    idle = [tower, model.model.multi_modal_projector]
+    sizes = sizes_of(model, idle)
+    assert {width for width, _ in sizes.norms} == {32}
+    assert sizes.rotation == (4, 2, 8, 8)
+    assert sizes.mlp == (48, "silu")
+    ids = torch.randint(4, 101, (2, 9), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        done = install(model, ALL, idle)
+        after = model(input_ids=ids, use_cache=False).logits
+    decoder = set(model.model.language_model.modules()) | {model.lm_head}
+    assert done.modules
+    assert set(done.modules) <= decoder
+    assert done.counts["rms_norm"] == 5
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

@@ -27,7 +27,7 @@ from tritune.trainer.backends.local import Local, hub_name, place_buffers, train
 from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.distributed import World, ensure_group
-from tritune.trainer.layers import decoder_layers
+from tritune.trainer.layers import decoder_layers, idle_modules
 from tritune.trainer.optim import make_state
 from tritune.trainer.piece import fill, piece_of
 from tritune.trainer.weights import Weights
@@ -51,7 +51,9 @@ class Fsdp(Local):
         if self.config.offload:
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         layers = decoder_layers(model)
-        for module in [*layers, model]:  # in place; what no layer holds, embeddings and head among it, is the root's
+        # In place; what no layer holds, embeddings and head among it, is the root's. What never runs is a group of its own,
+        # or the root would gather it with every forward.
+        for module in [*layers, *idle_modules(model), model]:
             fully_shard(
                 module, mesh=mesh, mp_policy=self.policy, offload_policy=offload,
                 reshard_after_forward=self.config.reshard_after_forward,

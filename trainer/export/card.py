@@ -9,6 +9,7 @@ import yaml
 from tritune.trainer import __version__
 from tritune.trainer.config import Config, LoraConfig
 from tritune.trainer.config_choices import Form
+from tritune.trainer.model import auto_class
 from tritune.trainer.redact import redact
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _base_name(config: Config) -> str:
 
 
 def _snippet(source: Source, form: Form) -> str:
-    auto = "AutoModelForSequenceClassification" if source.heads else "AutoModelForCausalLM"
+    auto = auto_class(source.model.config, bool(source.heads)).__name__
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
     if form is not Form.adapter:
         lines += ['tokenizer = AutoTokenizer.from_pretrained(".")', f'model = {auto}.from_pretrained(".")']

@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config_choices import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
-from tritune.trainer.model import cast_parameters
+from tritune.trainer.model import auto_class, cast_parameters
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
@@ -104,7 +99,7 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
-    auto: Any = AutoModelForSequenceClassification if source.heads else AutoModelForCausalLM
+    auto = auto_class(source.model.config, bool(source.heads))
     device = source.model.device
     if form is not Form.adapter:
         model = auto.from_pretrained(directory, dtype=dtype)

@@ -7,11 +7,10 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.config_choices import Bias, Form
 from tritune.trainer.errors import InputError, reason
@@ -22,6 +21,7 @@ from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
 from tritune.trainer.methods.adapter_io import adapter_tensors, save_settings
 from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.model import auto_class
 from tritune.trainer.scorer import TESTED_FAMILIES
 
 _PASSING = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}  # what a save may change
@@ -131,7 +131,7 @@ def _try_adapter(partial: Path, source: Source) -> None:
 
 def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
     """What transformers makes of the config in `partial`, without values."""
-    auto: Any = AutoModelForSequenceClassification if source.heads else AutoModelForCausalLM
+    auto = auto_class(source.model.config, bool(source.heads))
     with init_empty_weights(include_buffers=False):
         return auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 from tritune.trainer.config import Config, LoraConfig
 from tritune.trainer.export.merge import merged_state
 from tritune.trainer.methods.adapter_io import LABELS, save_adapter, whole
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def new_folder(directory: Path) -> Path:
@@ -54,7 +57,22 @@ def write_whole(directory: Path, source: Source, say: Callable[[str], None]) -> 
     path = directory / "config.json"
     name = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": name}, indent=2) + "\n")
+    _copy_processors(directory, source, say)
     return sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+
+
+def _copy_processors(directory: Path, source: Source, say: Callable[[str], None]) -> None:
+    """Copy how the base prepares images, which its whole model still sees, though text alone was trained."""
+    config, model = source.config.model, source.model.config
+    if config.path is None or model.get_text_config() is model:
+        return
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    for name in PROCESSORS:
+        found = cached_file(config.path, name, revision=config.revision, **lenient)
+        if found is not None:
+            shutil.copyfile(found, directory / name)
+    if not any((directory / name).is_file() for name in PROCESSORS):
+        say(f"export    {config.path} has no {PROCESSORS[0]}, and so the export has none: it will be read for text")
 
 
 def export_dtype(config: Config) -> torch.dtype:

@@ -53,13 +53,21 @@ def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]
     for name, layer in lora_layers(model).items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name in saved_modules(config, model, heads):
+    for name in _saved_whole(config, model, heads):
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     for name, parameter in model.named_parameters():
-        if config.bias.value != "none" and name.endswith("bias") and parameter.requires_grad:
+        # As with PEFT, `all` writes those too that did not train because they take no part in the loss.
+        written = config.bias is Bias.all or (config.bias is Bias.lora_only and parameter.requires_grad)
+        if written and name.endswith("bias"):
             tensors[PREFIX + name] = parameter
     return tensors
+
+
+def _saved_whole(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> list[str]:
+    """The modules to save that trained: of those that `modules_to_save` matches, some may take no part in the loss."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return saved_modules(config, model, heads, frozen)
 
 
 def save_settings(
@@ -71,7 +79,7 @@ def save_settings(
     revision: str | None,
 ) -> None:
     """Write `adapter_config.json`. Arguments as of `save_adapter`."""
-    saved = saved_modules(config, model, heads)
+    saved = _saved_whole(config, model, heads)
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,20 @@ class LoRALinear(nn.Module):
             self.lora_B.zero_()
 
 
-def add_lora(config: LoraConfig, model: PreTrainedModel, heads: list[str], seed: int) -> TokenKeys | None:
+def add_lora(
+    config: LoraConfig, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str] = ()
+) -> TokenKeys | None:
     """Freeze `model`, wrap the target layers and release what else trains (biases, `modules_to_save`, new heads).
 
+    Args:
+        unused: parameters that take no part in the loss: a layer of such a weight gets no update.
+
     Raises:
-        InputError: a target or a module to save that matches nothing.
+        InputError: a target or a module to save that matches nothing, or nothing that takes part in the loss.
     """
     output = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in heads}
-    names = target_names(config, linears, {n for n, m in linears.items() if m is output})
+    linears = _linears(model, heads)
+    names = target_names(config, linears, {n for n, m in linears.items() if m is output}, unused)
     model.requires_grad_(False)
     keys = TokenKeys()
     for name in names:
@@ -72,7 +78,7 @@ def add_lora(config: LoraConfig, model: PreTrainedModel, heads: list[str], seed:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
-    for name in saved_modules(config, model, heads):
+    for name in saved_modules(config, model, heads, unused):
         module = model.get_submodule(name)
         if any(isinstance(m, LoRALinear) for m in module.modules()):
             remedy = "Take it out of method.targets or of method.modules_to_save"
@@ -81,11 +87,19 @@ def add_lora(config: LoraConfig, model: PreTrainedModel, heads: list[str], seed:
     return keys if config.dropout else None
 
 
-def target_names(config: LoraConfig, linears: dict[str, nn.Linear], output: set[str]) -> list[str]:
+def _linears(model: nn.Module, heads: list[str]) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in heads}
+
+
+def target_names(
+    config: LoraConfig, linears: dict[str, nn.Linear], output: set[str], unused: Collection[str] = ()
+) -> list[str]:
     """Names of the linear layers to adapt, in the model's order.
 
     `all-linear` means every one but the output head; other entries are a name's end (`q_proj`, `mlp.up_proj`) or a glob.
+    Layers whose weight is `unused` are none of them.
     """
+    idle = {n for n in linears if f"{n}.weight" in unused}
     chosen: set[str] = set()
     for pattern in config.targets:
         found = {n for n in linears if (pattern == "all-linear" and n not in output) or _matches(n, pattern)}
@@ -93,15 +107,28 @@ def target_names(config: LoraConfig, linears: dict[str, nn.Linear], output: set[
             kinds = sorted({n.rpartition(".")[2] for n in linears})
             remedy = f"The model has {', '.join(kinds)}" if kinds else "It has none at all: use method=full"
             raise InputError(f"method.targets={pattern}", "no linear layer has this name", remedy)
-        chosen |= found
+        if found <= idle:
+            rule = f"it names layers that take no part in the loss of text alone: {len(found)}, as {min(found)}"
+            kinds = sorted({n.rpartition(".")[2] for n in linears if n not in idle | output})
+            raise InputError(f"method.targets={pattern}", rule, f"Take it out; these take part: {', '.join(kinds)}")
+        chosen |= found - idle
     chosen = {n for n in chosen if not any(_matches(n, e) for e in config.exclude)}
     if not chosen:
         raise InputError(f"method.exclude={config.exclude}", "no layer is left to adapt", "Exclude less")
     return [n for n in linears if n in chosen]
 
 
-def saved_modules(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> list[str]:
-    """Full names of the modules that train whole: `modules_to_save` and the new heads."""
+def unused_targets(config: LoraConfig, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+    """Layers that the targets name and that get no update, since they take no part in the loss; before `add_lora`."""
+    idle = [n for n in _linears(model, []) if f"{n}.weight" in unused]
+    named = [n for n in idle if any(t == "all-linear" or _matches(n, t) for t in config.targets)]
+    return [n for n in named if not any(_matches(n, e) for e in config.exclude)]
+
+
+def saved_modules(
+    config: LoraConfig, model: PreTrainedModel, heads: list[str], unused: Collection[str] = ()
+) -> list[str]:
+    """Full names of the modules that train whole: `modules_to_save` and the new heads; none that is `unused` altogether."""
     names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
     result = list(heads)
     for pattern in config.modules_to_save:
@@ -109,6 +136,12 @@ def saved_modules(config: LoraConfig, model: PreTrainedModel, heads: list[str]) 
         if not found:
             remedy = f"It has {', '.join(n for n in names if '.' not in n)} and what lies in them"
             raise InputError(f"method.modules_to_save={pattern}", "the model has no module of this name", remedy)
+        found, idle = [n for n in found if not _is_idle(model, n, unused)], found
+        if not found:
+            rule = f"it takes no part in the loss of text alone: {idle[0]}"
+            raise InputError(
+                f"method.modules_to_save={pattern}", rule, "Take it out: it stays as the base model has it"
+            )
         result += [n for n in found if n not in result]
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is not None and getattr(output, "weight", None) is embeddings.weight:
@@ -116,6 +149,11 @@ def saved_modules(config: LoraConfig, model: PreTrainedModel, heads: list[str]) 
         if set(both) & set(result):  # one tensor under two names: whoever loads only one of them unties it
             result += [n for n in both if n not in result]
     return result
+
+
+def _is_idle(model: nn.Module, name: str, unused: Collection[str]) -> bool:
+    parameters = model.get_submodule(name).named_parameters(remove_duplicate=False)
+    return all(f"{name}.{key}" in unused for key, _ in parameters)
 
 
 def _matches(name: str, pattern: str) -> bool:
