@@ -97,6 +97,7 @@ def drawn(rng: random.Random) -> tuple[bool, dict]:
         "use_rslora": rng.random() < 0.2,
         "use_dora": rng.random() < 0.2,
         "layers_to_transform": rng.choice([None, None, None, [0, 2]]),
+        "init_lora_weights": rng.choice([True, False, "gaussian"]),
     }  # fmt: skip
     if isinstance(settings["target_modules"], str):  # PEFT's own rule
         settings["layers_to_transform"] = None
@@ -202,6 +203,7 @@ def test_an_adapter_whose_base_has_moved(bases, tmp_path):
 
 REFUSED = {
     "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [7, 8]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "target_parameters": {"target_parameters": ["q_proj.weight"], "target_modules": []},
@@ -212,6 +214,14 @@ REFUSED = {
 def test_what_no_test_compares_is_refused_by_name(bases, tmp_path, name):
     with pytest.raises(InputError, match=name):
         read(write(bases[False], tmp_path, **REFUSED[name]))
+
+
+def test_other_kinds_of_adapter_are_refused(bases, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bases[False])
+    kind = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
+    peft.get_peft_model(model, kind).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="IA3"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +275,7 @@ def test_a_file_that_is_not_whole_or_holds_more(bases, tmp_path):
             read(adapter)
         assert name in str(refused.value)
     save_file(whole | {lora: torch.ones(5, 4)}, file)
-    with pytest.raises(InputError, match="size mismatch for .*lora_B"):
+    with pytest.raises(InputError, match="does not fit its base.*size mismatch for .*lora_B"):
         read(adapter)
     file.write_bytes(b"not whole")
     with pytest.raises(InputError, match="does not read"):
