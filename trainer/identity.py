@@ -16,7 +16,9 @@ from tritune.trainer.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
 
-CONTENT = "content.json"  # in a run directory: `base`, the fingerprint of the base model, and `rows`, a digest of each split
+CONTENT = (
+    "content.json"  # in a run directory: `base`, the fingerprint of the base model, and `rows`, a digest of each split
+)
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
 _PLACES = re.compile(
     r"model\.(path|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
@@ -105,7 +107,7 @@ def record(directory: RunDir, base: dict[str, dict[str, str]] | None, rows: dict
 
 
 def _record(directory: RunDir) -> dict[str, Any]:
-    """What was written down when the run was started; empty where there is nothing to go on from, or it is of an older version."""
+    """What was written down when the run was started; empty before a checkpoint, and of a run of an older version."""
     return (directory.read_json(CONTENT) or {}) if saved_steps(directory.path / "checkpoints") else {}
 
 

@@ -65,7 +65,9 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         raise InputError(f"model.path={config.path}", f"no model loads from it ({reason(error)})", remedy) from None
     if getattr(architecture, "transformers_weights", None):
         rule = f"its config.json asks for weights in {architecture.transformers_weights}"
-        raise InputError(f"model.path={config.path}", rule, "Remove transformers_weights; safetensors are found by name")
+        raise InputError(
+            f"model.path={config.path}", rule, "Remove transformers_weights; safetensors are found by name"
+        )
     return architecture
 
 

@@ -39,7 +39,9 @@ def adapter_folder(path: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(path, revision=found.parent.name, allow_patterns=list(_OF_AN_ADAPTER)))
     except (OSError, ValueError) as error:
         rule = f"the hub has an adapter there that cannot be fetched ({reason(error)})"
-        raise InputError(f"model.path={path}", rule, "Download it where there is a network, and give its folder") from None
+        raise InputError(
+            f"model.path={path}", rule, "Download it where there is a network, and give its folder"
+        ) from None
 
 
 def weight_files(path: str, revision: str | None = None) -> list[Path]:
@@ -56,7 +58,7 @@ def weight_files(path: str, revision: str | None = None) -> list[Path]:
     if index is None:
         raise InputError(f"model.path={path}", f"it has neither {SINGLE} nor {INDEX}", remedy)
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise InputError(f"model.path={path}", f"its {INDEX} does not read ({reason(error)})", remedy) from None
     for name in names:

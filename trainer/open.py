@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export import Source
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import LABELS
@@ -36,6 +36,8 @@ from tritune.trainer.model_files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.piece import piece_of
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+
+_LABELS = "Give data.labels=[...] in the order of the outputs"
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _open_adapter(config: Config, source: Path) -> Opened:
     if settings["task_type"] == "SEQ_CLS":
         labels = config.data.labels
         if not labels and (source / LABELS).is_file():
-            labels = json.loads((source / LABELS).read_text())
+            labels = _read_labels(source)
     objective = replace(config.objective, name="classify") if labels else config.objective
     try:
         opened = _assemble(replace(config, model=model, objective=objective), labels, str(name))
@@ -193,6 +195,16 @@ def _open_adapter(config: Config, source: Path) -> Opened:
             raise InputError(f"model.path={name}", rule, f"If the base has moved, {remedy}") from None
         raise
     return replace(opened, model=add_saved_adapter(source, opened.model, len(opened.tokenizer)))
+
+
+def _read_labels(source: Path) -> list[str]:
+    try:
+        labels = json.loads((source / LABELS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model.path={source}", f"its {LABELS} does not read ({reason(error)})", _LABELS) from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise InputError(f"model.path={source}", f"its {LABELS} is no list of names", _LABELS)
+    return labels
 
 
 def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:

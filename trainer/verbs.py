@@ -194,7 +194,9 @@ def _run_directory(overrides: list[str]) -> Path | None:
         raise InputError(f"run.dir={run}", "it holds no run", "Give a run's directory, or model.path alone")
     if "model.adapter" in given:
         rule = f"run.dir={run} names what is read as well"
-        raise InputError(f"model.adapter={given['model.adapter']}", rule, "Give model.path=<its base> in place of run.dir")
+        raise InputError(
+            f"model.adapter={given['model.adapter']}", rule, "Give model.path=<its base> in place of run.dir"
+        )
     return run
 
 

@@ -93,4 +93,3 @@ def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) ->
 def _other_names(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     """A tied matrix is stored under any of its names."""
     return [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
-

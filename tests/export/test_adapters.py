@@ -86,7 +86,9 @@ def test_our_adapter_opened_again(tritune, common, base, tmp_path, extra):
     assert result.code == 0, result.err
     trained = logits(read(run=run).model)
     untouched = logits(AutoModelForCausalLM.from_pretrained(base))
-    require_close(logits(read(f"model.path={run / 'export'}").model), trained, untouched, atol=1e-5)  # PEFT's order of sums
+    require_close(
+        logits(read(f"model.path={run / 'export'}").model), trained, untouched, atol=1e-5
+    )  # PEFT's order of sums
     stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "export")
     torch.testing.assert_close(logits(stock), trained, rtol=1e-5, atol=1e-5)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tritune.trainer.batch import rows_of
 from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config_backends import BackendConfig
 from tritune.trainer.config_choices import Dtype
@@ -21,7 +22,6 @@ from tritune.trainer.distributed import start
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.generate import generate
 from tritune.trainer.open import open_model
-from tritune.trainer.batch import rows_of
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.tokenizer import byte_tokenizer
 
@@ -105,7 +105,7 @@ def drawn(rng: random.Random) -> tuple[bool, dict]:
 
 
 def test_fifty_random_adapters_open_as_peft_opens_them(bases, tmp_path):
-    seed = datetime.date.today().toordinal()  # noqa: DTZ011
+    seed = datetime.date.today().toordinal()
     print(f"seed {seed}")
     rng, moved = random.Random(seed), 0
     stock = {tied: AutoModelForCausalLM.from_pretrained(base) for tied, base in bases.items()}
@@ -113,7 +113,8 @@ def test_fifty_random_adapters_open_as_peft_opens_them(bases, tmp_path):
         tied, settings = drawn(rng)
         adapter = write(stock[tied], tmp_path / f"{number}", number, **settings)
         expected = logits(peft.PeftModel.from_pretrained(copy.deepcopy(stock[tied]), adapter))
-        torch.testing.assert_close(logits(read(adapter).model), expected, **CLOSE, msg=lambda m: f"{settings} {tied}: {m}")
+        difference = float((logits(read(adapter).model) - expected).abs().max())
+        assert difference <= 1e-5, (difference, tied, settings)
         moved += bool((expected - logits(stock[tied])).abs().max() > 0.05)
     assert moved == 50
 
@@ -160,7 +161,9 @@ def test_forms_of_other_trainers(bases, tmp_path, kind):
 
 def test_a_classifier_of_pefts(bases, tmp_path):
     options = {"num_labels": 3, "pad_token_id": 0}
-    adapter = write(bases[False], tmp_path, auto=AutoModelForSequenceClassification, options=options, task_type="SEQ_CLS")
+    adapter = write(
+        bases[False], tmp_path, auto=AutoModelForSequenceClassification, options=options, task_type="SEQ_CLS"
+    )
     config = Config(model=ModelConfig(path=str(adapter)), objective=ObjectiveConfig("classify"),
                     data=DataConfig(labels=["a", "b", "c"]))  # fmt: skip
     opened = open_model(config, None, start(BackendConfig(), False))
@@ -168,6 +171,11 @@ def test_a_classifier_of_pefts(bases, tmp_path):
     torch.testing.assert_close(logits(opened.model), expected, **CLOSE)
     scored = TokenScorer(opened.model, None, 0, 4).eval()(rows_of(IDS), "class_logits")
     torch.testing.assert_close(scored.detach(), expected, **CLOSE)
+    for text, words in (("{", "does not read"), ('{"a": 1}', "is no list")):
+        config.data.labels = []
+        (adapter / "labels.json").write_text(text)
+        with pytest.raises(InputError, match=f"labels.json {words}"):
+            open_model(config, None, start(BackendConfig(), False))
     config.data.labels = ["a", "b"]
     with pytest.raises(InputError, match="score"):
         open_model(config, None, start(BackendConfig(), False))
@@ -197,7 +205,7 @@ def test_an_adapter_whose_base_has_moved(bases, tmp_path):
         assert f"model.adapter={adapter} model.path=" in str(refused.value)
         assert told is None or told in refused.value.rule
         torch.testing.assert_close(logits(read(adapter, bases[False]).model), expected, **CLOSE)
-    with pytest.raises(InputError, match="model.adapter=.*no adapter_config.json"):
+    with pytest.raises(InputError, match=r"model\.adapter=.*no adapter_config.json"):
         read(bases[True], bases[False])
 
 
@@ -230,8 +238,9 @@ def test_other_kinds_of_adapter_are_refused(bases, tmp_path):
         ("{", "does not read"), ("[]", "no settings"), ({"peft_type": None}, "None adapter"), ({"r": "four"}, "does not fit"),
         ({"r": 0}, "does not fit"), ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"), ({"target_modules": 3}, "does not fit"),
         ({"lora_alpha": [1]}, "does not fit"), ({"target_modules": ["absent"]}, "absent"), ({"bias": "some"}, "some"),
-        ({"target_modules": "("}, "does not fit"), ({"base_model_name_or_path": 7}, "is no text"), ({"task_type": []}, "is no text"),
-        ({"of_a_later_peft": True}, "of_a_later_peft"), ({"modules_to_save": 5}, "does not fit"), ("\xff", "does not read"),
+        ({"target_modules": "("}, "does not fit"), ({"base_model_name_or_path": 7}, "is no text"), ("\xff", "does not read"),
+        ({"task_type": []}, "is no text"), ({"of_a_later_peft": True}, "of_a_later_peft"),
+        ({"modules_to_save": 5}, "does not fit"),
     ],
 )  # fmt: skip
 def test_settings_that_are_wrong(bases, tmp_path, settings, words):
@@ -275,7 +284,7 @@ def test_a_file_that_is_not_whole_or_holds_more(bases, tmp_path):
             read(adapter)
         assert name in str(refused.value)
     save_file(whole | {lora: torch.ones(5, 4)}, file)
-    with pytest.raises(InputError, match="does not fit its base.*size mismatch for .*lora_B"):
+    with pytest.raises(InputError, match=r"does not fit its base.*size mismatch for .*lora_B"):
         read(adapter)
     file.write_bytes(b"not whole")
     with pytest.raises(InputError, match="does not read"):

@@ -69,7 +69,10 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    value, remedy = f"model.path={directory}", "Check that base_model_name_or_path is its base, and that the file is whole"
+    value, remedy = (
+        f"model.path={directory}",
+        "Check that base_model_name_or_path is its base, and that the file is whole",
+    )
     try:
         weights = load_file(directory / ADAPTER_WEIGHTS)
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
@@ -80,7 +83,9 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
             _resize_to(model, weights, num_tokens)
             opened = PeftModel.from_pretrained(model, str(directory), torch_device="cpu")
             needed = get_peft_model_state_dict(opened, save_embedding_layers=False)
-            placed = get_peft_model_state_dict(opened, save_embedding_layers=True)  # also those of a base that was resized
+            placed = get_peft_model_state_dict(
+                opened, save_embedding_layers=True
+            )  # also those of a base that was resized
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except KeyError as error:
