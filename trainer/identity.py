@@ -16,14 +16,11 @@ from tritune.trainer.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
 
-CONTENT = (
-    "content.json"  # in a run directory: `base`, the fingerprint of the base model, and `rows`, a digest of each split
-)
+CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows`, a digest of each split
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
 _PLACES = re.compile(
     r"model\.(path|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
 )
-_BUILT_IN = ("bytes", "chatml")
 
 
 def check_resume(config: Config, directory: RunDir) -> None:
@@ -121,8 +118,10 @@ def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
 
 
 def _is_move(key: str, old: Any, new: Any) -> bool:
-    known = old is not None and new is not None and not {old, new} & set(_BUILT_IN)
-    return _PLACES.fullmatch(key) is not None and (known or key == "model.revision")
+    """Whether one file or folder may lie in two places: not where there was none, or what is built in."""
+    if _PLACES.fullmatch(key) is None:
+        return False
+    return key == "model.revision" or not {old, new} & {None, "bytes", "chatml"}
 
 
 def _said(changes: list[tuple[str, Any, Any]]) -> str:

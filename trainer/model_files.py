@@ -56,7 +56,12 @@ def weight_files(path: str, revision: str | None = None) -> list[Path]:
         return [single]
     index = find_file(path, INDEX, revision)
     if index is None:
-        raise InputError(f"model.path={path}", f"it has neither {SINGLE} nor {INDEX}", remedy)
+        where = (
+            "it does not have"
+            if Path(path).is_dir()
+            else "neither the hub, as far as it can be asked, nor its cache here has"
+        )
+        raise InputError(f"model.path={path}", f"{where} {SINGLE} or {INDEX}", remedy)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:

@@ -100,7 +100,8 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
         if name not in placed or not torch.equal(placed[name], tensor.to(placed[name].dtype)):
             rule = f"its {name} {list(tensor.shape)} has no place in the model, and would be left out"
             raise InputError(value, rule, remedy)
-    return opened.get_base_model()
+    whole: Any = opened.get_base_model()
+    return whole
 
 
 def _resize_to(model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int) -> None:
