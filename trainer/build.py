@@ -15,11 +15,10 @@ from tritune.trainer.attention import choose_attention, require_documents_apart
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
-from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Dtype, Form, Packing, Resume
+from tritune.trainer.config_choices import Dtype, Form, Packing
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
@@ -32,6 +31,7 @@ from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.generation_config import model_stop_ids, set_generation
+from tritune.trainer.identity import check_resume, moved, record, require_same_base, require_same_splits
 from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
@@ -114,6 +114,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     pulse.phase("model")
     with world.together("loading the model"):
+        base = require_same_base(config, directory, say) if world.rank == 0 else None
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
@@ -176,7 +177,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     pulse.phase("dry run")
     dry_run(run)
     pulse.phase("resume")
-    _resume_or_start(run)
+    _resume_or_start(run, base)
     stop.heed(world)  # before trackers are opened, which nobody would close
     if world.rank == 0:
         run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
@@ -214,21 +215,6 @@ def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
         rule = f"{added} token(s) are new to the model, and method=lora keeps their embeddings frozen and random"
         remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
         raise InputError("model.add_tokens", rule, remedy)
-
-
-def check_resume(config: Config, directory: RunDir) -> None:
-    """Refuse what the directory and `run.resume` do not allow, before anything is loaded."""
-    checkpoints = saved_steps(directory.path / "checkpoints")
-    if config.run.resume is Resume.require and not checkpoints:
-        raise InputError("run.resume=require", f"{directory.path} holds no checkpoint", "Check run.dir, or use auto")
-    if config.run.resume is Resume.never and (directory.path / "config.yaml").exists():
-        raise InputError(
-            "run.resume=never", f"{directory.path} holds a run already", "Give another run.dir, or use auto"
-        )
-    changes = directory.identity_changes(config) if checkpoints else []
-    if changes:
-        rule = "it holds a run that was started with other values: " + "; ".join(changes)
-        raise InputError(f"run.dir={directory.path}", rule, "Restore them to go on, or give another run.dir")
 
 
 def dry_run(run: Run) -> None:
@@ -269,7 +255,8 @@ def _forward_and_backward(run: Run, last: bool) -> None:
             run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
 
 
-def _resume_or_start(run: Run) -> None:
+def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
+    rows = {name: examples.digest for name, examples in run.splits.items()} | {"train": run.loader.digest}
     found = run.store.newest()
     if found is not None:
         saved = run.store.load(found, run.backend.tensors())
@@ -277,7 +264,10 @@ def _resume_or_start(run: Run) -> None:
         with run.world.together("checking what was saved"):
             if saved["data"] != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
+                rule += moved(run.config, run.directory)
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
+            if run.world.rank == 0:
+                require_same_splits(rows, run.config, run.directory)
             run.state.load_json(saved["train"])
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
     with run.world.together("writing the run directory"):
@@ -286,6 +276,7 @@ def _resume_or_start(run: Run) -> None:
             if found is None:
                 for name in ("base.json", "samples.json"):
                     (run.directory.path / name).unlink(missing_ok=True)
+            record(run.directory, base, rows)
             run.directory.write_config(run.config)
             run.directory.write_environment(_device_name(run.world.device), run.world.size)
             reports = {name: vars(examples.report) for name, examples in run.splits.items()}

@@ -28,7 +28,8 @@ from tritune.trainer.config_launch import LaunchConfig
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # hub id or local folder of a pretrained model
+    path: str | None = None  # hub id or local folder of a pretrained model; to be read, also of an adapter
+    adapter: str | None = None  # evaluate, generate: an adapter to put on `path`, wherever it says that its base is
     revision: str | None = None  # branch, tag or commit on the hub
     config: dict[str, Any] = field(default_factory=dict)  # instead of `path`: an architecture with random weights
     tokenizer: str | None = None  # hub id, folder, or "bytes" (built in); default: `path`

@@ -51,6 +51,16 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         "model.tokenizer",
         "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
     )
+    rule(
+        not training or c.model.adapter is None,
+        "model.adapter",
+        "an adapter is evaluated and generates; a run trains one of its own, on a whole model. Leave it out",
+    )
+    rule(
+        c.model.adapter is None or bool(c.model.path),
+        "model.adapter",
+        "it goes on a base. Give model.path=<its base>, or the adapter alone as model.path",
+    )
     has_rows = c.data.train is not None or bool(c.data.sources)
     rule(not training or has_rows, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.model_files import find_file
 from tritune.trainer.tokenizer import stop_token_ids
 
 # Other settings are judged by these, so they are tried first.
@@ -25,12 +24,9 @@ def model_stop_ids(config: ModelConfig, architecture: PreTrainedConfig) -> list[
     found: list[Any] = [getattr(architecture.get_text_config(), "eos_token_id", None)]
     try:
         if config.path is not None:
-            file = cached_file(
-                config.path, GENERATION_CONFIG_NAME, revision=config.revision,
-                _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-            )  # fmt: skip
+            file = find_file(config.path, GENERATION_CONFIG_NAME, config.revision)
             if file is not None:  # many models have none
-                found.append(GenerationConfig.from_pretrained(Path(file).parent).eos_token_id)
+                found.append(GenerationConfig.from_pretrained(file.parent).eos_token_id)
         ids = {i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None}
         if not all(type(i) is int for i in ids):
             raise TypeError(f"eos_token_id is {found[-1]}, and an id is a whole number")

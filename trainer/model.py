@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.model_files import ADAPTER_CONFIG, find_file, weight_files
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -34,7 +35,7 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     """Return the model's own config; no weight is read.
 
     Raises:
-        InputError: nothing there, or an architecture that transformers does not know.
+        InputError: nothing there, an adapter, or an architecture that transformers does not know.
     """
     if config.config:
         settings = {"vocab_size": vocab_size, **config.config}
@@ -56,11 +57,22 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
             raise
         except Exception as error:  # noqa: BLE001  each family checks its values in its own way
             raise InputError(f"model.config={config.config}", reason(error), "Give it the values it takes") from None
+    assert config.path is not None, "config.check() requires one of the two"
+    if find_file(config.path, ADAPTER_CONFIG, config.revision) is not None:
+        rule = f"it is an adapter, or a model with one in it ({ADAPTER_CONFIG}), and a whole model is read here"
+        remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {ADAPTER_CONFIG}"
+        raise InputError(f"model.path={config.path}", rule, remedy)  # transformers would add the adapter without a word
     try:
-        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)  # type: ignore[arg-type]
+        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
         raise InputError(f"model.path={config.path}", f"no model loads from it ({reason(error)})", remedy) from None
+    if getattr(architecture, "transformers_weights", None):
+        rule = f"its config.json asks for weights in {architecture.transformers_weights}"
+        raise InputError(
+            f"model.path={config.path}", rule, "Remove transformers_weights; safetensors are found by name"
+        )
+    return architecture
 
 
 def context_length(architecture: PreTrainedConfig) -> int | None:
@@ -83,11 +95,13 @@ def load_model(
         seed: of every weight that the checkpoint does not hold (a new head, a whole model from a config).
 
     Raises:
-        InputError: weights are missing from the checkpoint, or the family has no such head.
+        InputError: there are no safetensors, weights are missing from them, or the family has no such head.
     """
     if labels is not None and architecture.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         rule = f"transformers has no classifier of {architecture.model_type}"
         raise InputError("objective=classify", rule, "Use objective=classify_token, which needs no new head")
+    if config.path is not None:
+        weight_files(config.path, config.revision)
     auto = settle_architecture(architecture, tokenizer, labels)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": config.attention.value, "dtype": dtype}

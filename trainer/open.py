@@ -12,16 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export import Source
 from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.methods import apply_method
-from tritune.trainer.methods.adapter_io import ADAPTER_CONFIG, LABELS, add_saved_adapter, read_settings
+from tritune.trainer.methods.adapter_io import LABELS
+from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.model import (
     CLASS_HEAD,
     cast_parameters,
@@ -30,10 +31,13 @@ from tritune.trainer.model import (
     storage_dtype,
     widen_masters,
 )
+from tritune.trainer.model_files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.piece import piece_of
 from tritune.trainer.reached import find_unused
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+
+_LABELS = "Give data.labels=[...] in the order of the outputs"
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
     """
     if run is not None:
         opened = _open_run(config, run, world)
-    elif (Path(config.model.path or "") / ADAPTER_CONFIG).is_file():
-        opened = _open_adapter(config, Path(config.model.path or ""))
+    elif (adapter := _find_adapter(config.model)) is not None:
+        opened = _open_adapter(config, adapter)
     else:
         opened = _open_plain(config)
     opened.model.eval()
@@ -145,25 +149,62 @@ def _choose_step(config: Config, run: Path) -> int | None:
     return json.loads((saved[-1] / "state.json").read_text())["train"]["best_step"] if saved else None
 
 
+def _find_adapter(model: ModelConfig) -> Path | None:
+    """The folder of `model.adapter`, or of `model.path` where that is an adapter.
+
+    Raises:
+        InputError: `model.adapter` is none.
+    """
+    if model.adapter is None:
+        return adapter_folder(model.path, model.revision) if model.path else None
+    found = adapter_folder(model.adapter)
+    if found is None:
+        remedy = "Give a folder, or a hub id that this machine can reach"
+        raise InputError(f"model.adapter={model.adapter}", f"no {ADAPTER_CONFIG} is there", remedy)
+    return found
+
+
 def _open_adapter(config: Config, source: Path) -> Opened:
-    settings = read_settings(source)
-    base = settings["base_model_name_or_path"]
-    if base and not Path(base).is_dir() and (source / base).is_dir():
-        base = str(source / base)
-    tokenizer = str(source) if (source / "tokenizer_config.json").is_file() else config.model.tokenizer
-    model = replace(config.model, path=base, tokenizer=tokenizer, revision=settings.get("revision"))
-    if not base:
-        rule = "the adapter does not say which model it belongs to"
-        raise InputError(f"model.path={source}", rule, f"Write base_model_name_or_path into its {ADAPTER_CONFIG}")
+    """PEFT's model on the base that `model.path` names beside `model.adapter`, or that the adapter itself names."""
+    settings, given = read_settings(source), config.model
+    name = given.adapter or given.path
+    tokenizer = given.tokenizer
+    if tokenizer is None and (source / "tokenizer_config.json").is_file():
+        tokenizer = str(source)
+    if given.adapter is not None:
+        model = replace(given, tokenizer=tokenizer)
+    else:
+        base = settings["base_model_name_or_path"]
+        if base and not Path(base).is_dir() and (source / base).is_dir():
+            base = str(source / base)
+        model = replace(given, path=base, tokenizer=tokenizer, revision=settings["revision"])
+    remedy = f"name both: model.adapter={name} model.path=<folder or hub id of its base>"
+    if not model.path:
+        raise InputError(f"model.path={name}", "the adapter does not say which model it belongs to", f"N{remedy[1:]}")
     labels: list[str] = []
     if settings["task_type"] == "SEQ_CLS":
         labels = config.data.labels
         if not labels and (source / LABELS).is_file():
-            labels = json.loads((source / LABELS).read_text())
+            labels = _read_labels(source)
     objective = replace(config.objective, name="classify") if labels else config.objective
-    opened = _assemble(replace(config, model=model, objective=objective), labels, str(source))
-    add_saved_adapter(source, settings, opened.model, opened.heads)
-    return opened
+    try:
+        opened = _assemble(replace(config, model=model, objective=objective), labels, str(name))
+    except InputError as error:
+        if given.adapter is None and error.value == f"model.path={model.path}":
+            rule = f"its base, {model.path}, does not open: {error.rule}"
+            raise InputError(f"model.path={name}", rule, f"If the base has moved, {remedy}") from None
+        raise
+    return replace(opened, model=add_saved_adapter(source, opened.model, len(opened.tokenizer)))
+
+
+def _read_labels(source: Path) -> list[str]:
+    try:
+        labels = json.loads((source / LABELS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model.path={source}", f"its {LABELS} does not read ({reason(error)})", _LABELS) from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise InputError(f"model.path={source}", f"its {LABELS} is no list of names", _LABELS)
+    return labels
 
 
 def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:

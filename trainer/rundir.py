@@ -1,7 +1,7 @@
 """The run directory: who owns it, what it says of the run.
 
-config.yaml  environment.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  base.json  samples.json
-summary.json  report.html  checkpoints/  export/  train.log
+config.yaml  environment.json  content.json  data.json  status.json  metrics.jsonl  evaluations.jsonl  base.json
+samples.json  summary.json  report.html  checkpoints/  export/  train.log
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any
 import yaml
 from tritune.trainer import __version__
 from tritune.trainer.compose import to_dict
-from tritune.trainer.config import IDENTITY, Config
+from tritune.trainer.config import Config
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact, redact_tree
 
@@ -94,18 +94,6 @@ class RunDir:
             time.sleep(0.5)
         stop.unlink(missing_ok=True)
         return owner
-
-    def identity_changes(self, config: Config) -> list[str]:
-        """Which keys that define the run differ from those it was started with, as `key: old -> new`."""
-        path = self.path / "config.yaml"
-        if not path.is_file():
-            return []
-        old, new = yaml.safe_load(path.read_text()), redact_tree(to_dict(config))  # as it was written
-        changes = []
-        for key in IDENTITY:
-            for name, before, after in _differences(_select(old, key), _select(new, key), key):
-                changes.append(f"{name}: {before} -> {after}")
-        return changes
 
     def write_config(self, config: Config) -> None:
         replace_file(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
@@ -239,18 +227,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and value - value != 0.0 else value
-
-
-def _select(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted({*old, *new}) for d in _differences(old.get(k), new.get(k), f"{name}.{k}")]
-    return [] if old == new else [(name, old, new)]
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """`tritune evaluate | generate | export | report`: what one reads out of a trained model, in one process.
 
-Each takes the same overrides as `train`. With `run.dir=DIR` the run's own configuration is read and the overrides change it;
-without, `model.path` is an export, an adapter or a hub model.
+Each takes the same overrides as `train`. With `run.dir=DIR` the run's own configuration is read and the overrides change it,
+`model.path` where its base lies now; without, `model.path` is an export, an adapter or a hub model.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def export(config: Config, run: Path | None) -> None:
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
     world = distributed.start(config.backend, config.train.deterministic)
+    _require_its_base(config, run)
     facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     write(source_of(config, run, world, facts), export_path(config, run), _say)
 
@@ -167,14 +168,23 @@ def _open(config: Config, run: Path | None):
     from tritune.trainer.open import open_model
 
     world = distributed.start(config.backend, config.train.deterministic)
+    if run is not None:
+        _require_its_base(config, run)
     return world, open_model(config, run, world)
+
+
+def _require_its_base(config: Config, run: Path) -> None:
+    from tritune.trainer.identity import require_same_base
+    from tritune.trainer.rundir import RunDir
+
+    require_same_base(config, RunDir(run), _say, reading=True)
 
 
 def _run_directory(overrides: list[str]) -> Path | None:
     """The run that `run.dir=` names; None without it.
 
     Raises:
-        InputError: there is no run, or a model is named beside it.
+        InputError: there is no run, or an adapter is named beside it.
     """
     given = {k: v.strip("'\"") for k, eq, v in (o.partition("=") for o in overrides) if eq}
     if "run.dir" not in given:
@@ -182,9 +192,10 @@ def _run_directory(overrides: list[str]) -> Path | None:
     run = Path(given["run.dir"])
     if not (run / "config.yaml").is_file():
         raise InputError(f"run.dir={run}", "it holds no run", "Give a run's directory, or model.path alone")
-    if "model.path" in given:
+    if "model.adapter" in given:
+        rule = f"run.dir={run} names what is read as well"
         raise InputError(
-            f"model.path={given['model.path']}", f"run.dir={run} names a model as well", "Give one of the two"
+            f"model.adapter={given['model.adapter']}", rule, "Give model.path=<its base> in place of run.dir"
         )
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from tritune.trainer.model_files import weight_files
 
 
 class Weights:
@@ -67,7 +64,8 @@ def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) ->
         InputError: there are no safetensors.
     """
     headers: dict[str, tuple[Path, str, list[int]]] = {}
-    for path in _files(config):
+    assert config.path is not None
+    for path in weight_files(config.path, config.revision):
         try:
             with safe_open(path, framework="pt") as file:
                 headers |= {key: (path, key, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -95,14 +93,3 @@ def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) ->
 def _other_names(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     """A tied matrix is stored under any of its names."""
     return [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
-
-
-def _files(config: ModelConfig) -> list[Path]:
-    assert config.path is not None
-    try:
-        index = cached_file(config.path, INDEX, revision=config.revision, _raise_exceptions_for_missing_entries=False)
-        names = [SINGLE] if index is None else sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        return [Path(str(cached_file(config.path, name, revision=config.revision))) for name in names]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        remedy = "It must hold whole safetensors weights of this architecture"
-        raise InputError(f"model.path={config.path}", reason(error), remedy) from None

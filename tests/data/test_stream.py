@@ -162,6 +162,15 @@ def test_bad_rows_are_refused_or_counted(tmp_path):
     stream.close()
 
 
+def test_a_stream_that_moved_is_the_same_stream(tmp_path):
+    """Its hash, which a resumed run must find again, is of sizes and beginnings, and not of names."""
+    places = [tmp_path / name for name in ("rows.jsonl", "moved.jsonl", "other.jsonl")]
+    for path, numbers in zip(places, (range(9), range(9), range(1, 10)), strict=True):
+        write(path, numbers)
+    here, there, other = (loader({"one": SourceConfig(str(path))}).digest for path in places)
+    assert here == there != other
+
+
 def test_no_more_is_read_than_is_trained(tmp_path):
     """A row behind the last step is none of the run's business."""
     write(tmp_path / "rows.jsonl", range(16))

@@ -188,7 +188,7 @@ def test_refusals(tritune, evaluate, kinds, base, tmp_path):
     for argv, words in (
         ((f"run.dir={tmp_path}",), "it holds no run"),
         ((f"run.dir={tmp_path / 'absent'}",), "it holds no run"),
-        ((f"run.dir={run}", f"model.path={base}"), "names a model as well"),
+        ((f"run.dir={run}", f"model.adapter={base}"), "names what is read as well"),
         ((f"run.dir={run}", "method=lora"), "method=lora: the run has a whole configuration"),
         ((f"run.dir={run}", "objective=pretrain"), "Override single keys"),
         ((f"run.dir={run}", "experiment=banking77"), "Override single keys"),

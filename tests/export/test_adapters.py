@@ -1,4 +1,4 @@
-"""Adapters opened again: our own, those that PEFT wrote, and those that would compute something else here."""
+"""Our own adapters opened again, here and in PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import load_config
 from tritune.trainer.config_backends import BackendConfig
@@ -86,7 +86,9 @@ def test_our_adapter_opened_again(tritune, common, base, tmp_path, extra):
     assert result.code == 0, result.err
     trained = logits(read(run=run).model)
     untouched = logits(AutoModelForCausalLM.from_pretrained(base))
-    require_close(logits(read(f"model.path={run / 'export'}").model), trained, untouched)
+    require_close(
+        logits(read(f"model.path={run / 'export'}").model), trained, untouched, atol=1e-5
+    )  # PEFT's order of sums
     stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "export")
     torch.testing.assert_close(logits(stock), trained, rtol=1e-5, atol=1e-5)
 
@@ -128,120 +130,7 @@ def test_a_moved_adapter_finds_a_base_beside_it(tritune, common, base, tmp_path)
     path = run / "export" / "adapter_config.json"
     base.rename(run / "export" / "base")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
-    torch.testing.assert_close(logits(read(f"model.path={run / 'export'}").model), trained, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(read(f"model.path={run / 'export'}").model), trained, rtol=1e-5, atol=1e-5)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(InputError, match="which model"):
         read(f"model.path={run / 'export'}")
-
-
-# -- PEFT's -----------------------------------------------------------------------------------------------
-
-
-def write_with_peft(base: Path, where: Path, auto=AutoModelForCausalLM, options=None, **settings):
-    """A PEFT model whose adapter is moved away from zero, saved; return its logits."""
-    torch.manual_seed(7)
-    model = auto.from_pretrained(base, **(options or {}))
-    settings = {
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        **settings,
-    }
-    model = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(where)
-    return logits(model)
-
-
-PEFT = {
-    "plain": {},
-    "all-linear": {"target_modules": "all-linear"},
-    "bias all": {"bias": "all"},
-    "bias lora_only": {"bias": "lora_only"},
-    "saved modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
-    "excluded": {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
-    "gaussian start": {"init_lora_weights": "gaussian"},
-}
-
-
-@pytest.mark.parametrize("kind", PEFT)
-def test_an_adapter_that_peft_wrote(base, tmp_path, kind):
-    theirs = write_with_peft(base, tmp_path / "adapter", **PEFT[kind])
-    untouched = logits(AutoModelForCausalLM.from_pretrained(base))
-    opened = read(f"model.path={tmp_path / 'adapter'}")
-    require_close(logits(opened.model), theirs, untouched, atol=1e-5)  # its sums run in another order
-
-
-def test_a_classifiers_adapter_that_peft_wrote(base, tmp_path):
-    """PEFT adds `classifier` and `score` to its `modules_to_save`; which of them the model has is another matter."""
-    options = {"num_labels": 3, "pad_token_id": 0}
-    where = tmp_path / "adapter"
-    theirs = write_with_peft(base, where, AutoModelForSequenceClassification, options, task_type="SEQ_CLS")
-    assert "score" in json.loads((where / "adapter_config.json").read_text())["modules_to_save"]
-    opened = read(f"model.path={where}", "objective=classify", "data.labels=[a,b,c]")
-    assert opened.heads == ["score"]
-    torch.testing.assert_close(logits(opened.model), theirs, rtol=1e-6, atol=1e-5)
-
-
-FOREIGN = {
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "rank_pattern": {"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
-    "alpha_pattern": {"alpha_pattern": {"down_proj": 64}},
-    "layers_to_transform": {"layers_to_transform": [1]},
-    "trainable tokens": {"trainable_token_indices": [7, 8]},
-    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-    "alora": {"alora_invocation_tokens": [7, 8]},
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_adapters_are_refused_or_right(base, tmp_path, kind):
-    """Each of these computes something that plain LoRA does not: silently another model is the one forbidden answer."""
-    where = tmp_path / "adapter"
-    theirs = write_with_peft(base, where, **FOREIGN[kind])
-    reloaded = logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), where))
-    try:
-        opened = read(f"model.path={where}")
-    except InputError:
-        return
-    assert kind not in ("dora", "rslora"), "these are refused"
-    found = logits(opened.model)
-    assert min(float((found - r).abs().max()) for r in (theirs, reloaded)) < 1e-4
-
-
-def test_other_kinds_of_adapter_are_refused(base, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"],
-                                                      feedforward_modules=["down_proj"]))  # fmt: skip
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="IA3"):
-        read(f"model.path={tmp_path / 'adapter'}")
-
-
-def test_an_adapter_of_another_base_is_refused(base, tmp_path):
-    write_with_peft(base, tmp_path / "adapter")
-    settings = AutoConfig.from_pretrained(base)
-    settings.hidden_size = 16
-    AutoModelForCausalLM.from_config(settings).save_pretrained(base)
-    with pytest.raises(InputError, match="does not fit"):
-        read(f"model.path={tmp_path / 'adapter'}")
-
-
-def test_half_an_adapter_is_refused(base, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    write_with_peft(base, tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors.pop(next(n for n in tensors if "lora_B" in n))
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="missing"):
-        read(f"model.path={tmp_path / 'adapter'}")

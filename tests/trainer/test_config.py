@@ -463,7 +463,14 @@ def test_resume_with_changed_identity_names_old_and_new(tritune, stopped_run, mo
 
 @pytest.mark.parametrize(
     "override",
-    ["data.max_length=150", "model.config.hidden_size=48", "objective=pretrain", "method=lora", "train.max_steps=3"],
+    [
+        "data.max_length=150",
+        "data.train_on=[user]",
+        "model.config.hidden_size=48",
+        "objective=pretrain",
+        "method=lora",
+        "train.max_steps=3",
+    ],
 )
 def test_each_identity_group_is_compared(tritune, stopped_run, override):
     overrides, _ = stopped_run

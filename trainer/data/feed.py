@@ -62,7 +62,7 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
     for source in sources:
         source.settle()
     weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)
-    files = [[path, _versions(path, key)] for path, key in named.values()]
+    files = [_versions(path, key) for path, key in named.values()]
     digest = key_of([files, tokenizer_key(tokenizer), {name: str(getattr(data, name)) for name in DECIDES}])
     shares = (weights / weights.sum()).tolist()
     return Stream(sources, shares, data.labels, config.seed, data.pack_window), digest
@@ -71,9 +71,9 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
 def _versions(path: str, key: str) -> list[list[str | int]]:
     """What tells one content of a source from another without reading it all: the hub's version, or sizes and beginnings."""
     if path.startswith("hf://"):
-        return [[hub_version(path)]]
+        return [[path, hub_version(path)]]
     found: list[list[str | int]] = []
     for file in source_files(path, key):
-        with file.open("rb") as opened:
-            found.append([str(file), file.stat().st_size, hashlib.sha256(opened.read(HEAD_BYTES)).hexdigest()])
+        with file.open("rb") as opened:  # whatever it is called: data that moved is the same data
+            found.append([file.stat().st_size, hashlib.sha256(opened.read(HEAD_BYTES)).hexdigest()])
     return found

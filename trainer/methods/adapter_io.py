@@ -1,28 +1,21 @@
-"""Write and read LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Write LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.config_choices import Bias
-from tritune.trainer.errors import InputError
-from tritune.trainer.methods.lora import add_lora, lora_layers, saved_modules
+from tritune.trainer.methods.adapter_open import PREFIX
+from tritune.trainer.methods.lora import lora_layers, saved_modules
+from tritune.trainer.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-PREFIX = "base_model.model."
 LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What PEFT's LoRA can do beyond ours. An adapter that uses it would compute something else here.
-_FOREIGN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
-            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
-            "use_qalora", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config", "velora_config")  # fmt: skip
 
 
 def save_adapter(
@@ -97,62 +90,6 @@ def save_settings(
         "use_dora": False,
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """Return the adapter's settings.
-
-    Raises:
-        InputError: it is no LoRA adapter, or uses what our LoRA does not do.
-    """
-    settings = json.loads((directory / ADAPTER_CONFIG).read_text())
-    foreign = [name for name in _FOREIGN if settings.get(name)]
-    if settings.get("init_lora_weights") not in (True, False, None, "gaussian"):  # pissa and its like change the base
-        foreign.append(f"init_lora_weights={settings['init_lora_weights']}")
-    if settings.get("peft_type") != "LORA" or foreign:
-        rule = f"it is a {settings.get('peft_type')} adapter" + (f" with {', '.join(foreign)}" if foreign else "")
-        raise InputError(f"model.path={directory}", rule, "Plain LoRA adapters are read here; merge it with PEFT first")
-    return {"task_type": None, "base_model_name_or_path": None, **settings}
-
-
-def add_saved_adapter(directory: Path, settings: dict[str, Any], model: PreTrainedModel, heads: list[str]) -> None:
-    """Put the adapter's layers and weights into `model`, in place.
-
-    Raises:
-        InputError: a tensor of the file has no place in the model, or a place none in the file.
-    """
-    targets = settings["target_modules"]
-    # PEFT lists every name that a classifier's head can have.
-    absent = {"classifier", "score"} - set(dict(model.named_modules())) if heads else set()
-    config = LoraConfig(
-        rank=settings["r"], alpha=settings["lora_alpha"], bias=Bias(settings.get("bias", "none")),
-        targets=[targets] if isinstance(targets, str) else targets,
-        exclude=settings.get("exclude_modules") or [],
-        modules_to_save=[m for m in settings.get("modules_to_save") or [] if m not in heads and m not in absent],
-    )  # fmt: skip
-    add_lora(config, model, heads, seed=0)
-    places = dict(model.named_parameters(remove_duplicate=False))
-    weights = load_file(directory / ADAPTER_WEIGHTS)
-    names = {written: _name_here(written) for written in weights}
-    for written, name in names.items():
-        place, tensor = places.get(name), weights[written]
-        if place is None or place.shape != tensor.shape:
-            found = "no such parameter" if place is None else f"shape {list(place.shape)} there"
-            rule = f"its {written} {list(tensor.shape)} does not fit the model: {found}"
-            raise InputError(f"model.path={directory}", rule, "Check that base_model_name_or_path is its base")
-        with torch.no_grad():
-            place.copy_(tensor)
-    filled = {id(places[name]) for name in names.values()}  # a tied matrix has two names
-    left = sorted(n for n, p in places.items() if p.requires_grad and id(p) not in filled)
-    if left:
-        rule = f"{len(left)} of its parameters are missing from the file: {', '.join(left[:3])}"
-        raise InputError(f"model.path={directory}", rule, "Give a whole adapter")
-
-
-def _name_here(written: str) -> str:
-    """PEFT keeps `lora_A` in a linear layer of its own; ours is a parameter."""
-    name = written.removeprefix(PREFIX)
-    return name.removesuffix(".weight") if ".lora_" in name else name
 
 
 def whole(tensor: Tensor) -> Tensor:

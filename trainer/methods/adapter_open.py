@@ -1,0 +1,113 @@
+"""Open a LoRA adapter in PEFT's layout to read it: PEFT itself puts it on its base, so that it computes what it does there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from tritune.trainer.errors import InputError, reason
+from tritune.trainer.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+PREFIX = "base_model.model."
+# Settings that say nothing of what an adapter computes once its weights are there.
+_SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+           "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "init_lora_weights"}  # fmt: skip
+# Those with which a test compares what is opened here with PEFT's own. Whatever else is set might need more than layers
+# (prompts, a router, other inputs), and is refused by its name: those of PEFT's later versions, too.
+_COMPARED = {"r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "lora_bias", "use_rslora",
+             "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+             "trainable_token_indices", "ensure_weight_tying"}  # fmt: skip
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Return the adapter's settings; `task_type`, `base_model_name_or_path` and `revision` are there, perhaps None.
+
+    Raises:
+        InputError: the file does not read, or the adapter is none that is opened here.
+    """
+    value, file = f"model.path={directory}", directory / ADAPTER_CONFIG
+    remedy = "Save it again with PEFT"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(value, f"its {ADAPTER_CONFIG} does not read ({reason(error)})", remedy) from None
+    if not isinstance(settings, dict):
+        raise InputError(value, f"its {ADAPTER_CONFIG} holds a {type(settings).__name__} and no settings", remedy)
+    settings = {"task_type": None, "base_model_name_or_path": None, "revision": None, **settings}
+    for name in ("task_type", "base_model_name_or_path", "revision"):
+        if not isinstance(settings[name], str | None):
+            raise InputError(value, f"its {ADAPTER_CONFIG} has {name}={settings[name]!r}, which is no text", remedy)
+    foreign = sorted(n for n, v in settings.items() if v and n not in _SILENT | _COMPARED)
+    start = settings.get("init_lora_weights")
+    if start not in (True, False, None, "gaussian"):  # pissa and its like change the base
+        foreign.append(f"init_lora_weights={start}")
+    if settings.get("peft_type") != "LORA" or foreign:
+        rule = f"it is a {settings.get('peft_type')} adapter" + (f" with {', '.join(foreign)}" if foreign else "")
+        raise InputError(value, rule, "LoRA without these is read here. Merge it with PEFT, and give the merged model")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise InputError(value, f"it has no {ADAPTER_WEIGHTS}, and other formats can run code", remedy)
+    return settings
+
+
+def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
+    """Return `model` with the adapter's layers in it, as PEFT loads them.
+
+    Args:
+        directory: as `read_settings` accepts it.
+        model: the base; it is changed.
+        num_tokens: of the tokenizer. Where the adapter holds embeddings of more rows than the base, or of fewer, and at least
+            of so many, the base is resized to them, as it was when the adapter was trained.
+
+    Raises:
+        InputError: the adapter does not fit its base, or a tensor of its file would be left out, or is not there.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    value, remedy = (
+        f"model.path={directory}",
+        "Check that base_model_name_or_path is its base, and that the file is whole",
+    )
+    try:
+        weights = load_file(directory / ADAPTER_WEIGHTS)
+    except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
+        raise InputError(value, f"its {ADAPTER_WEIGHTS} does not read ({reason(error)})", remedy) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on ties and resizing; what was loaded is compared below
+            _resize_to(model, weights, num_tokens)
+            opened = PeftModel.from_pretrained(model, str(directory), torch_device="cpu")
+            needed = get_peft_model_state_dict(opened, save_embedding_layers=False)
+            placed = get_peft_model_state_dict(
+                opened, save_embedding_layers=True
+            )  # also those of a base that was resized
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except KeyError as error:
+        raise InputError(value, f"{error} is missing from its file", "Give a whole adapter") from None
+    except Exception as error:  # noqa: BLE001  each fault of the settings or the file in another library's words
+        raise InputError(value, f"it does not fit its base, {reason(error)}", remedy) from None
+    missing = sorted(set(needed) - set(weights))
+    if missing:
+        rule = f"{len(missing)} of its parameters are missing from the file: {', '.join(missing[:3])}"
+        raise InputError(value, rule, "Give a whole adapter")
+    for name, tensor in weights.items():
+        if name not in placed or not torch.equal(placed[name], tensor.to(placed[name].dtype)):
+            rule = f"its {name} {list(tensor.shape)} has no place in the model, and would be left out"
+            raise InputError(value, rule, remedy)
+    whole: Any = opened.get_base_model()
+    return whole
+
+
+def _resize_to(model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int) -> None:
+    """Give the base as many embeddings as the adapter's file holds."""
+    table: Any = model.get_input_embeddings()
+    name = next(n for n, m in model.named_modules() if m is table)
+    held = weights.get(f"{PREFIX}{name}.weight", weights.get(f"{PREFIX}{name}.base_layer.weight"))
+    if held is not None and num_tokens <= len(held) != len(table.weight):
+        model.resize_token_embeddings(len(held), mean_resizing=False)
