@@ -267,6 +267,10 @@ def _resume_or_start(run: Run) -> None:
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             run.state.load_json(saved["train"])
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
+    with run.world.together("reading the first rows"):
+        fault = run.loader.fault()
+        if fault is not None:
+            raise fault
     with run.world.together("writing the run directory"):
         if run.world.rank == 0:
             run.directory.cut_logs(run.state.step, run.state.evaluated)

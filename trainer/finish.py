@@ -118,7 +118,8 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
     split = next((n for n in ("test", "validation") if n in run.splits), None)
     if split is None or not run.config.evaluation.samples:
         return []
-    samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
+    with run.world.together("choosing rows to answer"):
+        samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
     was_training = run.model.training
     run.model.eval()
     said = _answers(run, split, samples)
