@@ -16,7 +16,7 @@ from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Dtype, Form, Packing, Resume
@@ -25,10 +25,11 @@ from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError, StopRequested
+from tritune.trainer.errors import CheckpointError, InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
+from tritune.trainer.identity import require_same_run
 from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
@@ -259,13 +260,17 @@ def _forward_and_backward(run: Run, last: bool) -> None:
 def _resume_or_start(run: Run) -> None:
     found = run.store.newest()
     if found is not None:
-        saved = run.store.load(found, run.backend.tensors())
-        run.backend.refresh()
         with run.world.together("checking what was saved"):
-            if saved["data"] != run.loader.digest:
+            saved = read_state(found[0])
+            require_same_run(saved.get("run"), run.config, found[0])
+            if saved.get("data") != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
-            run.state.load_json(saved["train"])
+            run.state.load_json(saved.get("train"))
+            if run.state.step != found[1]["step"]:
+                raise CheckpointError(f"{found[0]}: its state is of step {run.state.step:,}")
+        run.store.load(found, run.backend.tensors())
+        run.backend.refresh()
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
     with run.world.together("reading the first rows"):
         fault = run.loader.fault()

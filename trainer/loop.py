@@ -18,6 +18,7 @@ from tritune.trainer.distributed import World, generator_digest, seed_forward
 from tritune.trainer.errors import NonFiniteError, StopRequested
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
+from tritune.trainer.identity import run_identity
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.objectives import Objective, means_by_source, window_weight
@@ -218,7 +219,7 @@ def save(run: Run) -> None:
     run.pulse.phase("save")
     with run.world.together("writing the logs"):
         run.directory.sync_logs()
-    saved = {"train": run.state.to_json(), "data": run.loader.digest}
+    saved = {"train": run.state.to_json(), "data": run.loader.digest, "run": run_identity(run.config)}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)
     run.directory.save_seconds = run.store.seconds
     warn_of_slow_save(run)

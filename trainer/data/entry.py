@@ -20,7 +20,16 @@ from tritune.trainer.regular import open_regular, read_regular
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 28  # it lists the files that a source was read from; a longer one was written by nobody here
 # What JSON and lists raise that are not what they should be, and Arrow of a file that somebody made.
-MISREAD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, pa.ArrowException)
+MISREAD = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+    pa.ArrowException,
+)
 
 
 @dataclass(frozen=True)

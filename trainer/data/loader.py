@@ -194,7 +194,9 @@ class TrainLoader:
         self.order, self.state, self.dealer = order, state, dealer
         self.digest, self.steps_per_epoch = order.examples.digest, self.steps_in(0)
         self.total_steps = self._end(epochs, max_steps)
-        self._ahead: tuple[int, list[Batch]] | None = None  # the step that was looked at before it came, its micro-batches
+        self._ahead: tuple[int, list[Batch]] | None = (
+            None  # the step that was looked at before it came, its micro-batches
+        )
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch; packs fill differently in each."""
@@ -231,7 +233,9 @@ class TrainLoader:
         try:
             if self.state.step < self.total_steps:
                 self._window()
-        except DamagedRows as error:  # returned, and raised once all ranks know: alone, this one would leave them waiting
+        except (
+            DamagedRows
+        ) as error:  # returned, and raised once all ranks know: alone, this one would leave them waiting
             return error
         return None
 

@@ -1,7 +1,7 @@
 """Seals: what the file of a table held when it was written, so that no byte of it is used that changed since.
 
-The values of the tokens are nearly all of a file. They have a SHA-256 for each block of 64 KiB, and a block is looked at when one of
-its tokens is first read. All else (structure, lengths, spans, labels, digests, places) has one SHA-256, which is compared
+The values of the tokens are nearly all of a file. They have a SHA-256 for each block of 64 KiB, and a block is looked at when
+one of its tokens is first read. All else (structure, lengths, spans, labels, digests, places) has one SHA-256, which is compared
 before Arrow reads the file: Arrow trusts what it maps.
 
 SHA-256, because it is what the rest of the project uses, and the fastest of hashlib where the processor has instructions for
@@ -95,7 +95,9 @@ class Guard:
         digests: of the blocks that these ranges are cut into, in order.
     """
 
-    def __init__(self, data: np.ndarray, ranges: np.ndarray, digests: np.ndarray, damaged: Callable[[], NoReturn]) -> None:
+    def __init__(
+        self, data: np.ndarray, ranges: np.ndarray, digests: np.ndarray, damaged: Callable[[], NoReturn]
+    ) -> None:
         self._data, self._digests, self._damaged = data, digests, damaged
         self._address = data.__array_interface__["data"][0]
         self._blocks = _blocks(ranges)
