@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import CheckpointError
+from tritune.trainer.errors import CheckpointError, InputError
 from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
@@ -18,6 +19,7 @@ from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.open import source_of
 from tritune.trainer.rundir import export_path, now
+from tritune.trainer.runfiles import read_json
 from tritune.trainer.tracking import under
 
 Scores = dict[str, dict[str, float]]
@@ -25,7 +27,10 @@ Scores = dict[str, dict[str, float]]
 
 def score_base(run: Run) -> Scores:
     """Score the untouched model on the held-out splits, once; a run that goes on reads what it wrote at its start."""
-    kept = run.directory.read_json("base.json") if run.world.rank == 0 else None
+    kept = None
+    with run.world.together("reading base.json"):
+        if run.world.rank == 0:
+            kept = _kept_base(run.directory.path / "base.json")
     kept = run.world.gather(kept)[0]
     if kept is not None:
         return kept
@@ -37,6 +42,15 @@ def score_base(run: Run) -> Scores:
             run.directory.write_json("samples.json", samples)
             run.directory.write_json("base.json", base)
     return base
+
+
+def _kept_base(path: Path) -> Scores | None:
+    remedy = "Move it away: without it the result has no figures of the base model"
+    kept = read_json(path, dict, remedy)
+    for figures in (kept or {}).values():
+        if not isinstance(figures, dict) or not all(type(v) in (int, float, type(None)) for v in figures.values()):
+            raise InputError(str(path), "the file is spoilt (it holds no figures)", remedy)
+    return kept
 
 
 def finish(run: Run, base: Scores) -> None:
@@ -124,14 +138,25 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
     run.model.eval()
     said = _answers(run, split, samples)
     run.model.train(was_training)
-    kept = (run.directory.read_json("samples.json") if run.world.rank == 0 else None) or []
-    before = {(row["split"], row["place"]): row for row in kept}
+    before = _kept_answers(run)
     rows = []
     for sample, text in zip(samples, said, strict=True):
         old = before.get((split, sample.place), {})
         row = {"split": split, "place": sample.place, "prompt": sample.prompt, "reference": sample.reference}
         rows.append({**row, "base": old.get("base"), "tuned": None, who: text})
     return rows
+
+
+def _kept_answers(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was answered before, by split and place. Training is over: a spoilt file costs no more than what it held."""
+    if run.world.rank != 0:
+        return {}
+    try:
+        kept = read_json(run.directory.path / "samples.json", list, "") or []
+        return {(row["split"], row["place"]): row for row in kept}
+    except (InputError, LookupError, TypeError):
+        run.progress.say("samples   samples.json is spoilt: what the base model answered is left out")
+        return {}
 
 
 def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:

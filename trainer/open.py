@@ -32,6 +32,7 @@ from tritune.trainer.model import (
     widen_masters,
 )
 from tritune.trainer.piece import piece_of
+from tritune.trainer.runfiles import read_json
 from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.state import TrainState
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
@@ -124,8 +125,8 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     step, saved = _choose_step(config, store), saved_steps(run / "checkpoints")
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
-    report = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else {}
-    opened = _assemble(config, list(report.get("labels", [])), str(run), trained=True)
+    report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
+    opened = _assemble(config, [str(label) for label in report.get("labels") or []], str(run), trained=True)
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
     if found is None:
