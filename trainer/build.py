@@ -20,6 +20,7 @@ from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Dtype, Form, Packing, Resume
+from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
@@ -269,6 +270,11 @@ def _resume_or_start(run: Run) -> None:
             run.state.load_json(saved.get("train"))
             if run.state.step != found[1]["step"]:
                 raise CheckpointError(f"{found[0]}: its state is of step {run.state.step:,}")
+            streams = len(training_sources(run.config.data)) if run.config.data.streaming else 0
+            if len(run.state.sources) != streams:
+                raise CheckpointError(
+                    f"{found[0]}: it has read {len(run.state.sources)} streams, and the run has {streams}"
+                )
         run.store.load(found, run.backend.tensors())
         run.backend.refresh()
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")

@@ -155,6 +155,26 @@ def test_a_state_that_no_run_comes_to(name, value):
     assert state == kept, "nothing was taken over"
 
 
+@pytest.mark.parametrize(
+    "text", ["null", "[]", '"x"', "{", "[" * 100_000, "NaN", '{"a": NaN}', '{"a": 1, "a": 1}', "\xff"]
+)
+def test_a_state_that_is_no_object(checkpoint, text):
+    (checkpoint / STATE).write_bytes(text.encode("latin1"))
+    reseal(checkpoint)
+    store = CheckpointStore(checkpoint.parent, 1, World(0, 1, torch.device("cpu")), print)
+    with pytest.raises(CheckpointError, match=r"state\.json: it "):
+        store.at(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_values_that_no_training_leaves(tmp_path, value):
+    world, name = World(0, 1, torch.device("cpu")), "optim.w.exp_avg_sq"
+    store, moments = CheckpointStore(tmp_path, 1, world, print), torch.tensor([1.0, value, 0.0])
+    store.save(1, {name: piece_of(moments)}, {"step": 1}, None)
+    with pytest.raises(CheckpointError, match=f"{STEP}: {name} "):
+        store.load(store.newest(), {name: piece_of(torch.zeros(3))})
+
+
 def test_one_that_is_named_after_another_step_is_passed_over(again, unbroken):
     directory, start = again
     (directory / "checkpoints" / LAST).rename(directory / "checkpoints" / "step-00000008")

@@ -1,4 +1,4 @@
-"""A run directory whose files were spoilt before a resume: each is named, or written anew; nothing hangs, nothing is a traceback."""
+"""A run directory whose files were spoilt before a resume: each is named, or written anew; nothing hangs, there is no traceback."""
 
 from __future__ import annotations
 

@@ -189,4 +189,5 @@ def _verified(path: Path) -> dict[str, Any]:
     manifest = verify(path, [STATE])
     if step_name(manifest["step"]) != path.name:
         raise CheckpointError(f"{path}: it is named so, and holds step {manifest['step']:,}")
+    read_state(path)
     return manifest
