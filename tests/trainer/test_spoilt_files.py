@@ -1,4 +1,4 @@
-"""A run directory whose files were spoilt before a resume: each is named, or written anew; nothing hangs, there is no traceback."""
+"""A run directory whose files were spoilt before a resume: each is named, or written anew; nothing hangs or is a traceback."""
 
 from __future__ import annotations
 

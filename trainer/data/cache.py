@@ -191,7 +191,7 @@ def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None
     facts = path.stat()
     name = key_of([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
     note = root / "files" / name
-    if (known := _noted(note)) is not None:
+    if (known := recall(note)) is not None:
         return known
     hashed = hashlib.sha256()
     try:
@@ -204,21 +204,21 @@ def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None
     digest = hashed.hexdigest()
     if time.time() - facts.st_ctime < SETTLED_SECONDS:  # clocks of file systems tick slowly: it could change unseen
         return digest
-    remember(root, note, f"{digest} {_vouched(name, digest)}")
+    remember(root, note, digest)
     return digest
 
 
-def _noted(note: Path) -> str | None:
-    """The hash that a note remembers; None where there is none, or it changed since."""
+def recall(note: Path) -> str | None:
+    """What `remember` wrote; None where there is nothing, or it changed since."""
     try:
-        digest, _, vouched = read_regular(note, NOTE_BYTES).decode().partition(" ")
+        text, _, vouched = read_regular(note, NOTE_BYTES).decode().rpartition(" ")
     except (OSError, ValueError):
         return None
-    return digest if vouched == _vouched(note.name, digest) else None
+    return text if vouched == _vouched(note.name, text) else None
 
 
-def _vouched(name: str, digest: str) -> str:
-    return hashlib.sha256(f"{name} {digest}".encode()).hexdigest()[:16]
+def _vouched(name: str, text: str) -> str:
+    return hashlib.sha256(f"{name} {text}".encode()).hexdigest()[:16]
 
 
 def remember(root: Path, note: Path, text: str) -> None:
@@ -230,7 +230,7 @@ def remember(root: Path, note: Path, text: str) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
+        part.write_text(f"{text} {_vouched(note.name, text)}")
         part.replace(note)
     except OSError as error:
         raise _unwritable(root, error) from None

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind
 from tritune.trainer.config_data import DataConfig, training_sources
-from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, remember
+from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
 from tritune.trainer.data.entry import Entry
@@ -249,13 +249,13 @@ def _last_version(path: str, root: Path, watch: Watch) -> str:
     try:
         version = hub_version(path)
     except UnreachableError as error:
-        if not note.is_file():
+        if (known := recall(note)) is None:
             raise
-        version = note.read_text()
+        version = known
         watch.say(f"data      {path}: {error.rule}; taking its version {version[:12]}, the last that was seen here")
         return version
     local = Path(hub_name(path)[0]).exists()  # one that is gone is no hub that is down
-    if not local and (not note.is_file() or note.read_text() != version):
+    if not local and recall(note) != version:
         remember(root, note, version)
     return version
 
