@@ -284,7 +284,7 @@ def _resume_or_start(run: Run) -> None:
             raise fault
     with run.world.together("writing the run directory"):
         if run.world.rank == 0:
-            for line in run.directory.cut_logs(run.state.step, run.state.evaluated):
+            for line in run.directory.cut_logs(run.state.step, run.state.evaluated, run.config.train.log_every):
                 run.progress.say(line)
             if found is None:
                 for name in ("base.json", "samples.json"):

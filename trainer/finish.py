@@ -33,6 +33,11 @@ def score_base(run: Run) -> Scores:
             kept = _kept_base(run.directory.path / "base.json")
     kept = run.world.gather(kept)[0]
     if kept is not None:
+        absent = [n for n in run.config.evaluation.splits if n in run.splits and n not in kept]
+        if absent and run.config.evaluation.base:
+            run.progress.say(
+                f"evaluate  base.json has no figures of {', '.join(absent)}: the result has none of the base model"
+            )
         return kept
     if not run.config.evaluation.base or run.state.step > 0:
         return {}

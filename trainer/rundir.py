@@ -186,16 +186,21 @@ class RunDir:
         for log in self._logs.values():
             os.fsync(log.fileno())
 
-    def cut_logs(self, step: int, evaluated: int) -> list[str]:
+    def cut_logs(self, step: int, evaluated: int, log_every: int) -> list[str]:
         """Keep rows up to `step`, evaluations up to `evaluated`: what a killed run logged after its checkpoint comes again.
 
-        Returns what is to be said: of lines that are no rows, which go too.
+        Returns what is to be said: of lines that are no rows, which go too, and of rows that should be there.
         """
         said = []
         for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", evaluated)):
             lines = read_lines(self.path / name)
+            kept = [line for line in lines if _step_of(line) <= last]
             if lines:
-                replace_file(self.path / name, "".join(line for line in lines if _step_of(line) <= last))
+                replace_file(self.path / name, "".join(kept))
+            due = last // log_every if name == "metrics.jsonl" else 0
+            if len(kept) < due:
+                said.append(f"resume    {self.path / name} has {len(kept):,} rows up to step {last:,}, where "
+                            f"train.log_every={log_every} makes {due:,}")  # fmt: skip
             spoilt = sum(line.endswith("\n") and _step_of(line) == float("inf") for line in lines)
             if spoilt:
                 said.append(

@@ -107,10 +107,18 @@ def test_what_a_start_writes_anew_may_be_spoilt(tritune, trained, tmp_path):
         (run / name).write_bytes(list(CONTENTS.values())[number % 5])
     log = run / "metrics.jsonl"
     log.write_bytes(log.read_bytes() + b"\x00\xff\n[1]\nnull\n{}\n")
+    (run / "base.json").write_text("{}")
     result = tritune(*overrides, f"run.dir={run}")
     assert result.code == 0, result.err
     assert "metrics.jsonl is spoilt: 4 of its lines are no rows" in result.err
     assert "samples.json is spoilt: what the base model answered is left out" in result.err
     assert [row["loss"] for row in harness.rows(run)] == [row["loss"] for row in harness.rows(source)]
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    assert json.loads((run / "summary.json").read_text())["eval"]["test"]["base"] is not None
+    assert json.loads((run / "summary.json").read_text())["eval"]["test"]["base"] is None
+    assert "base.json has no figures of test" in result.err
+    (last,) = saved_steps(run / "checkpoints")[-1:]
+    shutil.rmtree(last)
+    log.write_text("")  # nothing can bring its rows back
+    result = tritune(*overrides, f"run.dir={run}")
+    assert result.code == 0, result.err
+    assert "metrics.jsonl has 0 rows up to step 3, where train.log_every=1 makes 3" in result.err
