@@ -67,11 +67,13 @@ def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> f
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The attempts before; a row that was cut short is left out."""
+    """The attempts before; a row that was cut short, or is none, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"crashed", "saved"} <= row.keys():
+                rows.append(row)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from tritune.trainer.config_launch import SlurmConfig
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.redact import redact, redact_tree
 from tritune.trainer.rundir import LOCK, replace_file, run_path
+from tritune.trainer.runfiles import row_of
 
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 SCRIPT = "submit.sh"
@@ -173,8 +173,8 @@ def _require_model(config: Config) -> None:
 def _require_free(run: Path) -> None:
     """Refuse a run directory whose job is still waiting or running."""
     owner = run / LOCK
-    said = owner.read_text() if owner.is_file() else ""
-    job = json.loads(said).get("job") if said else None
+    said = owner.read_text(errors="replace") if owner.is_file() else ""
+    job = (row_of(f"{said}\n") or {}).get("job")
     if job is None:
         return
     found = subprocess.run(["squeue", "--noheader", f"--job={job}", "--format=%T"], capture_output=True, text=True)

@@ -16,6 +16,7 @@ from tritune.trainer.errors import (
     EXIT_INPUT,
     EXIT_STOPPED,
     INPUT_ERRORS,
+    DamagedRows,
     ExportError,
     PeerError,
     StopRequested,
@@ -139,7 +140,10 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             state, code = "done", EXIT_DONE
     except INPUT_ERRORS as error:
         progress.say(f"tritune: {error}")
-        code, culprit = EXIT_INPUT, str(error)
+        damaged = isinstance(error, DamagedRows)  # nobody's input: a launcher starts again, and then they are read anew
+        code, culprit = EXIT_FAILED if damaged else EXIT_INPUT, str(error)
+        if damaged:
+            note_error(rank, error)
         if world is None and not leader and int(os.environ.get("GROUP_RANK", "0")) > 0:
             note_error(rank, error)  # of another machine: the first knows nothing of it
         if not leader and (world is not None or os.environ.get("LOCAL_RANK") == "0"):

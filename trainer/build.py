@@ -15,23 +15,31 @@ from tritune.trainer.attention import choose_attention, require_documents_apart
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
-from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Dtype, Form, Packing
+from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError, StopRequested
+from tritune.trainer.errors import CheckpointError, InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.generation_config import model_stop_ids, set_generation
-from tritune.trainer.identity import check_resume, moved, record, require_same_base, require_same_splits
+from tritune.trainer.identity import (
+    check_resume,
+    moved,
+    record,
+    require_same_base,
+    require_same_run,
+    require_same_splits,
+)
 from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
@@ -259,20 +267,34 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
     rows = {name: examples.digest for name, examples in run.splits.items()} | {"train": run.loader.digest}
     found = run.store.newest()
     if found is not None:
-        saved = run.store.load(found, run.backend.tensors())
-        run.backend.refresh()
         with run.world.together("checking what was saved"):
-            if saved["data"] != run.loader.digest:
+            saved = read_state(found[0])
+            require_same_run(saved.get("run"), run.config, found[0])
+            if saved.get("data") != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 rule += moved(run.config, run.directory)
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             if run.world.rank == 0:
                 require_same_splits(rows, run.config, run.directory)
-            run.state.load_json(saved["train"])
+            run.state.load_json(saved.get("train"))
+            if run.state.step != found[1]["step"]:
+                raise CheckpointError(f"{found[0]}: its state is of step {run.state.step:,}")
+            streams = len(training_sources(run.config.data)) if run.config.data.streaming else 0
+            if len(run.state.sources) != streams:
+                raise CheckpointError(
+                    f"{found[0]}: it has read {len(run.state.sources)} streams, and the run has {streams}"
+                )
+        run.store.load(found, run.backend.tensors())
+        run.backend.refresh()
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
+    with run.world.together("reading the first rows"):
+        fault = run.loader.fault()
+        if fault is not None:
+            raise fault
     with run.world.together("writing the run directory"):
         if run.world.rank == 0:
-            run.directory.cut_logs(run.state.step, run.state.evaluated)
+            for line in run.directory.cut_logs(run.state.step, run.state.evaluated, run.config.train.log_every):
+                run.progress.say(line)
             if found is None:
                 for name in ("base.json", "samples.json"):
                     (run.directory.path / name).unlink(missing_ok=True)

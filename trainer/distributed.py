@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tritune.trainer.config_backends import BackendConfig, Device
-from tritune.trainer.errors import InputError, PeerError
+from tritune.trainer.errors import DamagedRows, InputError, PeerError
 
 MEET_SECONDS = 0.05  # between looks whether all ranks have come
 
@@ -104,7 +104,8 @@ class World:
 
 def _portable(error: Exception) -> str:
     """What the others are told; by `InputError` they know that the fault is the user's, and end with the same status."""
-    name = InputError.__name__ if isinstance(error, InputError) else type(error).__name__
+    users = isinstance(error, InputError) and not isinstance(error, DamagedRows)
+    name = InputError.__name__ if users else type(error).__name__
     return f"{name}: {error}"
 
 

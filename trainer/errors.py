@@ -33,6 +33,10 @@ class UnreachableError(InputError):
     """A hub dataset cannot be asked for now; what is known of it from before may do."""
 
 
+class DamagedRows(InputError):
+    """Tokenized rows changed on the disk after they were written. Exit status 1, no traceback: another start reads them anew."""
+
+
 class LostConnectionError(Exception):
     """A hub dataset ended early while it was read. Exit status 1: another start may find it whole."""
 

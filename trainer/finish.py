@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.open import source_of
 from tritune.trainer.rundir import export_path, now
+from tritune.trainer.runfiles import read_json
 from tritune.trainer.tracking import under
 
 Scores = dict[str, dict[str, float]]
@@ -26,9 +28,17 @@ Scores = dict[str, dict[str, float]]
 
 def score_base(run: Run) -> Scores:
     """Score the untouched model on the held-out splits, once; a run that goes on reads what it wrote at its start."""
-    kept = run.directory.read_json("base.json") if run.world.rank == 0 else None
+    kept = None
+    with run.world.together("reading base.json"):
+        if run.world.rank == 0:
+            kept = _kept_base(run.directory.path / "base.json")
     kept = run.world.gather(kept)[0]
     if kept is not None:
+        absent = [n for n in run.config.evaluation.splits if n in run.splits and n not in kept]
+        if absent and run.config.evaluation.base:
+            run.progress.say(
+                f"evaluate  base.json has no figures of {', '.join(absent)}: the result has none of the base model"
+            )
         return kept
     if not run.config.evaluation.base or run.state.step > 0:
         return {}
@@ -38,6 +48,15 @@ def score_base(run: Run) -> Scores:
             run.directory.write_json("samples.json", samples)
             run.directory.write_json("base.json", base)
     return base
+
+
+def _kept_base(path: Path) -> Scores | None:
+    remedy = "Move it away: without it the result has no figures of the base model"
+    kept = read_json(path, dict, remedy)
+    for figures in (kept or {}).values():
+        if not isinstance(figures, dict) or not all(type(v) in (int, float, type(None)) for v in figures.values()):
+            raise InputError(str(path), "the file is spoilt (it holds no figures)", remedy)
+    return kept
 
 
 def finish(run: Run, base: Scores) -> None:
@@ -140,19 +159,31 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
     split = next((n for n in ("test", "validation") if n in run.splits), None)
     if split is None or not run.config.evaluation.samples:
         return []
-    samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
+    with run.world.together("choosing rows to answer"):
+        samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
     was_training = run.model.training
     run.model.eval()
     said = _answers(run, split, samples)
     run.model.train(was_training)
-    kept = (run.directory.read_json("samples.json") if run.world.rank == 0 else None) or []
-    before = {(row["split"], row["place"]): row for row in kept}
+    before = _kept_answers(run)
     rows = []
     for sample, text in zip(samples, said, strict=True):
         old = before.get((split, sample.place), {})
         row = {"split": split, "place": sample.place, "prompt": sample.prompt, "reference": sample.reference}
         rows.append({**row, "base": old.get("base"), "tuned": None, who: text})
     return rows
+
+
+def _kept_answers(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was answered before, by split and place. Training is over: a spoilt file costs no more than what it held."""
+    if run.world.rank != 0:
+        return {}
+    try:
+        kept = read_json(run.directory.path / "samples.json", list, "") or []
+        return {(row["split"], row["place"]): row for row in kept}
+    except (InputError, LookupError, TypeError):
+        run.progress.say("samples   samples.json is spoilt: what the base model answered is left out")
+        return {}
 
 
 def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:

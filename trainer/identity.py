@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import yaml
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import IDENTITY, Config, LoraConfig
@@ -15,6 +15,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
+from tritune.trainer.runfiles import read_config
 
 CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows`, a digest of each split
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
@@ -110,11 +111,11 @@ def _record(directory: RunDir) -> dict[str, Any]:
 
 def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
     """Key, old and new value of what defines the run, where it differs from what the run was last started with."""
-    path = directory.path / "config.yaml"
-    if not path.is_file():
+    old = read_config(directory.path)
+    if old is None:
         return []
-    old, new = yaml.safe_load(path.read_text()), redact_tree(to_dict(config))  # as it was written
-    return [d for key in IDENTITY for d in _differences(_select(old, key), _select(new, key), key)]
+    before, now = _identity(old), _identity(redact_tree(to_dict(config)))  # as it was written
+    return [(k, before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
 
 
 def _is_move(key: str, old: Any, new: Any) -> bool:
@@ -128,13 +129,41 @@ def _said(changes: list[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
-def _select(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+def run_identity(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, of every key of `IDENTITY` but those that name a place; JSON values, without secrets."""
+    # Where something lies says nothing of what it is: that, the digests of `content.json` and of the rows say.
+    chosen = _identity(redact_tree(to_dict(config)))
+    return {k: v for k, v in chosen.items() if _PLACES.fullmatch(k) is None}
 
 
-def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted({*old, *new}) for d in _differences(old.get(k), new.get(k), f"{name}.{k}")]
-    return [] if old == new else [(name, old, new)]
+def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        saved: what `run_identity` gave when it was written.
+
+    Raises:
+        InputError: values differ; it names them.
+    """
+    now = run_identity(config)
+    before = saved if isinstance(saved, dict) else {}
+    changes = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changes:
+        rule = f"{checkpoint.name} is of a run with other values: {'; '.join(changes)[:1000]}"
+        remedy = f"Restore them to go on, move {checkpoint.name} away, or give another run.dir"
+        raise InputError(f"run.dir={checkpoint.parent.parent}", rule, remedy)
+
+
+def _identity(tree: Any) -> dict[str, Any]:
+    """Dotted key -> value of a configuration's keys that decide what the loss curve is."""
+    return {k: v for k, v in _flat(tree).items() if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}

@@ -18,6 +18,7 @@ from tritune.trainer.distributed import World, generator_digest, seed_forward
 from tritune.trainer.errors import NonFiniteError, StopRequested
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
+from tritune.trainer.identity import run_identity
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.objectives import Objective, means_by_source, window_weight
@@ -79,6 +80,7 @@ def fit(run: Run) -> str | None:
     Raises:
         NonFiniteError: too many steps in a row had no finite gradient.
         CheckpointError: a checkpoint could not be written.
+        DamagedRows: the rows of the next step changed on the disk.
     """
     config, state, backend, objective = run.config, run.state, run.backend, run.objective
     if "validation" in run.splits and run.due.evaluate(state.step) and state.evaluated < state.step:
@@ -109,7 +111,7 @@ def fit(run: Run) -> str | None:
         run.loader.advance()
         state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
         count_nonfinite(run, mean_loss, grad_norm, micro_batches)
-        stopping = run.stop.agreed(run.world)
+        stopping = run.stop.agreed(run.world, run.loader.fault())
 
         # -- log, evaluate, save when due
         if run.due.log(state.step):
@@ -201,7 +203,10 @@ def score(run: Run, objective: Objective, split: str) -> dict[str, float]:
 
     Raises:
         StopRequested: a stop was asked for meanwhile.
+        DamagedRows: the split's rows changed on the disk.
     """
+    with run.world.together(f"reading the rows of {split}"):
+        run.splits[split].require_whole()
     return evaluate(objective, run.model, run.splits[split], run.backend, run.config.evaluation.batch_size,
                     run.loader.dealer.pad_id, run.choices.get(split), lambda: run.stop.heed(run.world))  # fmt: skip
 
@@ -214,7 +219,7 @@ def save(run: Run) -> None:
     run.pulse.phase("save")
     with run.world.together("writing the logs"):
         run.directory.sync_logs()
-    saved = {"train": run.state.to_json(), "data": run.loader.digest}
+    saved = {"train": run.state.to_json(), "data": run.loader.digest, "run": run_identity(run.config)}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)
     run.directory.save_seconds = run.store.seconds
     warn_of_slow_save(run)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.checkpoint.store import CheckpointStore
+from tritune.trainer.checkpoint.names import newest_step, saved_steps
+from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
@@ -34,7 +34,9 @@ from tritune.trainer.model import (
 from tritune.trainer.model_files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.piece import piece_of
 from tritune.trainer.reached import find_unused
+from tritune.trainer.runfiles import read_json
 from tritune.trainer.scorer import TokenScorer
+from tritune.trainer.state import TrainState
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 
 _LABELS = "Give data.labels=[...] in the order of the outputs"
@@ -123,12 +125,12 @@ def _open_plain(config: Config) -> Opened:
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
-    step, saved = _choose_step(config, run), saved_steps(run / "checkpoints")
+    store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
+    step, saved = _choose_step(config, store), saved_steps(run / "checkpoints")
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
-    report = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else {}
-    opened = _assemble(config, list(report.get("labels", [])), str(run), trained=True)
-    store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
+    report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
+    opened = _assemble(config, [str(label) for label in report.get("labels") or []], str(run), trained=True)
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
     if found is None:
@@ -141,12 +143,16 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     return replace(opened, step=step, what=f"{run}, step {step}")
 
 
-def _choose_step(config: Config, run: Path) -> int | None:
+def _choose_step(config: Config, store: CheckpointStore) -> int | None:
     """`checkpoint.step`, or the best one where the run is to end with it; None for the newest."""
     if config.checkpoint.step is not None or not config.train.use_best:
         return config.checkpoint.step
-    saved = saved_steps(run / "checkpoints")
-    return json.loads((saved[-1] / "state.json").read_text())["train"]["best_step"] if saved else None
+    newest = store.at(newest_step(store.root))
+    if newest is None:
+        return None
+    state = TrainState()
+    state.load_json(read_state(newest[0]).get("train"))
+    return state.best_step
 
 
 def _find_adapter(model: ModelConfig) -> Path | None:

@@ -24,6 +24,7 @@ from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact, redact_tree
+from tritune.trainer.runfiles import read_json, read_lines, require_files, row_of
 
 LOCK = "lock.json"
 STATUS_SECONDS = 2.0
@@ -48,10 +49,11 @@ class RunDir:
         """Take the directory for this process; the operating system lets go of it when the process dies, however.
 
         Raises:
-            InputError: a live run has it.
+            InputError: a live run has it, or something in it that is no file has the name of one.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            require_files(self.path)
             lock = (self.path / LOCK).open("a+")
         except OSError as error:
             rule = f"the directory cannot be written ({error.strerror})"
@@ -59,7 +61,7 @@ class RunDir:
         job = os.environ.get("SLURM_JOB_ID")
         owner = self._take(lock)
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        said = json.loads(owner or "{}")
+        said = row_of(f"{owner}\n") or {}  # one that says nothing is another's
         if owner is not None and job is not None and said.get("job") == job and said.get("restart", 0) < restart:
             owner = self._inherit(lock)
         if owner is not None:
@@ -70,7 +72,15 @@ class RunDir:
         lock.write(json.dumps(owned))
         lock.flush()
         self._lock = lock
-        self.save_seconds = (self.read_json("status.json") or {}).get("save_seconds")
+        seconds = self._status().get("save_seconds")
+        self.save_seconds = seconds if isinstance(seconds, float | int) and not isinstance(seconds, bool) else None
+
+    def _status(self) -> dict[str, Any]:
+        """What the last start wrote down; nothing where that is spoilt, for this start writes it anew."""
+        try:
+            return read_json(self.path / "status.json", dict, "") or {}
+        except InputError:
+            return {}
 
     def _take(self, lock: IO[str]) -> str | None:
         """None once the lock is ours, or what its owner wrote."""
@@ -131,8 +141,8 @@ class RunDir:
 
     def write_refusal(self, culprit: str, exit_code: int) -> None:
         """Note a start that was refused, beside what the status says of the run that is here, if there is one."""
-        status = self.read_json("status.json")
-        if status is None:
+        status = self._status()
+        if not status:
             self.write_status("failed", 0, exit_code, culprit)
         else:
             refusal = {"exit_code": exit_code, "culprit": culprit, "time": now()}
@@ -153,10 +163,6 @@ class RunDir:
         if lines:
             replace_file(self.path / "rejects.jsonl", redact("".join(lines)))
 
-    def read_json(self, name: str) -> Any | None:
-        path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
-
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a row to a JSONL log; it is with the operating system when this returns."""
         if name not in self._logs:
@@ -169,13 +175,27 @@ class RunDir:
         for log in self._logs.values():
             os.fsync(log.fileno())
 
-    def cut_logs(self, step: int, evaluated: int) -> None:
-        """Keep rows up to `step`, evaluations up to `evaluated`: what a killed run logged after its checkpoint comes again."""
+    def cut_logs(self, step: int, evaluated: int, log_every: int) -> list[str]:
+        """Keep rows up to `step`, evaluations up to `evaluated`: what a killed run logged after its checkpoint comes again.
+
+        Returns what is to be said: of lines that are no rows, which go too, and of rows that should be there.
+        """
+        said = []
         for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", evaluated)):
-            path = self.path / name
-            if path.is_file():
-                lines = path.read_text().splitlines(True)
-                replace_file(path, "".join(line for line in lines if _step_of(line) <= last))
+            lines = read_lines(self.path / name)
+            kept = [line for line in lines if _step_of(line) <= last]
+            if lines:
+                replace_file(self.path / name, "".join(kept))
+            due = last // log_every if name == "metrics.jsonl" else 0
+            if len(kept) < due:
+                said.append(f"resume    {self.path / name} has {len(kept):,} rows up to step {last:,}, where "
+                            f"train.log_every={log_every} makes {due:,}")  # fmt: skip
+            spoilt = sum(line.endswith("\n") and _step_of(line) == float("inf") for line in lines)
+            if spoilt:
+                said.append(
+                    f"resume    {self.path / name} is spoilt: {spoilt:,} of its lines are no rows, and are left out"
+                )
+        return said
 
     def close(self) -> None:
         for log in self._logs.values():
@@ -213,11 +233,9 @@ def export_path(config: Config, run: Path) -> Path:
 
 
 def _step_of(line: str) -> float:
-    """The row's step; a line that a kill cut short is beyond every step."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, LookupError, TypeError):
-        return float("inf")
+    """The row's step; a line that is none, as one that a kill cut short, is beyond every step."""
+    step = (row_of(line) or {}).get("step")
+    return step if type(step) is int else float("inf")
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -63,11 +64,11 @@ class TrainState:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_json(self, values: dict[str, Any]) -> None:
+    def load_json(self, values: Any) -> None:
         """Take over what `to_json` gave.
 
         Raises:
-            CheckpointError: other fields, or values of other types: another version wrote it, or nobody did.
+            CheckpointError: other fields, values of other types, or such as no run has: another version wrote it, or nobody did.
         """
         kinds: dict[str, Any] = {
             "sources": list, "best": (float, int, type(None)), "best_step": (int, type(None)), "train_seconds": (float, int),
@@ -78,7 +79,28 @@ class TrainState:
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, kinds.get(name, int)):
                 raise CheckpointError(f"the saved state has {name}={value!r}")
+        for name, value in values.items():
+            if value is not None and not _possible(name, value, values):
+                raise CheckpointError(f"the saved state has {name}={value!r}")
+        for name, value in values.items():
             setattr(self, name, value)
+
+
+MOST = 1 << 62  # nothing that is counted comes near it
+PER_STEP = ("nonfinite", "skipped", "evaluated", "best_step", "stale")  # at most one comes with a step
+
+
+def _possible(name: str, value: Any, values: dict[str, Any]) -> bool:
+    """Whether a run can come to have a value, of the right type, beside the others."""
+    if name == "sources":
+        return all(
+            isinstance(at, list) and len(at) == 2 and all(type(n) is int and 0 <= n < MOST for n in at) for at in value
+        )
+    if name == "best":
+        return -math.inf < value < math.inf
+    if name in PER_STEP or (name in ("epoch", "window") and not values["sources"]):  # a stream's windows are no steps
+        return 0 <= value <= values["step"]
+    return 0 <= value < MOST
 
 
 @dataclass(frozen=True)

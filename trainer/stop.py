@@ -15,6 +15,7 @@ from tritune.trainer.rundir import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _BY_FILE = 1 << 16  # above every signal's number
+_BY_FAULT = 1 << 17  # what is wrong goes before what is asked for
 LOOK_SECONDS = 1.0  # between looks for the file within a rank's own work: a file system that all share is spared
 
 
@@ -46,11 +47,19 @@ class Stop:
         if leads and self._file.exists() and self._file.stat().st_mtime < started:
             self._file.unlink()
 
-    def agreed(self, world: World) -> str | None:
-        """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on."""
+    def agreed(self, world: World, fault: Exception | None = None) -> str | None:
+        """What any rank was stopped by, the same on all ranks: a signal's name, or `the file STOP`; None to go on.
+
+        Args:
+            fault: of this rank alone, which is to end all of them: raised here, and as `PeerError` on the others.
+        """
         if self._leads:
             self._look()
-        number = world.any(self._caught)
+        number = world.any(_BY_FAULT if fault is not None else self._caught)
+        if number == _BY_FAULT:
+            with world.together("reading the next rows"):
+                if fault is not None:
+                    raise fault
         return self.name(number) if number else None
 
     def heed(self, world: World) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.errors import (
     EXIT_DONE,
@@ -26,6 +25,7 @@ from tritune.trainer.errors import (
     LostConnectionError,
 )
 from tritune.trainer.redact import MARK, redact
+from tritune.trainer.runfiles import read_config, read_json
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -46,7 +46,7 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
 
     def call() -> None:
         run = _run_directory(overrides)
-        kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+        kept = read_config(run) if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
         _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
         config = load_config(overrides, config_dir, kept=kept, training=False)
@@ -150,7 +150,7 @@ def export(config: Config, run: Path | None) -> None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
     world = distributed.start(config.backend, config.train.deterministic)
     _require_its_base(config, run)
-    facts = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    facts = read_json(run / "summary.json", dict, "Move it away: the model's card is written without its figures") or {}
     write(source_of(config, run, world, facts), export_path(config, run), _say)
 
 

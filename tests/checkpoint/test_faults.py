@@ -9,57 +9,20 @@ import json
 import os
 import random
 import shutil
-import signal
 import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from safetensors.torch import load_file
-from tritune.trainer.checkpoint.manifest import MANIFEST, describe, verify
+from saved import BEFORE, LAST, STEPS, figures, list_in_manifest, require_same_run, shard
+from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import PARTIAL, STATE, CheckpointStore
 from tritune.trainer.checkpoint.tensors import save_tensors
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import EXIT_FAILED, EXIT_INPUT, CheckpointError
 from tritune.trainer.piece import piece_of
-from tritune.trainer.stop import SIGNALS
-
-STEPS = (2, 4, 6)
-LAST, BEFORE = "step-00000006", "step-00000004"
-FIGURES = ("step", "loss", "grad_norm", "lr", "tokens", "label_tokens", "epoch")  # all but speed and memory
-
-
-@pytest.fixture(scope="module")
-def unbroken(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
-    """Overrides without run.dir, and the directory of a run that nothing happened to; it is copied, never changed."""
-    from tritune.trainer.__main__ import main
-
-    overrides = [
-        "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", f"data.train={sft_file}",
-        "data.max_length=160", "train.batch_size=8", "train.max_steps=6", "backend.device=cpu",
-        "export.enabled=false",
-        "report.enabled=false", "checkpoint.every=2", "checkpoint.keep_last=3", "data.validation_share=0.1",
-        "evaluation.every=2",
-    ]  # fmt: skip
-    directory = tmp_path_factory.mktemp("unbroken") / "run"
-    kept = {n: signal.getsignal(n) for n in SIGNALS}
-    assert main([*overrides, f"run.dir={directory}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    names = {p.name for p in (directory / "checkpoints").iterdir()}
-    assert {f"step-{s:08d}" for s in STEPS} <= names
-    return overrides, directory
-
-
-@pytest.fixture
-def again(tritune, unbroken, tmp_path):
-    """A copy of the run to be damaged, and a function that gives its command again."""
-    overrides, directory = unbroken
-    shutil.copytree(directory, tmp_path / "run", symlinks=True)
-    return tmp_path / "run", lambda *more: tritune(*overrides, f"run.dir={tmp_path / 'run'}", *more)
 
 
 @pytest.fixture
@@ -69,47 +32,12 @@ def newest(unbroken, tmp_path) -> Path:
     return tmp_path / "checkpoints" / LAST
 
 
-def figures(directory: Path) -> list[list]:
-    """What training computed, as it was written: equal text is equal bits."""
-    return [[json.dumps(row[k]) for k in FIGURES] for row in harness.rows(directory)]
-
-
-def require_same_run(directory: Path, unbroken: Path) -> None:
-    assert [row["step"] for row in harness.rows(directory)] == list(range(1, 7))
-    assert figures(directory) == figures(unbroken)
-    assert harness.rows(directory, "evaluations.jsonl") == harness.rows(unbroken, "evaluations.jsonl")
-    assert json.loads((directory / "status.json").read_text())["state"] == "done"
-    ours, theirs = (json.loads((d / "summary.json").read_text())["eval"] for d in (directory, unbroken))
-    assert ours["validation"]["tuned"] == theirs["validation"]["tuned"]
-    # the weights, too, and the moments; not the files, whose headers safetensors writes in a random order
-    ours, theirs = (d / "checkpoints" / LAST for d in (directory, unbroken))
-    assert verify(ours)["tensors"] == verify(theirs)["tensors"]
-    ours, theirs = load_file(shard(ours)), load_file(shard(theirs))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if bits(ours[name]) != bits(theirs[name])] == []
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def shard(checkpoint: Path) -> Path:
-    return next(checkpoint.glob("*.safetensors"))
-
-
 def flip(path: Path, bit: int) -> None:
     with path.open("r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]
         file.seek(bit // 8)
         file.write(bytes([byte ^ (1 << bit % 8)]))
-
-
-def list_in_manifest(checkpoint: Path, name: str, file: Path) -> None:
-    """Make the manifest vouch for a file as it is now."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"][name] = describe(file)
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 # -- one file of the newest checkpoint is broken
@@ -325,9 +253,7 @@ def test_hostile_names_are_not_followed(newest, name):
     """The file that is named exists, and its size and hash are right."""
     secret = newest.parent.parent / "secret.txt"
     secret.write_text("not a part of the checkpoint")
-    manifest = json.loads((newest / MANIFEST).read_text())
-    manifest["files"][name] = describe(secret)
-    (newest / MANIFEST).write_text(json.dumps(manifest))
+    list_in_manifest(newest, name, secret)
     with pytest.raises(CheckpointError):
         verify(newest)
 
@@ -336,9 +262,7 @@ def test_a_hostile_name_is_passed_over_by_a_run(again, unbroken):
     directory, start = again
     secret = directory / "secret.txt"
     secret.write_text("not a part of the checkpoint")
-    manifest = json.loads((directory / "checkpoints" / LAST / MANIFEST).read_text())
-    manifest["files"]["../../secret.txt"] = describe(secret)
-    (directory / "checkpoints" / LAST / MANIFEST).write_text(json.dumps(manifest))
+    list_in_manifest(directory / "checkpoints" / LAST, "../../secret.txt", secret)
     result = start()
     assert result.code == 0, result.err
     assert f"{LAST} is broken and not used" in result.err

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tritune.trainer.config import Config
 from tritune.trainer.data import cache
-from tritune.trainer.data.cache import build_once, content_hash, read_entry
+from tritune.trainer.data.cache import build_once, content_hash
+from tritune.trainer.data.entry import read_entry
 from tritune.trainer.data.examples import Columns
+from tritune.trainer.data.seal import Damaged
 from tritune.trainer.data.tables import Divider, TableFiles
 from tritune.trainer.errors import InputError, StopRequested
 
@@ -32,8 +38,8 @@ def build_slowly(folder: Path, seconds: float, log: Path):
 
 
 def open_entry(root: Path, log: Path, seconds: float) -> None:
-    tables, manifest = build_once(root, "key", lambda folder: build_slowly(folder, seconds, log), lambda: None)
-    ok = tables["train"]["ids"].to_pylist() == [[1, 2, 3]] and manifest["tables"]["train"]["report"]["rows"] == 1
+    (entry,) = build_once(root, "key", lambda folder: build_slowly(folder, seconds, log), lambda: None).values()
+    ok = entry.table["ids"].to_pylist() == [[1, 2, 3]] and entry.report.rows == 1
     os._exit(0 if ok else 1)
 
 
@@ -66,7 +72,7 @@ def test_a_killed_builder_leaves_nothing_that_is_used(tmp_path):
     wait_for(log)
     waiting = start(root, log, 0.0)
     time.sleep(0.2)
-    assert read_entry(root, "key") is None
+    assert read_entry(root / "key", "key") is None
     assert waiting.is_alive(), "it waits for the lock"
     os.kill(victim.pid, signal.SIGKILL)
     victim.join(20)
@@ -76,24 +82,84 @@ def test_a_killed_builder_leaves_nothing_that_is_used(tmp_path):
     assert not list(root.glob("*.part-*")), "its folder is gone too"
 
 
-@pytest.mark.parametrize("damage", ["table", "manifest", "missing"])
-def test_a_damaged_entry_is_built_anew(tmp_path, damage):
-    root, log = tmp_path / "cache", tmp_path / "log"
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _reseal(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """A manifest of another hand, whose own hash is right."""
+
+    def forge(path: Path) -> None:
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"]
+        change(manifest)
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(manifest | {"sha256": digest}))
+
+    return forge
+
+
+TABLES, MANIFEST = ("train.arrow", "train.seal", "rejects.jsonl"), "manifest.json"
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    **{f"{how} {name}": (name, damage) for name in (*TABLES, MANIFEST) for how, damage in {
+        "missing": Path.unlink,
+        "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        "a FIFO": _fifo,
+        "a folder": _folder,
+        "endless": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    }.items()},
+    **{f"zeros in {name}": (name, lambda path: path.write_bytes(bytes(path.stat().st_size))) for name in TABLES[:2]},
+    **{f"a manifest of {text[:9]!r}": (MANIFEST, lambda path, text=text: path.write_bytes(text.encode("latin1"))) for text in
+       ("", "{}", "[]", "null", "[" * 100_000, "\xff\xfe", "1" * 5000, '{"sha256": 1}')},
+    **{f"forged {name}": (MANIFEST, _reseal(change)) for name, change in {
+        "key": lambda m: m.update(key="another"),
+        "tables": lambda m: m.update(tables=[]),
+        "name": lambda m: m["tables"].update({"../x": m["tables"]["train"]}),
+        "file": lambda m: m["files"].update({"../../log": "0" * 64}),
+        "size": lambda m: m["tables"]["train"]["file"].update(num_bytes="x"),
+        "ranges": lambda m: m["tables"]["train"]["file"].update(num_ranges=10**30),
+        "report": lambda m: m["tables"]["train"].update(report=None),
+        "count": lambda m: m["tables"]["train"]["report"].update(rows=True),
+        "field": lambda m: m["tables"]["train"]["report"].update(x=1),
+    }.items()},
+    "a file for the entry": (".", lambda path: (shutil.rmtree(path), path.write_text(""))),
+    "a dangling link for the entry": (".", lambda path: (shutil.rmtree(path), path.symlink_to("/nowhere"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_built_anew_and_that_is_said(tmp_path, damage):
+    root, log, said = tmp_path / "cache", tmp_path / "log", []
+    (name, spoil), folder = DAMAGES[damage], root / "key"
 
     def entry():
-        return build_once(root, "key", lambda folder: build_slowly(folder, 0.0, log), lambda: None)[0]
+        return build_once(root, "key", lambda folder: build_slowly(folder, 0.0, log), lambda: None, said.append)
 
     entry()
-    path = root / "key" / ("manifest.json" if damage == "manifest" else "train.arrow")
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-20])
-    assert read_entry(root, "key") is None
-    assert entry()["train"]["ids"].to_pylist() == [[1, 2, 3]]
+    spoil(folder / name)
+    with pytest.raises(Damaged):
+        read_entry(folder, "key")
+    assert entry()["train"].table["ids"].to_pylist() == [[1, 2, 3]]
     assert len(log.read_text().splitlines()) == 2
+    (line,) = said
+    assert str(folder) in line
+    assert "is damaged and not used" in line
     entry()
     assert len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["", '{"attempt": "a', "[]", "null", "{}", "[" * 100_000, "\xff", "{}{}"])
+def test_notes_of_refusals_that_say_nothing(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-1")
+    (tmp_path / "key.refused").write_bytes(text.encode("latin1"))
+    built = build_once(tmp_path, "key", lambda folder: build_slowly(folder, 0.0, tmp_path / "log"), lambda: None)
+    assert built["train"].report.rows == 1
 
 
 def test_a_refusal_is_told_to_those_that_wait(tmp_path, monkeypatch):
@@ -149,8 +215,15 @@ def test_hashes_are_remembered_once_a_file_has_settled(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)
     assert content_hash(path, root) == second
     (note,) = (root / "files").iterdir()
-    assert note.read_text() == second
-    note.write_text("0" * 64)
-    assert content_hash(path, root) == "0" * 64, "read from the note, not from the file"
+    kept = note.read_text()
+    assert kept.startswith(second)
+    monkeypatch.setattr(cache, "open_regular", lambda path: pytest.fail("the file is not read again"))
+    assert content_hash(path, root) == second
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)
+    for spoiled in (b"", b"0" * 64, b"\xff" * 64, kept.replace(second[:8], first[:8], 1).encode()):
+        note.write_bytes(spoiled)
+        assert content_hash(path, root) == second, spoiled
+        assert note.read_text() == kept
     path.write_text("three")
-    assert content_hash(path, root) != "0" * 64
+    assert content_hash(path, root) != second

@@ -13,7 +13,7 @@ def step_name(step: int) -> str:
 def saved_steps(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first; not those moved aside or half written."""
     found = root.glob("step-*") if root.is_dir() else []
-    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+    return sorted(p for p in found if re.fullmatch(r"step-[0-9]{8}", p.name) and p.is_dir())
 
 
 def newest_step(root: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.checkpoint.background import Background
+from tritune.trainer.checkpoint.coverage import strict_json
 from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
 from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
@@ -115,12 +116,16 @@ class CheckpointStore:
         return self.world.gather(answer)[0]
 
     def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Piece]) -> dict[str, Any]:
-        """Read tensors in place and return the JSON state."""
+        """Read tensors in place and return the JSON state.
+
+        Raises:
+            CheckpointError: they are not the run's, or the state does not read.
+        """
         self.wait()
         path, manifest = found
         with self.world.together(f"reading {path.name}"):
             load_tensors(path, tensors, manifest["tensors"], self.world)
-        return json.loads((path / STATE).read_text())
+            return read_state(path)
 
     def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint of a step, verified; None if there is none."""
@@ -129,19 +134,22 @@ class CheckpointStore:
         answer: tuple[Path, dict[str, Any]] | None = None
         with self.world.together(f"verifying {path.name}"):
             if self.world.rank == 0 and path.is_dir():
-                answer = path, verify(path, [STATE])
+                answer = path, _verified(path)
         return self.world.gather(answer)[0]
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         for leftover in self.root.glob(PARTIAL + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
         steps = saved_steps(self.root)
         for path in reversed(steps):
             try:
-                return path, verify(path, [STATE])
+                return path, _verified(path)
             except CheckpointError as error:
                 aside = next(
-                    p for i in range(1000) if not (p := path.with_name(f"{path.name}.broken{i or ''}")).exists()
+                    p for i in range(1000) if not os.path.lexists(p := path.with_name(f"{path.name}.broken{i or ''}"))
                 )
                 path.rename(aside)
                 self.say(f"checkpoint {path.name} is broken and not used: {error}. Moved to {aside.name}")
@@ -159,3 +167,27 @@ class CheckpointStore:
                 doomed = path.with_name(PARTIAL + path.name + "-old")
                 path.rename(doomed)  # a kill half way through must not leave half a checkpoint under its name
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint that was verified.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    try:
+        state = strict_json((path / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / STATE}: it does not read ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE}: it is no JSON object")
+    return state
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint, which is of the step that its directory is named after."""
+    manifest = verify(path, [STATE])
+    if step_name(manifest["step"]) != path.name:
+        raise CheckpointError(f"{path}: it is named so, and holds step {manifest['step']:,}")
+    read_state(path)
+    return manifest

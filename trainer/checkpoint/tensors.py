@@ -91,7 +91,8 @@ def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str,
         expected: the manifest's tensors, name -> shape and dtype.
 
     Raises:
-        CheckpointError: names, shapes or dtypes are not the run's. DCP would ignore extra names and cast dtypes.
+        CheckpointError: names, shapes or dtypes are not the run's, or values such as no run has. DCP would ignore extra names
+            and cast dtypes.
     """
     missing, extra = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
     if missing or extra:
@@ -114,6 +115,19 @@ def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str,
             no_dist=alone,
             process_group=world.group,
         )
+
+    for name, piece in tensors.items():
+        _require_possible(directory, name, piece.values)
+
+
+def _require_possible(directory: Path, name: str, values: Tensor) -> None:
+    """A step whose gradients are not finite is not applied, so that weights and moments stay numbers, and squares positive."""
+    if not values.is_floating_point():
+        return
+    if not values.isfinite().all():
+        raise CheckpointError(f"{directory}: {name} has values that are not finite")
+    if name.endswith("exp_avg_sq") and (values < 0).any():
+        raise CheckpointError(f"{directory}: {name} is a mean of squares, and has values below 0")
 
 
 def _file(number: int) -> str:

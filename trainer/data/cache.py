@@ -1,6 +1,7 @@
 """Tokenized rows on disk: built once on a host, found again by what they were made of, never used half built.
 
-<root>/<key>/        a finished entry: `<split>.arrow` for each split, and `manifest.json`, written last
+<root>/<key>/        a finished entry: `<split>.arrow` for each split with its hashes in `<split>.seal`, `rejects.jsonl`, and
+                     `manifest.json`, written last
 <root>/<key>.lock    held by the process that builds it; the others of the host wait, without a time limit
 <root>/<key>.part-*  being built; renamed when it is whole
 <root>/<key>.refused why a source was refused, or that a stop was asked for, for the ranks of the same start
@@ -22,12 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+from tritune.trainer.data.entry import Entry, read_entry, write_manifest
+from tritune.trainer.data.seal import Damaged
 from tritune.trainer.errors import InputError, StopRequested
+from tritune.trainer.regular import open_regular, read_regular
 
 HASH_BYTES = 1 << 26
-FORMAT = 3  # of the entries; a change of what rows become raises it
-MANIFEST = "manifest.json"
+FORMAT = 4  # of the entries; a change of what rows become raises it
+NOTE_BYTES = 1 << 20  # what this process reads of a note that another left
 SETTLED_SECONDS = 2.0  # how old a file's last change must be for its hash to be remembered
 WAIT_SECONDS = 0.1  # between looks at a lock that another process holds
 
@@ -46,40 +49,23 @@ def key_of(parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def read_entry(root: Path, key: str) -> tuple[dict[str, pa.Table], dict[str, Any]] | None:
-    """The tables of an entry, memory-mapped, and its manifest; None where there is no whole one."""
-    folder = root / key
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    tables = {}
-    for name, facts in manifest["tables"].items():
-        path = folder / f"{name}.arrow"
-        if not path.is_file() or path.stat().st_size != facts["num_bytes"]:
-            return None
-        try:
-            with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-                tables[name] = reader.read_all()
-        except pa.ArrowException:  # damaged: built anew
-            return None
-    return tables, manifest
-
-
 def build_once(
-    root: Path, key: str, build: Callable[[Path], dict[str, Any]], beat: Callable[[], None]
-) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """Return an entry, building it where it is missing; of several processes on a host one builds and the others wait.
+    root: Path, key: str, build: Callable[[Path], dict[str, Any]], beat: Callable[[], None],
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Entry]:  # fmt: skip
+    """Return an entry, building it where it is missing or not what was written; of several processes on a host one builds and
+    the others wait.
 
     Args:
-        build: writes `<split>.arrow` into the folder it is given and returns the manifest; each table with its size in bytes.
+        build: writes `<split>.arrow` into the folder it is given and returns the manifest's content, `tables` among it.
         beat: called again and again while waiting.
+        say: is told what is wrong with an entry that is built anew.
 
     Raises:
         InputError: the folder cannot be written; whatever `build` raises, in each process that waited for it.
         StopRequested: so raised `build` or `beat`; nothing is kept of what was half built.
     """
-    found = read_entry(root, key)
+    found = _find(root, key, say)
     if found is not None:
         return found
     try:
@@ -88,7 +74,7 @@ def build_once(
     except OSError as error:
         raise _unwritable(root, error) from None
     with lock, _locked(lock.fileno(), beat):
-        found = read_entry(root, key)
+        found = _find(root, key)
         if found is not None:
             return found
         _raise_refusal(root, key)
@@ -104,9 +90,18 @@ def build_once(
             if error.errno in (28, 122, 30, 13):  # full, over quota, read-only, forbidden
                 raise _unwritable(root, error) from None
             raise
-    found = read_entry(root, key)
+    found = _find(root, key)
     assert found is not None, "an entry was renamed into place just now"
     return found
+
+
+def _find(root: Path, key: str, say: Callable[[str], None] = lambda text: None) -> dict[str, Entry] | None:
+    """An entry; None where there is no whole one, of which `say` is told."""
+    try:
+        return read_entry(root / key, key)
+    except Damaged as error:
+        say(f"cache     {root / key} is damaged and not used: {error}. Its rows are read anew")
+        return None
 
 
 def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> None:
@@ -115,21 +110,25 @@ def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> Non
     part = root / f"{key}.part-{socket.gethostname()}-{os.getpid()}"
     part.mkdir()
     try:
-        manifest = build(part)
-        with (part / MANIFEST).open("w") as file:
-            file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(part, key, build(part))
         final = root / key
-        if final.exists() and read_entry(root, key) is None:  # damaged since
-            shutil.rmtree(final)
+        if os.path.lexists(final) and _find(root, key) is None:  # damaged since
+            _remove(final)
         try:
             part.rename(final)
         except OSError:
-            if read_entry(root, key) is None:  # else another host was first, on a file system that both see
+            if _find(root, key) is None:  # else another host was first, on a file system that both see
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Whatever stands there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
@@ -165,21 +164,23 @@ def _note(root: Path, key: str, why: dict[str, str]) -> None:
 
 
 def _raise_refusal(root: Path, key: str) -> None:
-    path = root / f"{key}.refused"
-    if _attempt() is None or not path.is_file():
+    if _attempt() is None:
         return
-    note = json.loads(path.read_text())
-    if note["attempt"] != _attempt():
-        return
+    try:
+        note = json.loads(read_regular(root / f"{key}.refused", NOTE_BYTES))
+        if note["attempt"] != _attempt():
+            return
+        refusal = InputError(str(note.get("value")), str(note.get("rule")), str(note.get("remedy")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # there is none, or one that says nothing: the source itself will show
     if "stop" in note:
-        raise StopRequested(note["stop"])
-    raise InputError(note["value"], note["rule"], note["remedy"])
+        raise StopRequested(str(note["stop"]))
+    raise refusal
 
 
 def _unwritable(root: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cache.dir={root}", f"tokenized rows cannot be kept there ({error.strerror})", "Give another cache.dir"
-    )
+    rule = f"tokenized rows cannot be kept there ({error.strerror or error})"
+    return InputError(f"cache.dir={root}", rule, "Give another cache.dir")
 
 
 def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None) -> str:
@@ -190,11 +191,11 @@ def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None
     facts = path.stat()
     name = key_of([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
     note = root / "files" / name
-    if note.is_file() and len(known := note.read_text()) == 64:
+    if (known := recall(note)) is not None:
         return known
     hashed = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(HASH_BYTES):
                 hashed.update(block)
                 beat()
@@ -207,6 +208,19 @@ def content_hash(path: Path, root: Path, beat: Callable[[], None] = lambda: None
     return digest
 
 
+def recall(note: Path) -> str | None:
+    """What `remember` wrote; None where there is nothing, or it changed since."""
+    try:
+        text, _, vouched = read_regular(note, NOTE_BYTES).decode().rpartition(" ")
+    except (OSError, ValueError):
+        return None
+    return text if vouched == _vouched(note.name, text) else None
+
+
+def _vouched(name: str, text: str) -> str:
+    return hashlib.sha256(f"{name} {text}".encode()).hexdigest()[:16]
+
+
 def remember(root: Path, note: Path, text: str) -> None:
     """Write a small file beside the entries, whole or not at all.
 
@@ -216,7 +230,7 @@ def remember(root: Path, note: Path, text: str) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
+        part.write_text(f"{text} {_vouched(note.name, text)}")
         part.replace(note)
     except OSError as error:
         raise _unwritable(root, error) from None

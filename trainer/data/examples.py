@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError
 
 NAMED = 3  # how many places a message lists
@@ -122,11 +123,13 @@ class Examples:
         tables: of `SCHEMA`, one a source, in order.
         labels: the label set, whose order numbers the classes.
         digests: of the tables, where they are known.
+        guards: of the tables that are mapped, and of which tokens may have changed on the disk: `ids` raises `DamagedRows` then.
     """
 
     def __init__(
         self, tables: Sequence[pa.Table], labels: Sequence[str] = (), digests: Sequence[str] | None = None,
         report: DataReport | None = None, sources: np.ndarray | None = None, numbers: np.ndarray | None = None,
+        guards: Sequence[Guard] = (),
     ) -> None:  # fmt: skip
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         self.report = report or describe(self.table)
@@ -144,17 +147,39 @@ class Examples:
         self.numbers = np.arange(len(self.lengths)) if numbers is None else numbers
         parts = digests if digests is not None else [table_digest(t) for t in tables]
         self.digest = parts[0] if len(parts) == 1 and not labels else _joined([*parts, *labels])
+        self.guards = guards
+        self._guards = [g for t, g in zip(tables, guards, strict=True) for _ in t["ids"].chunks] if guards else None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def ids(self, row: int) -> np.ndarray:
-        """The tokens of a row, int32 [n]; a view."""
-        return self._slice(self._ids, row)
+        """The tokens of a row, int32 [n]; a view.
+
+        Raises:
+            DamagedRows: they are not those that were written.
+        """
+        chunk, at = self._find(row)
+        values, offsets = self._ids[chunk]
+        found = values[offsets[at] : offsets[at + 1]]
+        if self._guards is not None:
+            self._guards[chunk].require(found)
+        return found
+
+    def require_whole(self) -> None:
+        """Look at every token that was not looked at yet.
+
+        Raises:
+            DamagedRows: they are not those that were written.
+        """
+        for guard in self.guards:
+            guard.require_all()
 
     def spans(self, row: int) -> np.ndarray:
         """[start, stop) of the positions whose tokens are predicted, int32 [k, 2]."""
-        return self._slice(self._trained, row).reshape(-1, 2)
+        chunk, at = self._find(row)
+        values, offsets = self._trained[chunk]
+        return values[offsets[at] : offsets[at + 1]].reshape(-1, 2)
 
     def trained(self, row: int) -> np.ndarray:
         """Positions whose tokens are predicted, int64 [m], ascending."""
@@ -180,11 +205,10 @@ class Examples:
         """Where the row stands: file:line."""
         return self.table["place"][int(row)].as_py()
 
-    def _slice(self, chunks: list[tuple[np.ndarray, np.ndarray]], row: int) -> np.ndarray:
+    def _find(self, row: int) -> tuple[int, int]:
+        """The chunk of a row, and its number in it."""
         chunk = int(np.searchsorted(self._first, row, side="right")) - 1
-        values, offsets = chunks[chunk]
-        at = int(row) - int(self._first[chunk])
-        return values[offsets[at] : offsets[at + 1]]
+        return chunk, int(row) - int(self._first[chunk])
 
 
 def require_known_labels(examples: Examples, labels: Sequence[str]) -> None:

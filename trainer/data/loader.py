@@ -19,6 +19,7 @@ import torch
 from tritune.trainer.batch import Batch, Packs
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.order import Order
+from tritune.trainer.errors import DamagedRows
 from tritune.trainer.state import TrainState
 
 
@@ -163,6 +164,10 @@ class Loader(Protocol):
         """The last window is done: move the state's cursor."""
         ...
 
+    def fault(self) -> DamagedRows | None:
+        """What is wrong with this rank's part of the next window, while the ranks can still agree to end on it."""
+        ...
+
     def longest(self) -> list[Batch]:
         """The most expensive micro-batch that can come, for a dry run: memory runs out now and not at step 200."""
         ...
@@ -189,6 +194,9 @@ class TrainLoader:
         self.order, self.state, self.dealer = order, state, dealer
         self.digest, self.steps_per_epoch = order.examples.digest, self.steps_in(0)
         self.total_steps = self._end(epochs, max_steps)
+        self._ahead: tuple[int, list[Batch]] | None = (
+            None  # the step that was looked at before it came, its micro-batches
+        )
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch; packs fill differently in each."""
@@ -207,14 +215,29 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while self.state.step < self.total_steps:
+            yield self._window()
+
+    def _window(self) -> list[Batch]:
+        if self._ahead is None or self._ahead[0] != self.state.step:
             rows, bounds = self.order.epoch(self.state.epoch)
             first = self.state.window * self.dealer.batch_size
             edges = bounds[first : first + self.dealer.batch_size + 1]
             packs = [rows[a:b] for a, b in itertools.pairwise(edges)]
-            yield self.dealer.window(self.order.examples, packs, self.state.step + 1)
+            self._ahead = self.state.step, self.dealer.window(self.order.examples, packs, self.state.step + 1)
+        return self._ahead[1]
 
     def advance(self) -> None:
         self.state.advance(self.steps_in(self.state.epoch))
+
+    def fault(self) -> DamagedRows | None:
+        try:
+            if self.state.step < self.total_steps:
+                self._window()
+        except (
+            DamagedRows
+        ) as error:  # returned, and raised once all ranks know: alone, this one would leave them waiting
+            return error
+        return None
 
     def longest(self) -> list[Batch]:
         if self.order.capacity is None:  # of all rows: a source of a mixture may leave some to later epochs

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
@@ -18,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind
 from tritune.trainer.config_data import DataConfig, training_sources
-from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, remember
+from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
+from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
@@ -118,15 +118,6 @@ def read_splits(
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One split of one source."""
-
-    table: pa.Table
-    digest: str
-    report: DataReport
-
-
-@dataclass(frozen=True)
 class Reader:
     """What the sources of one run have in common."""
 
@@ -175,10 +166,8 @@ class Reader:
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
 
-        tables, manifest = build_once(root, key_of(parts), build, self.watch.beat)
+        found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
-        facts = manifest["tables"]
-        found = {n: Entry(t, facts[n]["digest"], DataReport(**facts[n]["report"])) for n, t in tables.items()}
         if objective == "sft" and self.config.data.require_stop_token:
             require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
         return found
@@ -226,7 +215,8 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequen
 
 def _examples(entries: list[Entry], labels: list[str]) -> Examples:
     report = joined([e.report for e in entries])
-    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries], report)
+    guards = [e.guard for e in entries]
+    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries], report, guards=guards)
     require_known_labels(examples, labels)
     return examples
 
@@ -259,13 +249,13 @@ def _last_version(path: str, root: Path, watch: Watch) -> str:
     try:
         version = hub_version(path)
     except UnreachableError as error:
-        if not note.is_file():
+        if (known := recall(note)) is None:
             raise
-        version = note.read_text()
+        version = known
         watch.say(f"data      {path}: {error.rule}; taking its version {version[:12]}, the last that was seen here")
         return version
     local = Path(hub_name(path)[0]).exists()  # one that is gone is no hub that is down
-    if not local and (not note.is_file() or note.read_text() != version):
+    if not local and recall(note) != version:
         remember(root, note, version)
     return version
 

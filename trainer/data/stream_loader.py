@@ -82,6 +82,9 @@ class StreamLoader:
         self.state.step += 1
         self.state.window, self.state.sources, self.state.used, self.state.left_out = self._next
 
+    def fault(self) -> None:
+        """None: rows that were tokenized just now were never on a disk."""
+
     def close(self) -> None:
         self.stream.close()
 

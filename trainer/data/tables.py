@@ -220,7 +220,6 @@ class TableFiles:
     """The files of a cache entry while it is built: `<split>.arrow`, and `rejects.jsonl` with every row that was left out."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self._folder = folder
         self._files = {name: (folder / f"{name}.arrow").open("wb") for name in names}
         self._writers = {name: pa.ipc.new_file(file, SCHEMA) for name, file in self._files.items()}
         self._rejects = (folder / REJECTS).open("w", encoding="utf-8")
@@ -239,17 +238,10 @@ class TableFiles:
         self._rejects.write(json.dumps({"place": place, "fate": fate, "why": why}, ensure_ascii=False) + "\n")
 
     def finish(self, sinks: dict[str, Sink]) -> dict[str, Any]:
-        """Bring everything to disk; return each table's size, digest and report."""
+        """Bring everything to disk; return each table's digest and report."""
         for writer in self._writers.values():
             writer.close()
         for file in (*self._files.values(), self._rejects):
             file.flush()
             os.fsync(file.fileno())
-        return {
-            name: {
-                "num_bytes": (self._folder / f"{name}.arrow").stat().st_size,
-                "digest": sink.digest.hexdigest(),
-                "report": asdict(sink.report),
-            }
-            for name, sink in sinks.items()
-        }
+        return {n: {"digest": s.digest.hexdigest(), "report": asdict(s.report)} for n, s in sinks.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact_tree
+from tritune.trainer.runfiles import read_config, read_json, read_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def read_record(directory: Path) -> Record:
         raise InputError(f"run.dir={directory}", "it holds no run", "Give the directory of a run that has started")
     return Record(
         name=directory.resolve().name,
-        config=redact_tree(yaml.safe_load((directory / "config.yaml").read_text())),
+        config=redact_tree(read_config(directory)),
         environment=_json(directory, "environment.json", {}),
         data=_json(directory, "data.json", {}),
         audit=_json(directory / "audit", "audit.json", {}),
@@ -61,11 +60,18 @@ def read_record(directory: Path) -> Record:
 
 def _json(directory: Path, name: str, absent: Any) -> Any:
     path = directory / name
-    return redact_tree(json.loads(path.read_text())) if path.is_file() else absent
+    found = read_json(path, type(absent), "Move it away: the report is written without it")
+    return absent if found is None else redact_tree(found)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The log's rows; one that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    """The log's rows; one that a kill cut short is left out.
+
+    Raises:
+        InputError: lines before are none.
+    """
+    rows, spoilt = read_rows(path)
+    if spoilt:
+        rule = f"{spoilt:,} of its lines are no rows"
+        raise InputError(str(path), rule, "Start the run again, which leaves them out, or remove them by hand")
+    return rows

@@ -12,6 +12,7 @@ from tritune.trainer.config import TrackingConfig
 from tritune.trainer.errors import reason
 from tritune.trainer.redact import redact
 from tritune.trainer.rundir import replace_file
+from tritune.trainer.runfiles import read_json
 
 if TYPE_CHECKING:
     from tritune.trainer.tracking import Say
@@ -152,7 +153,7 @@ def _settings() -> Any:
 def _run_id(directory: Path) -> str:
     """The run's id at W&B, made once for a directory, so that a resumed run goes on under it."""
     path = directory / FILE
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json(path, dict, "Move it away: the run goes on as another one at W&B") or {}
     if "wandb_id" not in content:
         content["wandb_id"] = uuid.uuid4().hex[:12]
         replace_file(path, json.dumps(content) + "\n")

@@ -1,0 +1,62 @@
+"""A finished run and its checkpoints, to be damaged and compared; the run itself is a fixture of the tests of checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from safetensors.torch import load_file
+from tritune.trainer.checkpoint.manifest import MANIFEST, describe, verify
+
+STEPS = (2, 4, 6)
+LAST, BEFORE = "step-00000006", "step-00000004"
+FIGURES = ("step", "loss", "grad_norm", "lr", "tokens", "label_tokens", "epoch")  # all but speed and memory
+
+
+def figures(directory: Path) -> list[list]:
+    """What training computed, as it was written: equal text is equal bits."""
+    return [[json.dumps(row[k]) for k in FIGURES] for row in harness.rows(directory)]
+
+
+def require_same_run(directory: Path, unbroken: Path) -> None:
+    assert [row["step"] for row in harness.rows(directory)] == list(range(1, 7))
+    assert figures(directory) == figures(unbroken)
+    assert harness.rows(directory, "evaluations.jsonl") == harness.rows(unbroken, "evaluations.jsonl")
+    assert json.loads((directory / "status.json").read_text())["state"] == "done"
+    ours, theirs = (json.loads((d / "summary.json").read_text())["eval"] for d in (directory, unbroken))
+    assert ours["validation"]["tuned"] == theirs["validation"]["tuned"]
+    # the weights, too, and the moments; not the files, whose headers safetensors writes in a random order
+    ours, theirs = (d / "checkpoints" / LAST for d in (directory, unbroken))
+    assert verify(ours)["tensors"] == verify(theirs)["tensors"]
+    ours, theirs = load_file(shard(ours)), load_file(shard(theirs))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if bits(ours[name]) != bits(theirs[name])] == []
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def shard(checkpoint: Path) -> Path:
+    return next(checkpoint.glob("*.safetensors"))
+
+
+def list_in_manifest(checkpoint: Path, name: str, file: Path) -> None:
+    """Make the manifest vouch for a file as it is now."""
+    reseal(checkpoint, lambda manifest: manifest["files"].update({name: describe(file)}))
+
+
+def reseal(checkpoint: Path, change: Callable[[dict], object] = lambda manifest: None) -> None:
+    """A manifest of another hand: its own hash and those of the files that are there are right."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest["files"] = {
+        n: describe(checkpoint / n) if (checkpoint / n).is_file() else e for n, e in manifest["files"].items()
+    }
+    change(manifest)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"sha256": digest}))
