@@ -6,10 +6,12 @@ newest supported version, and finds uses that are not listed. For another versio
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 OLDEST, NEWEST = "2.11", "2.14"  # pyproject.toml says the same
 
@@ -44,6 +46,8 @@ _AGENT = "torchrun's own parts: its command would print tracebacks where the use
 
 USES: dict[str, tuple[Use, ...]] = {  # by our file
     "trainer/torch_api.py": (
+        Use("torch.utils.checkpoint.checkpoint", "function, use_reentrant=, respect_saved_tensors_hooks=",
+            "2.14 warns of a change to come where it is not said", "2.14"),
         Use("torch.nn.attention.varlen.varlen_attn", "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=, window_size=",
             _NEW),
         Use("torch.nn.attention.varlen.varlen_attn", "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=",
@@ -122,6 +126,7 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
         Use(f"{_DCP}.planner.LoadPlan", "items", _OWN),
         Use(f"{_DCP}.planner.SavePlan.storage_data", None, _OWN),
         Use(f"{_DCP}.planner_helpers.create_read_items_for_chunk_list", "fqn, checkpoint_md, local_chunks", _OWN),
+        Use(f"{_DCP}.SavePlanner", None, _TYPE),
         Use(f"{_DCP}.storage.WriteResult", None, _TYPE),
     ),
     "kernels/dropout.py": (
@@ -176,3 +181,12 @@ def varlen_attn(
         else:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return function(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **grouped)
+
+
+def bypassing_hooks() -> dict[str, bool]:
+    """What tells `checkpoint` that tensors which a selection keeps stay on their device, whatever offloads the others.
+
+    Every version does so; from 2.14 on it is to be said.
+    """
+    name = "respect_saved_tensors_hooks"
+    return {name: False} if name in inspect.signature(checkpoint).parameters else {}

@@ -110,9 +110,8 @@ class Wheel:
             made = self.member(module, node, "__init__") or self.member(module, node, "__new__")
             if made and isinstance(made[1], ast.FunctionDef):
                 return _parameters(made[1].args)[1:]
-            fields = [
-                s for _, c in reversed(self.classes(module, node)) for s in c.body if isinstance(s, ast.AnnAssign)
-            ]
+            made_of = [c for _, c in reversed(self.classes(module, node)) if _has_fields(c)]
+            fields = [s for c in made_of for s in c.body if isinstance(s, ast.AnnAssign)]
             found = {ast.unparse(s.target): s.value is not None for s in fields}
             return [name + "=" * default for name, default in found.items()]
         if not isinstance(node, ast.FunctionDef) or {"property", f"{node.name}.setter"} & {
@@ -137,6 +136,12 @@ def _defined(statement: ast.stmt) -> list[str]:
         return [statement.name]
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    """Whether the class's annotations are parameters."""
+    words = [ast.unparse(part) for part in (*node.decorator_list, *node.bases)]
+    return any("dataclass" in word or word.endswith("NamedTuple") for word in words)
 
 
 def _is_option(node: ast.AST, option: str) -> bool:
