@@ -13,10 +13,10 @@ help:
 	@echo "make test-gpu   the kernels and some runs, on a GPU (at most 3 minutes)"
 	@echo "make check      ruff and mypy"
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[test,dev]"
 	touch $@
 
 demo: $(STAMP)

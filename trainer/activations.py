@@ -15,6 +15,7 @@ from tritune.trainer.config import TrainConfig
 from tritune.trainer.config_choices import Activations
 from tritune.trainer.layers import decoder_layers
 from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.torch_api import bypassing_hooks
 
 # Kept by `selective`: a matrix product costs far more to compute again than its output costs to keep.
 _ATEN = torch.ops.aten
@@ -34,7 +35,9 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig, keys: TokenKey
     if config.activation_checkpointing is Activations.none:
         return
     selective = config.activation_checkpointing is Activations.selective
-    how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT_OPS)} if selective else {}
+    how: dict[str, Any] = {}
+    if selective:
+        how = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT_OPS), **bypassing_hooks()}
     for layer in decoder_layers(model):
         layer.forward = _checkpointed(layer.forward, how, config.activation_offload, keys)  # type: ignore[method-assign]
 
