@@ -15,7 +15,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
-from tritune.trainer.runfiles import read_config
+from tritune.trainer.runfiles import read_config, read_json
 
 CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows`, a digest of each split
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
@@ -106,7 +106,10 @@ def record(directory: RunDir, base: dict[str, dict[str, str]] | None, rows: dict
 
 def _record(directory: RunDir) -> dict[str, Any]:
     """What was written down when the run was started; empty before a checkpoint, and of a run of an older version."""
-    return (directory.read_json(CONTENT) or {}) if saved_steps(directory.path / "checkpoints") else {}
+    if not saved_steps(directory.path / "checkpoints"):
+        return {}
+    remedy = "Remove it: the run goes on with its model and data taken as they are, where their paths did not change"
+    return read_json(directory.path / CONTENT, dict, remedy) or {}
 
 
 def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
