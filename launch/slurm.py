@@ -73,9 +73,10 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
     Raises:
         InputError: something cannot stand in a script.
     """
-    if not re.fullmatch(r"[\w./@+=,:-]+", str(run)):
-        rule = "it becomes part of an #SBATCH line, where nothing is quoted"
-        raise InputError(f"run.dir={run}", rule, "Use letters, digits and -_.+=@,: in the path")
+    for name, path in (("run.dir", run), ("the working directory", Path.cwd())):
+        if not re.fullmatch(r"[\w./@+=,:-]+", str(path)):
+            rule = "it becomes part of an #SBATCH line, where nothing is quoted"
+            raise InputError(f"{name}={str(path)!r}", rule, "Use letters, digits and -_.+=@,: in the path")
     if redact_tree(dict(launch.env)) != dict(launch.env):
         rule = "it holds a secret, which would be written into the script"
         raise InputError("launch.env", rule, "Export it in your shell: sbatch hands the environment on")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,6 +11,7 @@ from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.config import Config
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
+from tritune.trainer.overrides import override
 from tritune.trainer.redact import redact
 from tritune.trainer.rundir import run_path
 
@@ -39,7 +39,7 @@ def train(argv: list[str]) -> int:
     if processes == 1 and config.launch.max_restarts == 0:
         return main(argv)
     # Every rank must name the same directory, also where its name is made from the time.
-    return _watched([*argv, f"run.dir={json.dumps(str(run))}"], run, config, processes)
+    return _watched([*argv, override("run.dir", str(run))], run, config, processes)
 
 
 def _watched(argv: list[str], run: Path, config: Config, processes: int) -> int:

@@ -57,7 +57,7 @@ def tritune(capfd):
 
     from tritune.trainer.__main__ import main
 
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
 
     def call(*overrides: str) -> Result:
         capfd.readouterr()

@@ -67,7 +67,11 @@ def check_launch(c: LaunchConfig, rule: Callable[[bool, str, str], None]) -> Non
     rule(c.hang_factor > 1, "launch.hang_factor", "a step takes the median often. Use more than 1, e.g. 5")
     for key in ("hang_seconds", "quiet_seconds"):
         rule(getattr(c, key) > 0, f"launch.{key}", "a rank needs some time between two signs. Use e.g. 30")
-    rule(c.grace_seconds is None or c.grace_seconds >= 1, "launch.grace_seconds", "a time in seconds. Use e.g. 120")
+    rule(
+        c.grace_seconds is None or 1 <= c.grace_seconds < 1e7,
+        "launch.grace_seconds",
+        "seconds, at least one. Use e.g. 120",
+    )
     if isinstance(c, SlurmConfig):
         _check_slurm(c, rule)
 

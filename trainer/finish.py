@@ -19,6 +19,7 @@ from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.open import source_of
+from tritune.trainer.overrides import override
 from tritune.trainer.rundir import export_path, now
 from tritune.trainer.runfiles import read_json
 from tritune.trainer.tracking import under
@@ -121,7 +122,7 @@ def _try_export(run: Run, facts: dict[str, Any]) -> tuple[dict[str, Any], Export
         return _export(run, facts), None
     except Exception as error:  # noqa: BLE001  whatever it is, the trained weights stand in the checkpoint
         why = str(error) if isinstance(error, InputError | ExportError) else reason(error)
-        again = f"tritune export run.dir={shlex.quote(str(run.directory.path))}"
+        again = f"tritune export {shlex.quote(override('run.dir', str(run.directory.path)))}"
         failed = ExportError(
             f"the export failed, and the run did not: {why.removesuffix('.')}. The trained weights are the checkpoint of "
             f"step {facts['tested_step']}; `{again}` tries again, with export.form=merged or adapter, export.dtype=float32, "

@@ -13,16 +13,16 @@ from tritune.trainer.distributed import World
 from tritune.trainer.errors import StopRequested
 from tritune.trainer.rundir import STOP_FILE
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _BY_FILE = 1 << 16  # above every signal's number
 _BY_FAULT = 1 << 17  # what is wrong goes before what is asked for
 LOOK_SECONDS = 1.0  # between looks for the file within a rank's own work: a file system that all share is spared
 
 
 class Stop:
-    """Catches SIGTERM, SIGINT and SIGUSR1, and looks for the file. The handler only sets a flag: printing in one can fail
-    as re-entrant.
+    """Catches SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless it is ignored, as under `nohup`), and looks for the file.
 
+    The handler only sets a flag: printing in one can fail as re-entrant.
     A second SIGINT ends the process at once, as an impatient user expects.
     """
 
@@ -33,7 +33,8 @@ class Stop:
 
     def install(self) -> Stop:
         for number in SIGNALS:
-            signal.signal(number, self._catch)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._catch)
         return self
 
     def watch(self, directory: Path, started: float, leads: bool = True) -> None:

@@ -24,6 +24,7 @@ from tritune.trainer.errors import (
     InputError,
     LostConnectionError,
 )
+from tritune.trainer.overrides import value_of
 from tritune.trainer.redact import MARK, redact
 from tritune.trainer.runfiles import read_config, read_json
 
@@ -186,7 +187,7 @@ def _run_directory(overrides: list[str]) -> Path | None:
     Raises:
         InputError: there is no run, or an adapter is named beside it.
     """
-    given = {k: v.strip("'\"") for k, eq, v in (o.partition("=") for o in overrides) if eq}
+    given = {k: value_of(f"{k}={v}") or "" for k, eq, v in (o.partition("=") for o in overrides) if eq}
     if "run.dir" not in given:
         return None
     run = Path(given["run.dir"])

@@ -138,6 +138,17 @@ def play(monkeypatch, tmp_path, srun: str, state: str) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
+@pytest.mark.parametrize("name", ["a b", "a\n#SBATCH --uid=0"])
+def test_a_working_directory_that_cannot_stand_in_a_directive_is_refused(tmp_path, monkeypatch, capsys, sft_file, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    argv = ["launch=slurm", "launch.num_procs=1", "model=tiny", f"data.train={sft_file}", "train.max_steps=9"]
+    assert slurm.submit([*argv, f"run.dir={tmp_path / 'run'}", "launch.dry_run=true"]) == 2
+    said = capsys.readouterr().err
+    assert "the working directory='" in said
+    assert "\n#" not in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -151,7 +162,8 @@ def play(monkeypatch, tmp_path, srun: str, state: str) -> subprocess.Popen[str]:
         (["launch.container=x", "launch.venv=/y"], "launch.venv"),
         (["launch.mounts=['/a:/b']"], "launch.mounts"),
         (["launch.seeds=[1,1]"], "launch.seeds"),
-        (["run.dir='/tmp/a b'"], "run.dir=/tmp/a b"),
+        (["run.dir='/tmp/a b'"], "run.dir='/tmp/a b'"),
+        (["launch.grace_seconds=inf"], "launch.grace_seconds=inf: seconds, at least one"),
         (["launch.partitoin=x"], "launch.partition"),
         (["launch=local"], "launch=local: there is no scheduler"),
         (["backend=single"], "2 processes were started"),

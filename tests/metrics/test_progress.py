@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 from tritune.trainer.metrics.progress import Progress, duration
 
@@ -46,6 +47,22 @@ def test_other_ranks_are_silent():
     progress.step(ROW, 20)
     progress.say("hello")
     assert stream.getvalue() == ""
+
+
+def test_a_reader_that_is_gone_ends_nothing(tmp_path):
+    """As of `| head`: the run goes on, everything is in the log, and the log says why the terminal is silent."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        progress = Progress(True, stream)
+        progress.open_log(tmp_path / "train.log")
+        progress.say("first")
+        os.close(reader)
+        for text in ("second", "third"):
+            progress.say(text)
+        progress.close()
+    logged = [line[20:] for line in (tmp_path / "train.log").read_text().splitlines()]
+    said = "nobody reads what is printed any more (Broken pipe): it stands here alone"
+    assert logged == ["first", said, "second", "third"]
 
 
 def test_duration():

@@ -66,7 +66,7 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, sft_file, unbroken, method, wo
     assert [r[0] for r in expected_curve] == list(range(1, STEPS + 1))
 
 
-OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1)]
+OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS])

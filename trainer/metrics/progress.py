@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,8 +37,7 @@ class Progress:
         """A line that stays."""
         if self.enabled:
             text = redact(text)
-            self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
-            self.stream.flush()
+            self._put(("\r\033[K" if self.live else "") + text + "\n")
             self._write_log(text)
 
     def reading(self, name: str, rows: int, tokens: int) -> None:
@@ -50,8 +50,7 @@ class Progress:
         seconds = max(now - self._reading[1], 1e-9)
         line = f"data      {name}: {rows:,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
         if self.live:
-            self.stream.write("\r\033[K" + line)
-            self.stream.flush()
+            self._put("\r\033[K" + line)
         elif now - self._said >= PLAIN_SECONDS:
             self._said = now
             self.say(line)
@@ -68,15 +67,13 @@ class Progress:
         self._last = (step, now)
         line = self._line(row, total_steps)
         if self.live:
-            self.stream.write("\r\033[K" + line)
-            self.stream.flush()
+            self._put("\r\033[K" + line)
         plain = now - self._printed >= PLAIN_SECONDS or step == total_steps
         if plain:
             self._printed = now
             self._write_log(line)
             if not self.live:
-                self.stream.write(line + "\n")
-                self.stream.flush()
+                self._put(line + "\n")
 
     def pause(self, seconds: float) -> None:
         """Leave evaluation out of the remaining time's estimate."""
@@ -84,10 +81,22 @@ class Progress:
 
     def close(self) -> None:
         if self.live:
-            self.stream.write("\n")
+            self._put("\n")
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def _put(self, text: str) -> None:
+        """Print; where whoever read it is gone (a closed terminal, `| head`), the run goes on, and says so in its log."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still in the buffer goes there, and whatever others print
+            os.close(nowhere)
+            self.live = False
+            self._write_log(f"nobody reads what is printed any more ({error.strerror}): it stands here alone")
 
     def _line(self, row: dict[str, Any], total_steps: int) -> str:
         step = row["step"]
@@ -104,7 +113,7 @@ class Progress:
                 self._log.flush()
             except OSError as error:  # a full disk must not stop the run from saying so
                 self._log = None
-                self.stream.write(f"train.log is not written any more: {error.strerror}\n")
+                self._put(f"train.log is not written any more: {error.strerror}\n")
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from tritune.trainer.config import NAMES, Config
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError
+from tritune.trainer.overrides import override
 
 # What a proof leaves out: it costs time, or it would write elsewhere, and no step depends on it.
 LEFT_OUT = [
@@ -99,7 +99,7 @@ def parity_cells(
 
     def cell(name: str, more: list[str], count: int) -> Cell:
         where = directory / re.sub(r"\W+", "-", name)
-        return Cell(name, [*shared, *more, f"run.dir={json.dumps(str(where))}"], count, where)
+        return Cell(name, [*shared, *more, override("run.dir", str(where))], count, where)
 
     references = []
     for number, name in enumerate(reference_names(config)):
@@ -126,10 +126,10 @@ def resume_cells(
     shared += [f"checkpoint.every={max(2 * kill_step(config) // 5, 1)}", f"checkpoint.keep_last={v.steps}"]
     shared += [f"train.micro_batch_size={micro_batch_size(config, [count, then])}"]
     unbroken, killed = directory / "unbroken", directory / "killed"
-    again = ["run.resume=require", f"run.dir={json.dumps(str(killed))}"]
+    again = ["run.resume=require", override("run.dir", str(killed))]
     return (
-        Cell("unbroken", [*shared, *mine, f"run.dir={json.dumps(str(unbroken))}"], count, unbroken),
-        Cell("killed", [*shared, *mine, f"run.dir={json.dumps(str(killed))}"], count, killed),
+        Cell("unbroken", [*shared, *mine, override("run.dir", str(unbroken))], count, unbroken),
+        Cell("killed", [*shared, *mine, override("run.dir", str(killed))], count, killed),
         Cell("resumed", [*shared, *theirs, *again], then, killed),
         (theirs, then) == (mine, count),
     )
