@@ -131,8 +131,8 @@ def _rank(function: Callable[..., dict[str, Any]], arguments: tuple, variables: 
     os._exit(0)  # gloo's threads may wait for the interpreter's lock while it ends
 
 
-def write_record(name: str, fields: dict[str, Any]) -> Path:
-    """Write `results/NAME.json`: where, when and with what it was measured, then `fields`."""
+def write_record(name: str, fields: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `NAME.json` into `folder`: where, when and with what it was measured, then `fields`."""
     record = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
@@ -142,8 +142,8 @@ def write_record(name: str, fields: dict[str, Any]) -> Path:
         "versions": {"python": platform.python_version()}
         | {p: _version(p) for p in ("torch", "deepspeed", "transformers")},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record | fields, indent=1) + "\n")
     return path
 
