@@ -7,6 +7,7 @@ import json
 import harness
 import planted
 import pytest
+import today
 from tritune.launch import processes
 from tritune.launch.verify import verify
 
@@ -33,12 +34,16 @@ def certificate(directory, kind="parity"):
     return json.loads((directory / f"{kind}.json").read_text())
 
 
+# Each day both methods and both splits of a batch, on all backends; which goes with which changes.
+SPLITS = today.some([{"full": 1, "lora": 3}, {"full": 3, "lora": 1}], 2, "parity")[0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_backend_in_float32(rows_and_model, tmp_path, method, micro_batches, ranks):
+def test_every_backend_in_float32(rows_and_model, tmp_path, method, ranks):
     """24 rows a step, so that each rank has as many micro-batches; the last step of an epoch is short."""
+    micro_batches = SPLITS[method] if ranks == 2 else 4 - SPLITS[method]
     backends = [b for b in ALL.split(",") if ("@4" in b) == (ranks == 4)]
     argv = [
         *rows_and_model,
@@ -62,7 +67,7 @@ def test_every_backend_in_float32(rows_and_model, tmp_path, method, micro_batche
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", today.some(list(METHODS), 2, "bfloat16"))
 def test_every_backend_in_bfloat16(rows_and_model, tmp_path, method):
     """Without clipping: a few bf16 gradients add up exactly in float32, so orders move nothing and losses are the same bits.
 
@@ -99,12 +104,12 @@ TRAPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("trap", TRAPS)
 def test_wrong_gradients_are_caught(rows_and_model, tmp_path, monkeypatch, capsys, trap):
+    """Without the fault the same proof holds: `test_every_backend_in_float32`."""
     rank, backend = TRAPS[trap]
     argv = [*rows_and_model, *METHODS["full"], "train.batch_size=24", "train.micro_batch_size=4", "verify.steps=4"]
-    assert verify(["parity", *argv, f"verify.backends=[{backend}]", f"run.dir={tmp_path / 'right'}"]) == 0
     monkeypatch.setattr(processes, "_rank", rank)
-    assert verify(["parity", *argv, f"verify.backends=[{backend}]", f"run.dir={tmp_path / 'wrong'}"]) == 1
-    found = certificate(tmp_path / "wrong")
+    assert verify(["parity", *argv, f"verify.backends=[{backend}]", f"run.dir={tmp_path}"]) == 1
+    found = certificate(tmp_path)
     assert not found["holds"]
     assert found["backends"][backend]["steps"], found["backends"][backend]["verdict"]  # it ran, and was found wrong
     assert "does not hold" in capsys.readouterr().out
