@@ -22,11 +22,11 @@ demo: $(STAMP)
 	$(BIN)/python -m tritune.launch.quickstart
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/launch
-	$(PYTEST) -m slow tests/launch
+	$(PYTEST) -m "slow and not alone" -n 3 --dist loadfile --no-loadscope-reorder --durations=20
+	$(PYTEST) -m "slow and alone"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

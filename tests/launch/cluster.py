@@ -160,7 +160,8 @@ class Cluster:
         nodes = [f"NodeName=n{i} NodeHostname=n{i} NodeAddr=127.0.0.1 Port={self._base + i} CPUs=4 RealMemory=4000 "
                  "Gres=gpu:2 State=UNKNOWN" for i in range(1, self.nodes + 1)]  # fmt: skip
         settings = {
-            "ClusterName": "throwaway", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": self._base,
+            "ClusterName": "throwaway", "FirstJobId": self._base % 9000,  # a job's number decides its port
+            "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": self._base,
             "SlurmUser": "root", "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
             "AuthInfo": f"socket={d}/run/munge.sock,cred_expire=5",  # so long a requeued job waits; 120 s otherwise
             "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny", "StateSaveLocation": f"{d}/state",
