@@ -7,6 +7,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import today
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritune.launch.cli import main as cli
@@ -65,7 +66,7 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
 
 
 FAST = ["sft lora", "classify_token"]
-SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
+SLOW = today.some(["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"], 2)
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
