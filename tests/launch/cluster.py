@@ -225,12 +225,16 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those the system gives away and above those of the jobs."""
-    for base in range(30000 + os.getpid() % 1000, 32600, 17):
+    """The first of `count` free ports in a row, below those the system gives away and above those of the jobs.
+
+    Two workers of pytest, whose numbers follow one another, do not look at the same ones.
+    """
+    for i in range(150):
+        base = 30000 + (os.getpid() + i) % 150 * 17
         probes = []
         try:
-            for i in range(count):
-                probes.append(socket.create_server(("127.0.0.1", base + i)))
+            for port in range(base, base + count):
+                probes.append(socket.create_server(("127.0.0.1", port)))
             return base
         except OSError:
             continue
