@@ -35,7 +35,9 @@ def certificate(directory, kind="parity"):
 
 
 # Each day both methods and both splits of a batch, on all backends; which goes with which changes.
-SPLITS = [cell for day in today.some([(("full", 1), ("lora", 3)), (("full", 3), ("lora", 1))], 2, "parity") for cell in day]
+SPLITS = [
+    cell for day in today.some([(("full", 1), ("lora", 3)), (("full", 3), ("lora", 1))], 2, "parity") for cell in day
+]
 
 
 @pytest.mark.slow

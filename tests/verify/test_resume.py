@@ -94,12 +94,12 @@ STREAM = ["data.streaming=true", "data.packing=best_fit", "data.pack_window=16",
 )
 def test_the_verb(common, tmp_path, own, then):
     argv = [o for o in common if not o.startswith("checkpoint")] + METHODS["lora"] + own + then
-    argv += ["launch.num_procs=2", "verify.steps=40", "verify.kill_at=6", f"run.dir={tmp_path}"]  # time to be killed in
+    argv += ["launch.num_procs=2", "verify.steps=24", "verify.kill_at=6", f"run.dir={tmp_path}"]  # time to be killed in
     assert verify(["resume", *argv]) == 0
     found = json.loads((tmp_path / "resume.json").read_text())
     assert found["holds"]
     assert found["batches_equal"]
-    assert 6 <= found["killed_after"] < 40
+    assert 6 <= found["killed_after"] < 24
     assert found["same_backend_and_processes"] is (not then)
     assert (found["bit_equal"] and found["rng_equal"]) is (not then)
 
@@ -112,6 +112,6 @@ def test_the_verb_finds_a_run_that_forgets(common, tmp_path, monkeypatch):
 
     monkeypatch.setattr(processes, "_rank", planted.rank_that_forgets_its_moments)
     argv = [o for o in common if not o.startswith("checkpoint")] + METHODS["full"] + ["backend=fsdp"]
-    argv += ["launch.num_procs=2", "verify.steps=40", "verify.kill_at=6", f"run.dir={tmp_path}"]
+    argv += ["launch.num_procs=2", "verify.steps=24", "verify.kill_at=6", f"run.dir={tmp_path}"]
     assert verify(["resume", *argv]) == 1
     assert not json.loads((tmp_path / "resume.json").read_text())["holds"]
