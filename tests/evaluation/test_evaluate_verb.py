@@ -7,7 +7,6 @@ from pathlib import Path
 
 import harness
 import pytest
-import today
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritune.launch.cli import main as cli
@@ -66,7 +65,7 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
 
 
 FAST = ["sft lora", "classify_token"]
-SLOW = today.some(["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"], 2)
+SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])

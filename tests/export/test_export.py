@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import today
 import torch
 import yaml
 from peft import PeftModel
@@ -35,10 +34,8 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def slow_ones(*cells):
-    """Today's half of them."""
-    chosen = today.some(cells, 2, str(cells))
-    return [pytest.param(*([c] if isinstance(c, str) else c), marks=pytest.mark.slow) for c in chosen]
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def base_folder(where: Path, family: str) -> Path:
@@ -158,7 +155,7 @@ def check_whole(folder: Path, base: Path, run: Path, merged: bool) -> None:
     assert merged == (trained.config.method.name == "lora")
 
 
-@pytest.mark.parametrize("base", ["phi3", "gemma2", *slow_ones("stories260K", "qwen3")], indirect=True)
+@pytest.mark.parametrize("base", [slow("stories260K"), slow("qwen3"), "phi3", "gemma2"], indirect=True)
 def test_full(tritune, common, base, sft_file, tmp_path):
     run = tmp_path / "run"
     result = tritune(*common, *attention(base), f"model.path={base}", f"run.dir={run}")
@@ -172,7 +169,7 @@ def test_full(tritune, common, base, sft_file, tmp_path):
     assert said["max_difference"] <= said["allowed"]
 
 
-@pytest.mark.parametrize("base", ["stories260K", "qwen3", *slow_ones("phi3", "gemma2")], indirect=True)
+@pytest.mark.parametrize("base", ["stories260K", "qwen3", slow("phi3"), slow("gemma2")], indirect=True)
 def test_adapter_and_merged(tritune, common, base, sft_file, tmp_path, capfd):
     run = tmp_path / "run"
     lora = ["method=lora", "method.rank=4", "method.alpha=10", "method.modules_to_save=[embed_tokens,lm_head]"]
@@ -238,8 +235,8 @@ def test_shards_and_their_index(tritune, common, tmp_path):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [("full", "float32"), ("adapter", "bfloat16"),
-     *slow_ones(("merged", "bfloat16"), ("full", "bfloat16"), ("adapter", "float32"), ("merged", "float32"))],
+    [("full", "float32"), ("adapter", "bfloat16"), slow("merged", "bfloat16"),
+     slow("full", "bfloat16"), slow("adapter", "float32"), slow("merged", "float32")],
 )  # fmt: skip
 def test_verb_writes_what_the_run_wrote(tritune, common, sft_file, tmp_path, capfd, form, dtype):
     """`tritune export run.dir=` afterwards: the same files, to the last bit of weights and the last setting."""

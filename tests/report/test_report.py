@@ -12,7 +12,6 @@ from pathlib import Path
 
 import harness
 import pytest
-import today
 import yaml
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import to_dict
@@ -133,9 +132,7 @@ def test_a_finished_run_with_its_own_figures(tritune, reported, tmp_path):
     assert check(run / "report.html").text == before, "made anew, it says the same"
 
 
-@pytest.mark.parametrize(
-    "count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in today.some((8, 0), 2, "samples"))]
-)
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 0))])
 def test_another_number_of_samples_when_a_run_goes_on(tritune, reported, tmp_path, count):
     """It decides nothing about the curve, so it may change; base and tuned must still stand beside the same rows."""
     reported = [*reported, "train.max_steps=2", f"run.dir={tmp_path}"]
@@ -152,7 +149,7 @@ def test_another_number_of_samples_when_a_run_goes_on(tritune, reported, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "objective", ["sft", *(pytest.param(o, marks=pytest.mark.slow) for o in today.some(("classify", "pretrain"), 2))]
+    "objective", ["sft", *(pytest.param(o, marks=pytest.mark.slow) for o in ("classify", "pretrain"))]
 )
 def test_what_comes_from_data_and_model_is_escaped(tritune, reported, tmp_path, objective):
     data = tmp_path / f"{EVIL.replace('/', '')}.jsonl"
