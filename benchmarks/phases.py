@@ -82,7 +82,7 @@ def main() -> None:
 def overrides(work: Path, run: str) -> list[str]:
     return [
         "method=lora", "objective=sft", f"model.path={work / 'model'}", f"data.train={work / 'rows.jsonl'}",
-        "data.validation_share=0.1", "data.max_length=64", "data.overlong=drop", "train.batch_size=4", "train.max_steps=2",
+        "data.validation_share=0.1", "data.max_length=64", "data.unsupervised=drop", "train.batch_size=4", "train.max_steps=2",
         "backend.device=cpu", "evaluation.samples=2", "generate.max_new_tokens=8", f"run.dir={work / run}",
         f"cache.dir={work / 'cache'}",
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def measure(work: Path) -> list[dict[str, Any]]:
     common = [
         o
         for o in overrides(work, "run")
-        if o.startswith(("model.path", "data.train", "data.max", "data.over", "cache."))
+        if o.startswith(("model.path", "data.train", "data.max", "data.unsup", "cache."))
     ]
     merged, device = work / "merged", "backend.device=cpu"
     rows = [timed("audit", "audit", *common, f"audit.out={work / 'audit'}")]
@@ -105,7 +105,7 @@ def measure(work: Path) -> list[dict[str, Any]]:
         )
     )
     rows.append(timed("evaluate", "evaluate", f"model.path={merged}", f"data.test={work / 'rows.jsonl'}", "data.max_length=64",
-                      "data.overlong=drop", device, f"cache.dir={work / 'cache'}"))  # fmt: skip
+                      "data.unsupervised=drop", device, f"cache.dir={work / 'cache'}"))  # fmt: skip
     rows.append(
         timed("generate", "generate", f"model.path={merged}", "--prompt", "Where?", "generate.max_new_tokens=8", device)
     )

@@ -23,6 +23,7 @@ PRELOAD = [
     "tritune.trainer.backends.zero",
     "torch._inductor.compile_fx",  # DeepSpeed imports it with its first engine, in two seconds
     "transformers.models.llama.modeling_llama",
+    "tritune.launch.warm",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 

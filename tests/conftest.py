@@ -23,13 +23,20 @@ _cache = tempfile.TemporaryDirectory(prefix="tritune-cache-")
 os.environ["TRITUNE_CACHE"] = _cache.name
 
 import harness  # noqa: E402  first of all: it sets the number of threads, which torch reads when it is imported
+import today  # noqa: E402
 import torch  # noqa: E402
+
+today.seed()  # before xdist starts its workers, which inherit it
 
 # A busy machine is no fault of a test's.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, here and in forked ranks
+
+
+def pytest_report_header() -> str:
+    return f"large matrices: the part of day {today.seed()} ({today.VARIABLE}={today.seed()} repeats it, all tests everything)"
 
 
 @pytest.fixture(scope="session")

@@ -99,9 +99,10 @@ def compose_partly(
             composed = OmegaConf.merge(composed, kept)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
+    valid = _keys(OmegaConf.get_type(composed), composed)
     for override in values:
         if override.key_or_group.partition(".")[0] not in failed:
-            fault = _apply(composed, override)
+            fault = _apply(composed, override, valid)
             if fault:
                 faults.append(fault)
     unresolved = _unresolved(OmegaConf.to_container(composed, resolve=False))
@@ -157,15 +158,15 @@ def _sort_overrides(
     return choices, values, faults, failed
 
 
-def _apply(composed: Any, override: Override) -> str | None:
-    """Set one value in the composed config; return the fault, if it is one."""
+def _apply(composed: Any, override: Override, valid: dict[str, bool]) -> str | None:
+    """Set one value in the composed config, whose keys are `valid`; return the fault, if it is one."""
     key, text = override.key_or_group, override.input_line
     group, _, rest = key.partition(".")
     if group in SCHEMAS and rest == "name":
         return f"{text}: the name follows from the group. Write {group}={override.get_value_string()}"
     if key.startswith(SOURCES):
         return _apply_to_source(composed, override)
-    fault = _unknown(key, OmegaConf.get_type(composed), composed)
+    fault = _unknown(key, valid)
     if fault:
         return f"{text}: {fault}"
     try:
@@ -209,9 +210,8 @@ def _unresolved(node: Any, prefix: str = "") -> list[str]:
     return []
 
 
-def _unknown(key: str, schema: type | None, node: Any) -> str | None:
+def _unknown(key: str, valid: dict[str, bool]) -> str | None:
     """Say why `key` is not in the schema, with the nearest key that is; None if it is."""
-    valid = _keys(schema, node)
     free = {k for k, is_mapping in valid.items() if is_mapping}
     if key in valid or any(key.startswith(f + ".") for f in free):
         return None

@@ -7,6 +7,7 @@ holds the rules that values must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -287,8 +288,9 @@ CHOICE_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")  # 
 SPLITS = ("train", "validation", "test", "retention")
 
 
+@cache
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore, under `<group>/schema_<name>`."""
+    """Put the schemas into Hydra's ConfigStore, under `<group>/schema_<name>`; once in a process, since it takes 0.1 s."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, schemas in SCHEMAS.items():

@@ -109,7 +109,6 @@ class RunDir:
         replace_file(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
 
     def write_environment(self, device: str, world_size: int) -> None:
-        found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
         environment = {
             "command": sys.argv,
             "overrides": self.overrides,
@@ -120,7 +119,7 @@ class RunDir:
             "device": device,
             "world_size": world_size,
             "cpus": os.cpu_count(),
-            "packages": {name: found.get(name) for name in PACKAGES},
+            "packages": {name: _version(name) for name in PACKAGES},
         }
         self.write_json("environment.json", environment)
 
@@ -202,6 +201,13 @@ class RunDir:
             log.close()
         if self._lock is not None:
             self._lock.close()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write_whole_json(path: Path, content: Any) -> None:

@@ -20,6 +20,11 @@ from tritune.trainer.data.splits import Watch, fingerprint
 from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError
 
 pytestmark = pytest.mark.slow
+SETTINGS = [
+    "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48", "data.max_length=96",
+    "train.batch_size=8", "train.max_steps=6", "backend.device=cpu", "export.enabled=false", "report.enabled=false",
+    "evaluation.base=false", "evaluation.samples=0", "checkpoint.every=3",
+]  # fmt: skip
 
 
 class Hub(ThreadingHTTPServer):
@@ -88,11 +93,7 @@ def train(hub, tmp_path):
            "NO_PROXY": "*"}  # fmt: skip
 
     def call(*overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tritune.trainer", "model=tiny", "model.config.hidden_size=32",
-                   "model.config.intermediate_size=48", "data.max_length=96", "data.train=hf://me/rows:train",
-                   "train.batch_size=8", "train.max_steps=6",
-                   "backend.device=cpu", "export.enabled=false", "report.enabled=false", "evaluation.base=false",
-                   "evaluation.samples=0", "checkpoint.every=3", *overrides]  # fmt: skip
+        command = [sys.executable, "-m", "tritune.trainer", *SETTINGS, "data.train=hf://me/rows:train", *overrides]
         return subprocess.run(command, env=env | variables, capture_output=True, text=True, timeout=200)
 
     return call
@@ -106,8 +107,7 @@ def test_rows_of_the_hub_are_those_of_the_file(hub, train, sft_file, tmp_path):
     """And with its tokens in the cache a run needs the hub no more."""
     there = train(f"run.dir={tmp_path / 'there'}")
     assert there.returncode == 0, there.stderr
-    here = train(f"run.dir={tmp_path / 'here'}", f"data.train={sft_file}")
-    assert here.returncode == 0, here.stderr
+    harness.run([*SETTINGS, f"run.dir={tmp_path / 'here'}", f"data.train={sft_file}"], tmp_path / "logs")
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
     fetched = hub.downloads
     alone = train(f"run.dir={tmp_path / 'alone'}", HF_HUB_OFFLINE="1")
@@ -124,8 +124,7 @@ def test_rows_of_the_hub_are_those_of_the_file(hub, train, sft_file, tmp_path):
 
 def test_a_stream_of_the_hub_goes_on_where_it_was(hub, train, sft_file, tmp_path):
     options = ["data.streaming=true", "data.pack_window=16"]
-    whole = train(f"run.dir={tmp_path / 'whole'}", f"data.train={sft_file}", *options)
-    assert whole.returncode == 0, whole.stderr
+    harness.run([*SETTINGS, f"run.dir={tmp_path / 'whole'}", f"data.train={sft_file}", *options], tmp_path / "logs")
     run = tmp_path / "run"
     first = train(f"run.dir={run}", "train.max_steps=6", *options)
     assert first.returncode == 0, first.stderr

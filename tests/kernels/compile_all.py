@@ -140,29 +140,37 @@ def assembled(ptx: str) -> dict[str, int]:
     }
 
 
-def main(core: bool, targets: list[str]) -> None:
-    """Compile for each of `targets`, float32 for Hopper alone; with `core`, one launch of each kernel."""
+def core() -> set[str]:
+    """The keys of one launch of each kernel, in bfloat16."""
+    first = {launch[0]: key for key, launch in reversed(launches.items()) if "*bf16" in launch[2].values()}
+    return set(first.values())
+
+
+def main(parts: set[int], count: int, targets: list[str]) -> None:
+    """Compile one launch of each kernel for each of `targets`, and of all others those whose turn it is.
+
+    Args:
+        parts: which of the `count` parts of all (launch, target): numbers from 0.
+    """
     record()
-    chosen = list(launches.values())
-    if core:
-        chosen = list(
-            {
-                name: launch for launch in reversed(chosen) for name in [launch[0]] if "*bf16" in launch[2].values()
-            }.values()
-        )
-    for name, kernel, signature, constants, attributes, options in chosen:
-        for target in targets:
+    always, turn = core(), 0
+    for key, (name, kernel, signature, constants, attributes, options) in launches.items():
+        for target in TARGETS:
             if target != "sm_90" and "*bf16" not in signature.values():
                 continue  # float32 makes the same tiles; it is compiled for Hopper
+            turn += 1
+            if target not in targets or (key not in always and turn % count not in parts):
+                continue
             source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
             compiled = triton.compile(source, target=TARGETS[target], options=options)
             said = {"kernel": name, "target": target, "constants": {k: str(v) for k, v in constants.items()}}
             said |= {"types": sorted(set(signature.values())), "shared": compiled.metadata.shared, **options}
-            said["dot"] = "tt.dot" in compiled.asm["ttir"]
+            said |= {"dot": "tt.dot" in compiled.asm["ttir"], "launches": len(launches)}
             if target == "sm_90":
                 said |= assembled(compiled.asm["ptx"]) | {"wgmma": "wgmma" in compiled.asm["ptx"]}
             print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
-    main("--core" in sys.argv, [a for a in sys.argv[1:] if a in TARGETS] or list(TARGETS))
+    drawn = [a.removeprefix("--part=").split("/") for a in sys.argv[1:] if a.startswith("--part=")]
+    main({int(i) for i, _ in drawn}, int(drawn[0][1]), [a for a in sys.argv[1:] if a in TARGETS] or list(TARGETS))

@@ -1,4 +1,7 @@
-"""Every launch of every kernel compiled for chips that are not here: it fits, spills nothing, and uses the tensor cores."""
+"""Every launch of every kernel compiled for chips that are not here: it fits, spills nothing, and uses the tensor cores.
+
+Each day one launch of each kernel for every chip, and a part of all the others: every launch for every chip in `PARTS` days.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import today
 
 SHARED = {
     "sm_80": 166_912,
@@ -22,6 +26,9 @@ KERNELS = {
     "lora_dropout._x_gradient", "nf4._dequantize", "rms_norm._backward", "rms_norm._forward", "rope._rope",
     "swiglu._backward", "swiglu._forward",
 }  # fmt: skip
+
+
+PARTS = 6
 
 
 def compiled(cache: Path, *arguments: str, packages: Path | None = None) -> list[dict]:
@@ -46,32 +53,31 @@ def hold(rows: list[dict], targets: set[str]) -> None:
     assert {r["kernel"] for r in rows if r["dot"]} == {k for k in KERNELS if k.startswith("lora_dropout")}
 
 
-@pytest.mark.slow
-def test_one_launch_of_each_kernel_for_hopper(tmp_path):
-    hold(compiled(tmp_path, "--core", "sm_90"), {"sm_90"})
-
-
-@pytest.mark.slow
-def test_every_launch_for_every_chip(tmp_path):
+def halves(tmp_path: Path, *arguments: str, packages: Path | None = None) -> list[dict]:
+    """Two processes, two chips each."""
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(
-            lambda names: compiled(tmp_path / names[0], *names), (("sm_80", "sm_90"), ("sm_100", "gfx942"))
+        found = pool.map(
+            lambda chips: compiled(tmp_path / chips[0], *arguments, *chips, packages=packages),
+            (("sm_80", "sm_90"), ("sm_100", "gfx942")),
         )
-        rows = [row for half in halves for row in half]
-    hold(rows, set(SHARED))
-    assert len(rows) > 300
+        return [row for half in found for row in half]
 
 
 @pytest.mark.slow
-def test_every_launch_with_the_triton_of_torch_2_11(tmp_path):
+def test_launches_for_every_chip(tmp_path):
+    rows = halves(tmp_path, *today.some([f"--part={i}/{PARTS}" for i in range(PARTS)], PARTS, "compile"))
+    hold(rows, set(SHARED))
+    assert rows[0]["launches"] > 100
+    assert len(rows) > rows[0]["launches"] // PARTS
+
+
+@pytest.mark.slow
+def test_launches_with_the_triton_of_torch_2_11(tmp_path):
     """3.6.0, in a folder of its own that goes before the installed one."""
     packages = tmp_path / "triton36"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), "triton==3.6.0"]
     if subprocess.run(pip, capture_output=True).returncode:
         pytest.skip("triton 3.6.0 cannot be had from the registry")
     assert len(list(packages.glob("triton-3.6.0*"))) == 1
-    with ThreadPoolExecutor(2) as pool:
-        hopper = pool.submit(compiled, tmp_path / "a", "sm_90", packages=packages)
-        others = pool.submit(compiled, tmp_path / "b", "--core", packages=packages)
-        hold(hopper.result(), {"sm_90"})
-        hold(others.result(), set(SHARED))
+    parts = today.some([f"--part={i}/{2 * PARTS}" for i in range(2 * PARTS)], 2 * PARTS, "triton 3.6")
+    hold(halves(tmp_path, *parts, packages=packages), set(SHARED))

@@ -160,7 +160,8 @@ class Cluster:
         nodes = [f"NodeName=n{i} NodeHostname=n{i} NodeAddr=127.0.0.1 Port={self._base + i} CPUs=4 RealMemory=4000 "
                  "Gres=gpu:2 State=UNKNOWN" for i in range(1, self.nodes + 1)]  # fmt: skip
         settings = {
-            "ClusterName": "throwaway", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": self._base,
+            "ClusterName": "throwaway", "FirstJobId": self._base % 9000,  # a job's number decides its port
+            "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": self._base,
             "SlurmUser": "root", "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
             "AuthInfo": f"socket={d}/run/munge.sock,cred_expire=5",  # so long a requeued job waits; 120 s otherwise
             "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny", "StateSaveLocation": f"{d}/state",
@@ -224,12 +225,16 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those the system gives away and above those of the jobs."""
-    for base in range(30000 + os.getpid() % 1000, 32600, 17):
+    """The first of `count` free ports in a row, below those the system gives away and above those of the jobs.
+
+    Two workers of pytest, whose numbers follow one another, do not look at the same ones.
+    """
+    for i in range(150):
+        base = 30000 + (os.getpid() + i) % 150 * 17
         probes = []
         try:
-            for i in range(count):
-                probes.append(socket.create_server(("127.0.0.1", base + i)))
+            for port in range(base, base + count):
+                probes.append(socket.create_server(("127.0.0.1", port)))
             return base
         except OSError:
             continue

@@ -11,6 +11,7 @@ import time
 
 import harness
 import pytest
+import today
 
 
 def cli(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -78,7 +79,7 @@ def test_wrong_rows_on_two_processes_give_one_message(tmp_path, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", today.some([signal.SIGTERM, signal.SIGUSR1], 2, "launcher"))
 def test_signal_to_the_launcher_stops_the_run(tmp_path, tiny, number):
     """The exit status is the run's (75), not torchrun's (1)."""
     arguments = [*tiny, "train.max_steps=100000", "launch.num_procs=2", f"run.dir={tmp_path / 'run'}"]

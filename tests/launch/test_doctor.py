@@ -106,6 +106,7 @@ def test_other_versions_on_another_machine(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_slow_machine(tmp_path):
     """n2's one core is shared with four busy processes."""
     if len(os.sched_getaffinity(0)) < 2:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import today
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["model=tiny", "train.max_steps=2", "train.batch_size=4", "backend.device=cpu", "run.dir=run"]
@@ -69,8 +70,9 @@ def test_wheel_holds_every_module_and_yaml(wheel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["without-hf-kernels", "with-hf-kernels"])
-@pytest.mark.parametrize("form", ["editable", "wheel"])
+@pytest.mark.parametrize(
+    ("form", "with_kernels"), today.some([(f, k) for f in ("editable", "wheel") for k in (False, True)], 2, "packaging")
+)
 def test_trains_from_another_folder(tmp_path, sft_file, wheel, hf_kernels, form, with_kernels):
     paths = []
     if form == "wheel":

@@ -122,7 +122,7 @@ def test_the_proofs_run(workspace, monkeypatch):
     proofs = [shlex.split(c)[1:] for c in COMMANDS if c.startswith("tritune verify")]
     assert [words[1] for words in proofs] == ["parity", "resume"]
     for words in proofs:
-        steps = ["verify.steps=4"] if words[1] == "parity" else ["verify.steps=60", "verify.kill_at=6"]
+        steps = ["verify.steps=4"] if words[1] == "parity" else ["verify.steps=40", "verify.kill_at=6"]
         assert main([*words, *SMALL, *steps]) == 0, words
         assert json.loads((workspace / f"runs/proof/{words[1]}.json").read_text())["holds"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import cluster
 import harness
 import pytest
+import today
 from cluster import Cluster
 from test_supervise import at_step, attempts, curve, gone, pid_of, plant, wait_for
 
@@ -40,6 +41,13 @@ def running(tracking: str = "linuxproc") -> Iterator[Cluster]:
             yield found
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    """For the tests that leave its nodes as they were."""
+    with running() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +118,12 @@ def attempt(found: Cluster, job: str, number: int, run: Path, beyond: int = 3):
     return look
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
-def test_four_processes_on_two_nodes_train_what_one_does(settings, alone, tmp_path, backend):
-    run = tmp_path / "run"
-    with running() as found:
-        job = submit(
-            found, [*settings, f"train.max_steps={FEW}", f"backend={backend}", "launch.num_procs=2", f"run.dir={run}"]
-        )
-        ended = found.wait_for_end(job)
+@pytest.mark.parametrize("backend", today.some(["ddp", "fsdp", "zero2"], 3, "slurm"))
+def test_four_processes_on_two_nodes_train_what_one_does(settings, alone, shared_cluster, tmp_path, backend):
+    """That the backends agree is proved in tests/verify; here, that each of them meets across nodes."""
+    run, found = tmp_path / "run", shared_cluster
+    few = [f"train.max_steps={FEW}", f"backend={backend}", "launch.num_procs=2", f"run.dir={run}"]
+    ended = found.wait_for_end(submit(found, [*settings, *few]))
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), said(run)
     assert json.loads((run / "environment.json").read_text())["world_size"] == 4
     ours, theirs = curve(run), alone
@@ -128,14 +134,14 @@ def test_four_processes_on_two_nodes_train_what_one_does(settings, alone, tmp_pa
         assert batch == batch_1, "the same rows"
 
 
-@pytest.mark.parametrize("tracking", ["linuxproc", "cgroup"])
+@pytest.mark.parametrize("tracking", today.some(["linuxproc", "cgroup"], 2, "tracking"))
 def test_a_job_that_is_interrupted_in_every_way_trains_as_if_it_never_was(
     settings, unbroken, tmp_path, paced, tracking
 ):
     """A signal, a preemption, a requeue by hand, and the time limit, one after the other on one job."""
     run = tmp_path / "run"
     with running(tracking) as found:
-        limits = ["launch.num_procs=1", "launch.time=2", "launch.grace_seconds=20", f"run.dir={run}"]
+        limits = ["launch.num_procs=1", "launch.time=60", "launch.grace_seconds=20", f"run.dir={run}"]
         job = submit(found, [*settings, "checkpoint.every=1000", *limits], **paced | {"PACE": "0.4", "PACED": "4"})
         wait_for(attempt(found, job, 0, run))
         found.call("scancel", "--signal=USR1", job)
@@ -146,7 +152,10 @@ def test_a_job_that_is_interrupted_in_every_way_trains_as_if_it_never_was(
         wait_for(attempt(found, job, 2, run))
         found.call("scontrol", "requeue", job)
         wait_for(attempt(found, job, 3, run))
-        ended = found.wait_for_end(job)  # the time limit comes first
+        found.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # a minute, the least that Slurm knows
+        wait_for(lambda: found.job(job)["Restarts"] == "4", 90)
+        found.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+        ended = found.wait_for_end(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), said(run)
     assert int(ended["Restarts"]) >= 4
     states = [(a["code"], a["crashed"]) for a in attempts(run)]
@@ -190,62 +199,61 @@ def test_a_dead_rank_a_dead_torchrun_and_a_dead_machine(settings, unbroken, tmp_
     assert curve(run) == unbroken
 
 
-def test_a_second_job_on_the_same_directory_is_refused_and_a_cancelled_one_stays_so(settings, tmp_path, paced):
-    run = tmp_path / "run"
+def test_a_second_job_on_the_same_directory_is_refused_and_a_cancelled_one_stays_so(
+    settings, shared_cluster, tmp_path, paced
+):
+    run, found = tmp_path / "run", shared_cluster
     arguments = [*settings, "launch.num_procs=1", f"run.dir={run}"]
-    with running() as found:
-        job = submit(found, arguments, **paced | {"PACE": "0.5"})
-        wait_for(at_step(run, 3))
-        command = [sys.executable, "-m", "tritune.launch.cli", "submit", *arguments, "launch=slurm", "launch.nodes=2"]
-        again = subprocess.run(command, env=found.env, capture_output=True, text=True)
-        assert again.returncode == 2
-        assert f"job {job} has this directory, and is running" in again.stderr
-        text = (run / "submit.sh").read_text()
-        done = subprocess.run(["sbatch", "--parsable", "--wait", str(run / "submit.sh")], env=found.env,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
-        assert done.returncode == 2, said(run)
-        assert f'a live run has this directory: {{"host": "n1", "pid": {pid_of(run, 0)}, "job": "{job}"' in said(run)
-        assert "#SBATCH --requeue" in text
-        pid = pid_of(run, 0)
-        found.call("scancel", job)
-        ended = found.wait_for_end(job)
-        assert ended["JobState"] == "CANCELLED"
-        wait_for(lambda: gone(pid), 15)
-        assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    job = submit(found, arguments, **paced | {"PACE": "0.5"})
+    wait_for(at_step(run, 3))
+    command = [sys.executable, "-m", "tritune.launch.cli", "submit", *arguments, "launch=slurm", "launch.nodes=2"]
+    again = subprocess.run(command, env=found.env, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert f"job {job} has this directory, and is running" in again.stderr
+    text = (run / "submit.sh").read_text()
+    done = subprocess.run(["sbatch", "--parsable", "--wait", str(run / "submit.sh")], env=found.env,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2, said(run)
+    assert f'a live run has this directory: {{"host": "n1", "pid": {pid_of(run, 0)}, "job": "{job}"' in said(run)
+    assert "#SBATCH --requeue" in text
+    pid = pid_of(run, 0)
+    found.call("scancel", job)
+    ended = found.wait_for_end(job)
+    assert ended["JobState"] == "CANCELLED"
+    wait_for(lambda: gone(pid), 15)
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
-def test_wrong_input_on_the_cluster_ends_the_job_with_2(settings, tmp_path):
+def test_wrong_input_on_the_cluster_ends_the_job_with_2(settings, shared_cluster, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\nnot json\n')
-    run = tmp_path / "run"
-    with running() as found:
-        job = submit(found, [*settings, f"data.train={rows}", "launch.num_procs=1", f"run.dir={run}"])
-        ended = found.wait_for_end(job)
+    run, found = tmp_path / "run", shared_cluster
+    ended = found.wait_for_end(submit(found, [*settings, f"data.train={rows}", "launch.num_procs=1", f"run.dir={run}"]))
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0"), said(run)
     assert said(run).count("rows.jsonl:2") == 1
 
 
-def test_what_slurm_would_refuse_is_refused_before_it_is_queued(settings, tmp_path):
-    with running() as found:
-        for wrong, word in (("launch.partition=nowhere", "partition"), ("launch.nodes=9", "ode"),
-                            ("launch.num_procs=7", "configuration")):  # fmt: skip
-            device = [] if "num_procs" in wrong else ["backend.device=cpu"]
-            command = [sys.executable, "-m", "tritune.launch.cli", "submit", *settings, "launch=slurm", *device,
-                       "launch.num_procs=1", wrong, f"run.dir={tmp_path / 'run'}"]  # fmt: skip
-            if not device:
-                command.remove("backend.device=cpu")
-            done = subprocess.run(command, env=found.env, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 2, (wrong, done.stdout, done.stderr)
-            assert word in done.stderr, done.stderr
-        assert found.call("squeue", "-h") == ""
+def test_what_slurm_would_refuse_is_refused_before_it_is_queued(settings, shared_cluster, tmp_path):
+    found, known = shared_cluster, ("squeue", "-h", "--states=all", "--format=%i")
+    before = found.call(*known)
+    for wrong, word in (("launch.partition=nowhere", "partition"), ("launch.nodes=9", "ode"),
+                        ("launch.num_procs=7", "configuration")):  # fmt: skip
+        device = [] if "num_procs" in wrong else ["backend.device=cpu"]
+        command = [sys.executable, "-m", "tritune.launch.cli", "submit", *settings, "launch=slurm", *device,
+                   "launch.num_procs=1", wrong, f"run.dir={tmp_path / 'run'}"]  # fmt: skip
+        if not device:
+            command.remove("backend.device=cpu")
+        done = subprocess.run(command, env=found.env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2, (wrong, done.stdout, done.stderr)
+        assert word in done.stderr, done.stderr
+    assert found.call(*known) == before, "no job was made"
 
 
-def test_an_array_trains_a_run_for_each_seed(settings, tmp_path):
-    run = tmp_path / "sweep"
+def test_an_array_trains_a_run_for_each_seed(settings, shared_cluster, tmp_path):
+    run, found = tmp_path / "sweep", shared_cluster
     arguments = [*settings, "train.max_steps=5", "launch.num_procs=1", "launch.seeds=[3,7]", f"run.dir={run}"]
-    with running() as found:
-        job = submit(found, [*arguments, "launch.wait=true"])
-        assert found.call("squeue", "-h", f"--job={job}", check=False) == ""
+    job = submit(found, [*arguments, "launch.wait=true"])
+    assert found.call("squeue", "-h", f"--job={job}", check=False) == ""
     curves = [curve(run / f"seed-{seed}") for seed in (3, 7)]
     assert [len(c) for c in curves] == [5, 5]
     assert curves[0] != curves[1]

@@ -6,6 +6,7 @@ import copy
 
 import harness
 import pytest
+import today
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
@@ -101,7 +102,7 @@ def test_no_wrapping_without_gradients(pretrained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keeps", ["none", "full", "selective"])
+@pytest.mark.parametrize("keeps", today.some(["none", "full", "selective"], 3, "compiled"))
 def test_compiled(pretrained, keeps):
     """float32 rounding: losses to 1e-5; gradients, sums of many terms that cancel, to 2e-4 of their
     largest. Masks of another draw would move them by tens of percent.

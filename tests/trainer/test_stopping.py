@@ -129,7 +129,7 @@ def test_one_rank_of_two_is_asked_within_an_evaluation(settings, tmp_path, monke
     assert [r["step"] for r in harness.rows(tmp_path / "run", "evaluations.jsonl")] == [10, 20]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.alone]), 2])
 def test_while_rows_are_tokenized(tmp_path, world_size):
     rows, root = tmp_path / "rows.jsonl", cache_root(None)
     harness.write_prompts(rows, 60_000, seed=world_size)

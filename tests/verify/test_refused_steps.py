@@ -28,21 +28,36 @@ def common(tmp_path_factory, sft_file):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def one_process(common, tmp_path_factory):
+    """By kind: what one process does, run once."""
+    root, kept = tmp_path_factory.mktemp("one"), {}
+
+    def get(kind: str, overrides: list[str], expected: list[int]) -> list[float | None]:
+        if kind not in kept:
+            run = root / kind.replace(" ", "-")
+            job = harness.start([*overrides, "backend=single", f"run.dir={run}"], root / "logs")
+            assert job.wait() == expected, job.output()
+            kept[kind] = [r["loss"] for r in harness.rows(run)]
+        return kept[kind]
+
+    return get
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bad loss", "bad gradient"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_left_of_it(common, tmp_path, monkeypatch, backend, kind):
+def test_nothing_is_left_of_it(common, one_process, tmp_path, monkeypatch, backend, kind):
     """A bad loss in one step; or a learning rate after which every gradient is NaN, and the run gives up alike."""
     if kind == "bad loss":
         monkeypatch.setattr(processes, "_rank", planted.rank_with_one_bad_step)
     else:
         common = [*common, "optim.lr=1e30", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_norm=1e9"]
     expected = [0] if kind == "bad loss" else [1]
-    one = harness.start([*common, "backend=single", f"run.dir={tmp_path / 'one'}"], tmp_path / "logs")
-    assert one.wait() == expected, one.output()
+    one = one_process(kind, common, expected)
     two = harness.start([*common, *BACKENDS[backend], f"run.dir={tmp_path / 'two'}"], tmp_path / "logs", 2)
     assert two.wait() == expected * 2, two.output()
-    curves = [[r["loss"] for r in harness.rows(tmp_path / name)] for name in ("one", "two")]
+    curves = [one, [r["loss"] for r in harness.rows(tmp_path / "two")]]
     assert len(curves[0]) == len(curves[1]) >= 3
     for a, b in zip(*curves, strict=True):
         assert (a is None) == (b is None)  # JSON has no infinity
