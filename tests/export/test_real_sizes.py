@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import sizes
+from today import some
 from tritune.launch.cli import main as cli
 
 VOCABULARY, LAYERS = 262_144, 128
+ROOT = Path(__file__).resolve().parents[2]
+# Phases that a stop ends; steps and saves are finished.
+STOPPED = ["data", "model", "export rehearsal", "backend", "dry run", "base", "export", "report"]
 SECONDS = 60.0  # of a phase; what grew with the square of the vocabulary took hours
 
 
@@ -55,3 +63,19 @@ def test_classify_by_token(tritune, model, label_file, tmp_path, within):
                          "method.targets=[q_proj]", "data.max_length=64", "train.batch_size=2", "train.max_steps=1",
                          "backend.device=cpu", "export.enabled=false", f"run.dir={tmp_path}", "report.enabled=false")  # fmt: skip
     assert result.code == 0, result.err
+
+
+@pytest.mark.slow
+def test_half_a_billion_parameters(tmp_path):
+    """Random weights in the shape of Qwen2.5 0.5B, 151,936 tokens: from audit to answers, and a SIGTERM in two phases of the day."""
+    phases = [p.replace(" ", "_") for p in some(STOPPED, 4)]
+    script = [sys.executable, ROOT / "benchmarks/phases.py", "--half-billion", "--out", tmp_path]
+    done = subprocess.run([*script, "--stops", ",".join(phases)], capture_output=True, text=True, timeout=1200,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    record = json.loads((tmp_path / "phases-half-billion.json").read_text())
+    slow = {r["phase"]: r["seconds"] for r in record["rows"] if r["seconds"] > SECONDS}
+    assert set(slow) <= {"train", "  train"}  # the whole verb, and its steps
+    assert [(s["phase"].replace(" ", "_"), s["exit"]) for s in record["stops"]] == [(p, 75) for p in phases]
+    assert max(s["seconds"] for s in record["stops"]) < 10.0, record["stops"]
