@@ -67,7 +67,7 @@ def test_classify_by_token(tritune, model, label_file, tmp_path, within):
 
 @pytest.mark.slow
 def test_half_a_billion_parameters(tmp_path):
-    """Random weights in the shape of Qwen2.5 0.5B, 151,936 tokens: from audit to answers, and a SIGTERM in two phases of the day."""
+    """Random weights in the shape of Qwen2.5 0.5B, 151,936 tokens, from audit to answers; a SIGTERM in the day's phases."""
     phases = [p.replace(" ", "_") for p in some(STOPPED, 4)]
     script = [sys.executable, ROOT / "benchmarks/phases.py", "--half-billion", "--out", tmp_path]
     done = subprocess.run([*script, "--stops", ",".join(phases)], capture_output=True, text=True, timeout=1200,

@@ -251,6 +251,22 @@ def test_restarts_are_counted_while_no_checkpoint_comes(tmp_path):
     assert [a["again_after"] for a in attempts(tmp_path)] == [3.0, 6.0, None, None, 3.0, 0.0, 3.0, None, None]
 
 
+@pytest.mark.parametrize("status", ['{"state": "training", "step": 7, "save_seconds": 2.5}', "{broken", None])
+def test_the_status_of_a_run_whose_rank_died_says_so(tmp_path, status):
+    if status is not None:
+        (tmp_path / "status.json").write_text(status)
+    record(tmp_path, "1", Outcome(1, "rank 1 was killed"), LaunchConfig())
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["exit_code"], found["culprit"]) == ("failed", 1, "rank 1 was killed")
+    assert (found["step"], found.get("save_seconds")) == ((7, 2.5) if status and "step" in status else (0, None))
+
+
+def test_the_status_that_a_rank_left_itself_stays(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "failed", "culprit": "NonFiniteError"}')
+    record(tmp_path, "1", Outcome(1, "rank 0 ended with 1"), LaunchConfig())
+    assert json.loads((tmp_path / "status.json").read_text())["culprit"] == "NonFiniteError"
+
+
 def plant(folder: Path, source: str, module: str = "tritune.trainer") -> None:
     """A `sitecustomize` that changes the trainer once it is imported: a fault in a real process."""
     lines = "\n".join("    " + line[8:] for line in source.strip("\n").splitlines())
