@@ -143,8 +143,9 @@ def note_error(rank: int, error: BaseException) -> None:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies: no rank outlives a launcher that was killed (Linux)."""
-    if os.environ.get(NODE_DIR) is not None:
+    """Let the kernel kill this process when its parent dies: no rank outlives a launcher, ours or a torchrun, that was killed
+    (Linux). Without it such a rank trained on, and kept the other machines in their collectives."""
+    if NODE_DIR in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
 
