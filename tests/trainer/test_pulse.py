@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-RANK = "from tritune.trainer.pulse import end_with_parent; import sys, time; end_with_parent(); print(1, flush=True); time.sleep(60)"
+RANK = (
+    "from tritune.trainer.pulse import end_with_parent; import time; end_with_parent(); print(1, flush=True); "
+    "time.sleep(60)"
+)
 PARENT = (
     "import subprocess, sys, time; rank = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE); "
     "rank.stdout.readline(); print(rank.pid, flush=True); time.sleep(60)"
