@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +24,8 @@ from tritune.trainer.errors import (
 )
 from tritune.trainer.pulse import begin, end_with_parent, launch_time
 from tritune.trainer.redact import redact
+
+CLOSING = "closing"  # the phase after the end is written down
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -94,14 +97,17 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
 
     def abandon(why: str, asked: bool) -> None:
         """On the guard's thread, while the main one is out of reach; the newest checkpoint is what the next start has."""
+        if pulse.where() == CLOSING:  # how it ended is written down; only a tracker is still waited for
+            _end_process(code)
         saved = newest_step(directory.path / "checkpoints") if owned else 0
-        if owned and asked:
-            directory.write_status("stopped", saved, EXIT_STOPPED, why)
-        elif owned:
-            directory.write_refusal(why, EXIT_INPUT)
         after = f"; the same command goes on from {f'step {saved}' if saved else 'the start'}"
         doing = pulse.where()
-        progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
+        with suppress(OSError):
+            if owned and asked:
+                directory.write_status("stopped", saved, EXIT_STOPPED, why)
+            elif owned:
+                directory.write_refusal(why, EXIT_INPUT)
+            progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
         _end_process(EXIT_STOPPED if asked else EXIT_INPUT)
 
     guard = Guard(stop, pulse.where, abandon, _limits(config))
@@ -172,6 +178,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
             _write_end(directory, state, step, code, culprit, refused=code == EXIT_INPUT and built is None)
+            pulse.phase(CLOSING)
             for sink in built.sinks if built else []:
                 sink.close(code)
         if built is not None:

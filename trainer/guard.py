@@ -57,6 +57,7 @@ class Guard:
         """Give the signals' pipe back to whoever had it."""
         self._closed.set()
         signal.set_wakeup_fd(self._before)
+        self._writer.send(b"\0")  # the thread need not wait for its next look
         self._thread.join()
         self._reader.close()
         self._writer.close()

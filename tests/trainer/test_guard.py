@@ -90,6 +90,14 @@ def test_a_compilation_without_an_end_is_ended_with_a_message(held):
     assert "train.compile_seconds" in json.loads((run / "status.json").read_text())["culprit"]
 
 
+def test_a_stop_after_the_end_is_written_down_changes_nothing_of_the_end(held):
+    job, run = held("closing", "tritune.trainer.distributed:end", "train.max_steps=1")
+    wait_until_entered(job)
+    job.signal(signal.SIGTERM)
+    assert job.wait(60) == [0], job.output()
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
 def test_a_signal_to_a_forked_child_is_not_the_parent_s(tritune, tiny, tmp_path, monkeypatch):
     """A pool that ends its children by SIGTERM must not end the run: they inherit its handler and its pipe."""
     from tritune.trainer import finish, guard
