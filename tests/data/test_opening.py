@@ -52,7 +52,13 @@ def a_name_with_nul(folder):
     return "a\0.jsonl", "no file has this name"
 
 
-STRANGE = [a_fifo, a_socket, a_device, a_link_to_nothing, a_link_to_itself, a_long_name, a_name_with_nul]
+def a_name_that_is_not_utf8(folder):
+    name = os.fsdecode(b"\xff.jsonl")
+    (folder / name).write_text(ROW)
+    return name, "its name is not UTF-8.*Rename"
+
+
+STRANGE = [a_fifo, a_socket, a_device, a_link_to_nothing, a_link_to_itself, a_long_name, a_name_with_nul, a_name_that_is_not_utf8]
 
 
 @pytest.mark.parametrize("make", STRANGE, ids=lambda make: make.__name__)
@@ -60,7 +66,7 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path, make):
     name, message = make(tmp_path)
     with pytest.raises(InputError, match=message) as caught:
         source_files(str(tmp_path / name), KEY)
-    assert repr(name)[1:-1] in caught.value.value
+    assert ascii(name)[1:-1] in caught.value.value
     if os.path.lexists(tmp_path / name[:99]):  # in a folder of good ones it is not passed over in silence
         (tmp_path / "good.jsonl").write_text(ROW)
         for source in (tmp_path, tmp_path / "*.jsonl"):

@@ -205,7 +205,7 @@ def test_hub_syntax_on_a_local_folder(tmp_path, no_hub):
     assert [r.fields for r in read_rows("hf://./folder:test", "data.test", TextUnit.line)] == ROWS[:2]
     with pytest.raises(InputError, match=r"hf://./folder:dev"):
         list(read_rows("hf://./folder:dev", "data.train", TextUnit.line))
-    with pytest.raises(InputError, match="needs a split"):
+    with pytest.raises(InputError, match="needs a name and a split"):
         list(read_rows("hf://./folder", "data.train", TextUnit.line))
     with pytest.raises(InputError, match="did not load"):
         list(read_rows("hf://./nowhere:train", "data.train", TextUnit.line))
@@ -335,15 +335,16 @@ def test_the_deepest_row_that_is_read_renders_and_hashes():
 
 
 def test_a_row_that_is_too_long_is_a_bad_row_like_others(monkeypatch):
-    monkeypatch.setattr(kinds, "ROW_CHARS", 100)
+    monkeypatch.setattr(kinds, "ROW_BYTES", 100)
     rows = [
         ({"text": "a" * 101}, "pretrain"),
+        ({"text": "é" * 51}, "pretrain"),
         ({"prompt": "a" * 50, "response": "b" * 51}, "sft"),
         (talk(content="a" * 87), "sft"),  # with the names and roles of two messages
         ({**talk(), "tools": [{"a": ["b" * 99]}]}, "sft"),
     ]
     for row, objective in rows:
-        with pytest.raises(InputError, match=r"f:1: the row has 1\d\d characters, and 100 are the most"):
+        with pytest.raises(InputError, match=r"f:1: the row has 1\d\d bytes of text, and 100 are the most"):
             Reading(DataConfig(), objective).record(Row(row, "f:1"))
     assert Reading(DataConfig(), "pretrain").record(Row({"text": "a" * 100}, "f:1")).text == "a" * 100
 

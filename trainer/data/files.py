@@ -59,8 +59,9 @@ def source_files(source: str, key: str) -> list[Path]:
             be opened or is no regular file.
     """
     if source.startswith("hf://"):
-        if ":" not in source[5:]:
-            raise InputError(f"{key}={source}", "a hub dataset needs a split", "Write hf://name:split")
+        name, _, split = source[5:].partition(":")
+        if not name or not split:
+            raise InputError(f"{key}={source}", "a hub dataset needs a name and a split", "Write hf://name:split")
         return []
     path, place = Path(source), f"{key}={source}"
     what = what_is(path, place)

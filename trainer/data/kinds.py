@@ -28,8 +28,8 @@ KINDS_OF = {
     "classify": (Kind.text_label,),
     "classify_token": (Kind.text_label,),
 }
-# A row that is longer than this takes gigabytes to tokenize (120 bytes a character and more); deeper ones end the stack.
-ROW_CHARS = 8 << 20
+# A longer row takes gigabytes to tokenize (150 bytes and more for one of its own); a deeper one ends the stack.
+ROW_BYTES = 8 << 20
 DEPTH = 100
 # Names under which common data sets have these columns; a mapping in data.columns comes first.
 _ALIASES = {
@@ -84,8 +84,8 @@ class Reading:
         """Convert one row.
 
         Raises:
-            InputError: a column that is missing, a value of the wrong type, text of more than `ROW_CHARS` characters, lists
-                within lists more than `DEPTH` deep.
+            InputError: a column that is missing, a value of the wrong type, text of more than `ROW_BYTES` bytes, lists within
+                lists more than `DEPTH` deep.
         """
         names = tuple(row.fields)
         columns = self._columns.get(names)
@@ -232,18 +232,16 @@ def _too_deep(place: str) -> InputError:
 
 def _require_length(record: Record) -> None:
     texts = (record.prompt, record.response, record.text)
-    size = sum(len(text) for text in texts if text)
-    for value in (*(record.messages or ()), *(record.tools or ())):
-        size += _length(value)
-    if size > ROW_CHARS:
-        rule = f"the row has {size:,} characters, and {ROW_CHARS:,} are the most"
+    size = sum(map(_length, (*texts, *(record.messages or ()), *(record.tools or ()))))
+    if size > ROW_BYTES:
+        rule = f"the row has {size:,} bytes of text, and {ROW_BYTES:,} are the most"
         raise InputError(record.place, rule, "Cut it into several rows, or skip such rows with data.bad_rows=skip")
 
 
 def _length(value: Any) -> int:
-    """The characters of all texts in a value."""
+    """The bytes of all texts in a value, as UTF-8."""
     if isinstance(value, str):
-        return len(value)
+        return len(value) if value.isascii() else len(value.encode())
     if isinstance(value, dict):
         return sum(map(_length, value)) + sum(map(_length, value.values()))
     return sum(map(_length, value)) if isinstance(value, list) else 0

@@ -35,8 +35,12 @@ def what_is(path: Path, place: str) -> Literal["file", "folder"] | None:
 
     Raises:
         InputError: it is neither a regular file nor a folder, is a file that may not be read, a link that leads nowhere, or
-            the path cannot be followed.
+            the path cannot be followed or is not UTF-8.
     """
+    try:
+        place.encode()
+    except UnicodeEncodeError:  # it could be opened, and neither printed nor written down
+        raise InputError(ascii(place), "its name is not UTF-8", "Rename it, or give it by a link of another name") from None
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -45,7 +49,7 @@ def what_is(path: Path, place: str) -> Literal["file", "folder"] | None:
         rule = f"it is a link to {os.readlink(path)}, which does not exist"
         raise InputError(place, rule, "Mend the link or remove it") from None
     except ValueError as error:  # a NUL in the name, which no file has
-        raise InputError(repr(place), f"no file has this name: {error}", "Remove the NUL from it") from None
+        raise InputError(ascii(place), f"no file has this name: {error}", "Remove the NUL from it") from None
     except OSError as error:
         raise cannot_open(place, error) from None
     if stat.S_ISDIR(mode):

@@ -300,7 +300,8 @@ def _hub_errors(source: str, begun: bool = False) -> Iterator[None]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    faults = (OSError, ValueError, DatasetsError, pyarrow.ArrowException)  # no such split or config, or bad rows
+    # No such split or config, a script, or bad rows.
+    faults = (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError, pyarrow.ArrowException)
     try:
         yield
     except Exception as error:

@@ -56,10 +56,10 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             remedy = "Give model.chat_template=<file> or chatml, or a tokenizer that has one"
             raise InputError("model.chat_template=None", "the rows are conversations and there is no template", remedy)
-        self.has_marks = "generation" in _block_names(tokenizer.chat_template)
         self.train_on, self.last_only = frozenset(train_on), last_only
         self._name = _name(tokenizer)
         self._program = sandbox.compile_template(tokenizer.chat_template)
+        self.has_marks = "generation" in _block_names(tokenizer.chat_template)
         self._special = dict(tokenizer.special_tokens_map)
         self._added = [token for token in tokenizer.get_added_vocab() if token]
         self._ends = ("", "") if self.has_marks else self._probe_ends()
