@@ -58,7 +58,16 @@ def a_name_that_is_not_utf8(folder):
     return name, "its name is not UTF-8.*Rename"
 
 
-STRANGE = [a_fifo, a_socket, a_device, a_link_to_nothing, a_link_to_itself, a_long_name, a_name_with_nul, a_name_that_is_not_utf8]
+STRANGE = [
+    a_fifo,
+    a_socket,
+    a_device,
+    a_link_to_nothing,
+    a_link_to_itself,
+    a_long_name,
+    a_name_with_nul,
+    a_name_that_is_not_utf8,
+]
 
 
 @pytest.mark.parametrize("make", STRANGE, ids=lambda make: make.__name__)
@@ -82,7 +91,9 @@ def test_what_may_not_be_read_is_refused(tmp_path, monkeypatch):
     path.write_text(ROW)
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        with pytest.raises(InputError, match=r"data\.train=.*rows\.jsonl: it cannot be opened: Permission denied\. Let"):
+        with pytest.raises(
+            InputError, match=r"data\.train=.*rows\.jsonl: it cannot be opened: Permission denied\. Let"
+        ):
             source_files(str(path), KEY)
 
     def forbidden(*_, **__):

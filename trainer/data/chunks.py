@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 BLANK = " \t\r"  # JSON's white space within a line
-NAMES = 30  # of columns, in a message
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,6 @@ class Chunk:
     path: str
     num_rows: int
     body: Lines | Cells | Texts | Batch | InputError
-
-
-def some_names(names: Iterable[str]) -> str:
-    """Columns, for a message: all where they are few."""
-    given = list(names)
-    return ", ".join(given[:NAMES]) + (f" and {len(given) - NAMES:,} more" if len(given) > NAMES else "")
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:

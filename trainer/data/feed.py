@@ -12,8 +12,8 @@ from tritune.trainer.config_choices import Packing
 from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
-from tritune.trainer.data.opening import open_regular
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
+from tritune.trainer.data.opening import open_regular
 from tritune.trainer.data.order import Order, draws_of, softened
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import hub_version

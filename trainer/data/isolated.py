@@ -92,4 +92,6 @@ def _why(said: bytes, status: int) -> str:
         return f"it takes more than {MEMORY_BYTES >> 20} MiB of memory"
     if number == signal.SIGXCPU:
         return f"it takes more than {CPU_SECONDS} s of the processor"
-    return f"it ends its process by signal {number} ({signal.Signals(number).name})" if number else "it ends its process"
+    return (
+        f"it ends its process by signal {number} ({signal.Signals(number).name})" if number else "it ends its process"
+    )

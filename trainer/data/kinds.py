@@ -13,8 +13,8 @@ from typing import Any
 
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import COLUMNS, ROLES, DataConfig
-from tritune.trainer.data.chunks import Row, some_names
-from tritune.trainer.errors import InputError
+from tritune.trainer.data.chunks import Row
+from tritune.trainer.errors import InputError, some_names
 
 _NEEDS = {
     Kind.messages: ("messages",),

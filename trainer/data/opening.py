@@ -40,7 +40,9 @@ def what_is(path: Path, place: str) -> Literal["file", "folder"] | None:
     try:
         place.encode()
     except UnicodeEncodeError:  # it could be opened, and neither printed nor written down
-        raise InputError(ascii(place), "its name is not UTF-8", "Rename it, or give it by a link of another name") from None
+        raise InputError(
+            ascii(place), "its name is not UTF-8", "Rename it, or give it by a link of another name"
+        ) from None
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

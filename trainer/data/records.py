@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config_choices import TextUnit
-from tritune.trainer.data.chunks import BLANK, Batch, Cells, Chunk, Lines, Row, Texts, after, parse_chunk, some_names, stream_of
+from tritune.trainer.data.chunks import BLANK, Batch, Cells, Chunk, Lines, Row, Texts, after, parse_chunk, stream_of
 from tritune.trainer.data.files import (
     CHUNK_BYTES,
     LINE_BYTES,
@@ -28,7 +28,7 @@ from tritune.trainer.data.files import (
 from tritune.trainer.data.files import FORMATS as FORMATS
 from tritune.trainer.data.files import require_source as require_source
 from tritune.trainer.data.files import require_sources as require_sources
-from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason
+from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason, some_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -1,9 +1,11 @@
 """Chat templates are programs from strangers: they run here, without reach and within limits.
 
 Reach: Jinja's immutable sandbox (no underscored attributes, no changing of what is passed in), plain JSON data only, no loader.
-Trial (`isolated.py`): before a template is used it renders a few conversations in a process that the system's limits end, which
-hold in C code too. Limits (`sandbox_limits.py`) hold for every row: the clock is read in every loop, call and filter, by code that the compiler adds, so it holds in
-any thread; a timer signal reaches only the main one. Filters for web pages and `lipsum`, which no chat needs, are left out.
+Trial (`isolated.py`): before a template is used it renders a few conversations in a process that the system's limits end,
+which hold in C code too.
+Limits (`sandbox_limits.py`), for every row: the clock is read in every loop, call and filter, by code that the compiler adds,
+so it holds in any thread; a timer signal reaches only the main one. Filters for web pages and `lipsum`, which no chat needs,
+are left out.
 """
 
 from __future__ import annotations
@@ -233,8 +235,8 @@ def _require_public(name: Any) -> None:
         raise SecurityError(f"a namespace has no name with an underscore in front, and {name!r} is one")
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(shown(message)))
 
 
 def _strftime_now(form: str) -> str:
@@ -272,7 +274,8 @@ def _try(source: str) -> None:
             values = {"bos_token": "<s>", "eos_token": "</s>", "messages": messages, "tools": tools, "documents": None}
             try:
                 run(template, {**values, "add_generation_prompt": prompt})
-            except Exception as error:  # noqa: BLE001  many a template refuses one of these conversations
+            except Exception as error:  # many a template refuses one of these conversations
+                str(error)  # which is shown, and a value of the template's can be in it
                 if isolated.ran_out(error):
                     raise
 

@@ -23,6 +23,7 @@ from tritune.trainer.errors import InputError
 
 ASSISTANT = "assistant"
 PROBE = "tritune-probe-9f3c"
+ERROR_CHARS = 500  # of what a template says
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
 
 
@@ -260,7 +261,7 @@ def _run(program: jinja2.Template, name: str, special: dict, messages: list[dict
         raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
     except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        rule = f"the chat template fails on this row: {said}"
+        rule = f"the chat template fails on this row: {said[:ERROR_CHARS]}"
         raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
 
 
