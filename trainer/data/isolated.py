@@ -20,6 +20,7 @@ from tritune.trainer.pulse import die_with_parent
 CPU_SECONDS = 2  # of processor time: a busy machine does not use it up
 MEMORY_BYTES = 512 << 20  # of address space, above what this process has
 WALL_SECONDS = 30.0  # the last resort, against a process that waits
+_STATM = Path("/proc/self/statm")
 _MEMORY, _DONE = b"m", b"d"
 
 
@@ -79,7 +80,9 @@ def _limit(kept: int) -> None:
     gc.freeze()  # what was there before is never looked at: a collection takes milliseconds, not a second
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    if not _STATM.is_file():  # not Linux: time alone is limited
+        return
+    pages = int(_STATM.read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + MEMORY_BYTES
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
