@@ -5,6 +5,10 @@ Exit status: `InputError` is 2 (wrong input, one message, no traceback); everyth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+NAMES = 30  # that a message lists
+
 
 class InputError(Exception):
     """Something the user gave is wrong: a config value, a file, a row. Exit status 2, no traceback."""
@@ -71,6 +75,12 @@ def reason(error: Exception) -> str:
     """What another library's exception says, in one line, for a message of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}".rstrip(".")
+
+
+def some_names(names: Iterable[str]) -> str:
+    """Names, as of columns, for a message: all where they are few."""
+    given = list(names)
+    return ", ".join(given[:NAMES]) + (f" and {len(given) - NAMES:,} more" if len(given) > NAMES else "")
 
 
 INPUT_ERRORS = (InputError, ConfigFaults)

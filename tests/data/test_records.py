@@ -11,8 +11,11 @@ import random
 import pytest
 from tritune.trainer.config_choices import Kind, TextUnit
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.kinds import Reading, Record
+from tritune.trainer.data import kinds, templates
+from tritune.trainer.data.chunks import Row
+from tritune.trainer.data.kinds import DEPTH, Reading, Record, as_records
 from tritune.trainer.data.records import hub_version, read_rows, require_source
+from tritune.trainer.data.sandbox import compile_template
 from tritune.trainer.errors import InputError
 
 ROWS = [
@@ -202,7 +205,7 @@ def test_hub_syntax_on_a_local_folder(tmp_path, no_hub):
     assert [r.fields for r in read_rows("hf://./folder:test", "data.test", TextUnit.line)] == ROWS[:2]
     with pytest.raises(InputError, match=r"hf://./folder:dev"):
         list(read_rows("hf://./folder:dev", "data.train", TextUnit.line))
-    with pytest.raises(InputError, match="needs a split"):
+    with pytest.raises(InputError, match="needs a name and a split"):
         list(read_rows("hf://./folder", "data.train", TextUnit.line))
     with pytest.raises(InputError, match="did not load"):
         list(read_rows("hf://./nowhere:train", "data.train", TextUnit.line))
@@ -287,6 +290,68 @@ def test_a_later_row_without_the_column_is_named(tmp_path):
     path = write(tmp_path / "f.jsonl", jsonl([{"prompt": "a", "response": "b"}, {"prompt": "a", "answr": "b"}]))
     with pytest.raises(InputError, match=r"f\.jsonl:2"):
         records(path, "sft")
+
+
+# -- rows that are too deep or too long --------------------------------------------------------------------
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def talk(**more) -> dict:
+    return {"messages": [{"role": "user", "content": "a", **more}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize("depth", [DEPTH + 1, 500, 970])
+@pytest.mark.parametrize("where", ["message", "tools", "tools as text", "role", "prompt"])
+def test_a_row_nested_too_deep_is_a_bad_row_like_others(depth, where):
+    row = {
+        "message": talk(x=nested(depth - 1)),
+        "tools": {**talk(), "tools": nested(depth)},
+        "tools as text": {**talk(), "tools": "[" * 100 * depth + "]" * 100 * depth},
+        "role": talk(role=nested(depth)),
+        "prompt": {"prompt": nested(depth), "response": "b"},
+    }[where]
+    reading = Reading(DataConfig(kind=Kind.prompt_response if where == "prompt" else Kind.messages), "sft")
+    fault, good = as_records([Row(row, "f:1"), Row({**talk(), "prompt": "a", "response": "b"}, "f:2")], reading)
+    assert isinstance(fault, InputError)
+    assert fault.value == "f:1"
+    wanted = {"role": "without a known role", "prompt": "must be text"}.get(where, f"more than {DEPTH} deep")
+    assert wanted in fault.rule
+    assert isinstance(good, Record)
+
+
+def test_the_deepest_row_that_is_read_renders_and_hashes():
+    source = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    row = {**talk(x=nested(DEPTH - 1)), "tools": nested(DEPTH)}
+    record = Reading(DataConfig(), "sft").record(Row(row, "f:1"))
+    text, _ = templates._run(compile_template(source), "it", {}, record.messages or [], "f:1", tools=record.tools)
+    assert text.count("[") == 2 * DEPTH - 1
+    assert len(record.digest()) == 32
+
+
+def test_a_row_that_is_too_long_is_a_bad_row_like_others(monkeypatch):
+    monkeypatch.setattr(kinds, "ROW_BYTES", 100)
+    rows = [
+        ({"text": "a" * 101}, "pretrain"),
+        ({"text": "é" * 51}, "pretrain"),
+        ({"prompt": "a" * 50, "response": "b" * 51}, "sft"),
+        (talk(content="a" * 87), "sft"),  # with the names and roles of two messages
+        ({**talk(), "tools": [{"a": ["b" * 99]}]}, "sft"),
+    ]
+    for row, objective in rows:
+        with pytest.raises(InputError, match=r"f:1: the row has 1\d\d bytes of text, and 100 are the most"):
+            Reading(DataConfig(), objective).record(Row(row, "f:1"))
+    assert Reading(DataConfig(), "pretrain").record(Row({"text": "a" * 100}, "f:1")).text == "a" * 100
+
+
+def test_a_message_names_few_columns():
+    with pytest.raises(InputError, match=r"k29 and 170 more\."):
+        Reading(DataConfig(), "sft").record(Row({f"k{i}": i for i in range(200)}, "f:1"))
 
 
 # -- the split -------------------------------------------------------------------------------------------

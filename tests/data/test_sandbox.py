@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tritune.trainer.data import sandbox, sandbox_limits
+from tritune.trainer.data import isolated, sandbox, sandbox_limits
 from tritune.trainer.data.templates import ChatTemplate, render
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import byte_tokenizer
@@ -138,6 +138,7 @@ LOADING = {
 def attempt(source: str, seconds: float, pipe) -> None:
     """In a process of its own: what came of rendering, how long it took."""
     sandbox.RENDER_SECONDS = seconds
+    isolated.outcome_of = lambda _: None  # the limits that hold for every row are tested, without the trial before them
     sandbox_limits.ITEMS = 1 << 16  # counting to the real one takes half a second
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
@@ -219,6 +220,7 @@ def test_a_template_that_is_no_jinja_or_too_long_is_refused():
 
 def test_the_limits_hold_in_every_thread_and_leave_the_others_alone(monkeypatch):
     monkeypatch.setattr(sandbox, "RENDER_SECONDS", SHORT)
+    monkeypatch.setattr(isolated, "outcome_of", lambda _: None)
     endless, honest = byte_tokenizer(), byte_tokenizer()
     endless.chat_template = HOSTILE["nested loops"][0]
     results: dict[str, object] = {}
@@ -242,6 +244,35 @@ def test_the_limits_hold_in_every_thread_and_leave_the_others_alone(monkeypatch)
         assert not thread.is_alive()
     assert all("more than 0.25 s" in str(results[n]) for n in ("0", "1"))
     assert results["honest"] == {honest.apply_chat_template(MESSAGES, tokenize=False)}
+
+
+# What C code does with these is not measured beforehand: hashes of doubled tuples, chains, wide numbers.
+DOUBLED = "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}"
+UNMEASURED = {
+    "a chain": (
+        "{% set n = namespace(a=[1]) %}{% for i in range(30000) %}{% set n.a = n.a | select %}{% endfor %}{{ n.a | first }}",
+        r"by signal 11 \(SIGSEGV\)|more than 1 s",  # on a slow machine
+    ),
+    "a width": ("{{ '%(a)2000000000d' % {'a': 1} }}", "more than 512 MiB of memory|width"),
+    "text kept": (
+        "{% set n = namespace(t='x' * 30000000, l=[]) %}{% for i in range(99) %}{% set n.l = n.l + [n.t ~ i] %}{% endfor %}",
+        "more than 512 MiB of memory",
+    ),
+    "only when the model is asked": (
+        "{% if add_generation_prompt and tools %}" + DOUBLED + "{{ {n.a: 1} | length }}{% endif %}",
+        "more than 1 s of the processor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNMEASURED)
+def test_the_trial_stops_what_is_not_measured(monkeypatch, name):
+    monkeypatch.setattr(isolated, "CPU_SECONDS", 1)
+    source, said = UNMEASURED[name]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    with pytest.raises(InputError, match=rf"^model\.chat_template: .*tried on .*({said}).*Give another"):
+        ChatTemplate(tokenizer) if name != "a width" else render(tokenizer, MESSAGES, "rows.jsonl:7")
 
 
 def test_large_conversations_are_no_attack():

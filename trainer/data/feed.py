@@ -13,6 +13,7 @@ from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
+from tritune.trainer.data.opening import open_regular
 from tritune.trainer.data.order import Order, draws_of, softened
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import hub_version
@@ -74,6 +75,6 @@ def _versions(path: str, key: str) -> list[list[str | int]]:
         return [[path, hub_version(path)]]
     found: list[list[str | int]] = []
     for file in source_files(path, key):
-        with file.open("rb") as opened:  # whatever it is called: data that moved is the same data
+        with open_regular(file) as opened:  # whatever it is called: data that moved is the same data
             found.append([file.stat().st_size, hashlib.sha256(opened.read(HEAD_BYTES)).hexdigest()])
     return found

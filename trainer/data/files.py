@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tritune.trainer.config_data import DataConfig, training_sources
+from tritune.trainer.data.opening import cannot_open, open_regular, what_is
 from tritune.trainer.errors import InputError, reason
 
 CHUNK_BYTES = 1 << 18
@@ -53,28 +55,32 @@ def source_files(source: str, key: str) -> list[Path]:
         key: the config key it came from, for messages; its last word is the split of a saved `DatasetDict`.
 
     Raises:
-        InputError: nothing is there, or nothing of a known format, or files of more than one format.
+        InputError: nothing is there, or nothing of a known format, or files of more than one format, or something that cannot
+            be opened or is no regular file.
     """
     if source.startswith("hf://"):
-        if ":" not in source[5:]:
-            raise InputError(f"{key}={source}", "a hub dataset needs a split", "Write hf://name:split")
+        name, _, split = source[5:].partition(":")
+        if not name or not split:
+            raise InputError(f"{key}={source}", "a hub dataset needs a name and a split", "Write hf://name:split")
         return []
-    path = Path(source)
-    if path.is_dir():
-        return _saved_files(path, key) if is_saved(path) else _shards(path.iterdir(), source, key)
-    if path.exists():
+    path, place = Path(source), f"{key}={source}"
+    what = what_is(path, place)
+    if what == "folder":
+        return _saved_files(path, key) if is_saved(path) else _shards(_inside(path, place), source, key)
+    if what == "file":
         if format_of(path) is None:
             rule = f"files ending in {path.suffix or 'nothing'} are not read"
-            raise InputError(f"{key}={source}", rule, f"Use {FORMATS}")
+            raise InputError(place, rule, f"Use {FORMATS}")
         return [path]
     if glob.has_magic(source):
         return _shards(map(Path, glob.glob(source, recursive=True)), source, key)
-    raise InputError(f"{key}={source}", "the file does not exist", _similar(path))
+    raise InputError(place, "the file does not exist", _similar(path))
 
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of `datasets`."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    names = ("state.json", "dataset_dict.json")
+    return any(what_is(folder / name, str(folder / name)) == "file" for name in names)
 
 
 def read_blocks(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -177,13 +183,13 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
     remedy = "Fetch or write the file again"
     try:
         if ending == ".gz":
-            with gzip.open(path) as file:
+            with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) as file:
                 while piece := file.read1(size):  # read() loses what came before the end of a stream cut off
                     yield piece
         elif ending == ".zst":
             yield from _unzstd(path)
         else:
-            with path.open("rb", buffering=0) as plain:
+            with open_regular(path) as plain:
                 while piece := plain.read(size):
                     yield piece
     except EOFError:
@@ -197,7 +203,7 @@ def _unzstd(path: Path) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         frame, begun = decompressor.decompressobj(), False
         try:
             while data := file.read(_ZSTD_BYTES):
@@ -216,8 +222,9 @@ def _unzstd(path: Path) -> Iterator[bytes]:
 
 
 def _shards(paths: Iterable[Path], source: str, key: str) -> list[Path]:
-    """Those of `paths` whose names say a format, hidden ones left out."""
-    files = sorted(p for p in paths if format_of(p) and not p.name.startswith(".") and p.is_file())
+    """Those of `paths` whose names say a format; folders and hidden ones are left out, what is no file is refused."""
+    named = sorted(p for p in paths if format_of(p) and not p.name.startswith("."))
+    files = [p for p in named if what_is(p, str(p)) == "file"]
     if not files:
         what = "this folder was not saved by datasets, and it" if Path(source).is_dir() else "this pattern"
         raise InputError(f"{key}={source}", f"{what} holds no file that is read", f"Use {FORMATS}")
@@ -232,19 +239,51 @@ def _shards(paths: Iterable[Path], source: str, key: str) -> list[Path]:
 
 def _saved_files(folder: Path, key: str) -> list[Path]:
     """The Arrow files of a folder saved by `datasets`, of the split that the key names where it has splits."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    whole = folder
+    if what_is(folder / "dataset_dict.json", str(folder / "dataset_dict.json")) == "file":
+        splits = _saved_names(whole, folder / "dataset_dict.json", "splits", key)
         split = key.rpartition(".")[2]
         if split not in splits:
             rule = f"it has no split {split}"
             raise InputError(f"{key}={folder}", rule, f"It has {', '.join(splits)}: name a folder")
         folder /= split
-    return [folder / file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    names = _saved_names(whole, folder / "state.json", "_data_files", key)
+    for name in ("dataset_info.json", *names):  # what `datasets` opens by itself
+        if what_is(folder / name, str(folder / name)) != "file":
+            raise InputError(f"{key}={whole}", f"its file {folder / name} is not there", "Save the dataset again")
+    return [folder / name for name in names]
+
+
+def _saved_names(whole: Path, path: Path, field: str, key: str) -> list[str]:
+    """The names, of splits or files, that one of the JSON files of a saved folder lists."""
+    with open_regular(path) if what_is(path, str(path)) else io.BytesIO() as file:
+        text = file.read()
+    try:
+        listed = json.loads(text)[field]
+        names = [part["filename"] for part in listed] if field == "_data_files" else list(listed)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        listed, names = None, []
+    if not isinstance(listed, list) or not all(map(_is_plain, names)):
+        rule = f"it was saved by datasets, but {path} does not say which {field.strip('_')} it has"
+        raise InputError(f"{key}={whole}", rule, "Save the dataset again")
+    return names
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it names something in the same folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def _inside(folder: Path, place: str) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise cannot_open(place, error) from None
 
 
 def _similar(path: Path) -> str:
     parent = path.parent
-    if not parent.is_dir():
+    if what_is(parent, str(parent)) != "folder":
         return f"The folder {parent} does not exist either. Give a path from {Path.cwd()}, or an absolute one"
-    files = sorted(p.name for p in parent.iterdir() if format_of(p))[:6]
+    files = sorted(p.name for p in _inside(parent, str(parent)) if format_of(p))[:6]
     return f"In {parent} there is: {', '.join(files) or 'no data file'}"

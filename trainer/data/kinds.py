@@ -13,8 +13,8 @@ from typing import Any
 
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import COLUMNS, ROLES, DataConfig
-from tritune.trainer.data.records import Row
-from tritune.trainer.errors import InputError
+from tritune.trainer.data.chunks import Row
+from tritune.trainer.errors import InputError, some_names
 
 _NEEDS = {
     Kind.messages: ("messages",),
@@ -28,6 +28,9 @@ KINDS_OF = {
     "classify": (Kind.text_label,),
     "classify_token": (Kind.text_label,),
 }
+# A longer row takes gigabytes to tokenize (150 bytes and more for one of its own); a deeper one ends the stack.
+ROW_BYTES = 8 << 20
+DEPTH = 100
 # Names under which common data sets have these columns; a mapping in data.columns comes first.
 _ALIASES = {
     "prompt": ("prompt", "instruction", "question"),
@@ -81,7 +84,8 @@ class Reading:
         """Convert one row.
 
         Raises:
-            InputError: a column that is missing, a value of the wrong type.
+            InputError: a column that is missing, a value of the wrong type, text of more than `ROW_BYTES` bytes, lists within
+                lists more than `DEPTH` deep.
         """
         names = tuple(row.fields)
         columns = self._columns.get(names)
@@ -90,7 +94,9 @@ class Reading:
             self.seen |= self._wanted & row.fields.keys()
         if self.kind is None:
             self.kind = _kind(row, columns, self.config, self.objective)
-        return _record(row, self.kind, columns, self.config)
+        record = _record(row, self.kind, columns, self.config)
+        _require_length(record)
+        return record
 
 
 def as_records(rows: Iterable[Row | InputError], reading: Reading) -> Iterator[Record | InputError]:
@@ -132,7 +138,7 @@ def _kind(row: Row, columns: dict[str, str], config: DataConfig, objective: str)
         if all(name in columns for name in _NEEDS[kind]):
             return kind
     needs = " or ".join(" + ".join(_NEEDS[kind]) for kind in allowed)
-    rule = f"objective={objective} needs the columns {needs}, and this file has {', '.join(row.fields)}"
+    rule = f"objective={objective} needs the columns {needs}, and this file has {some_names(row.fields)}"
     raise InputError(row.place, rule, f"Map them: data.columns.{_NEEDS[allowed[-1]][-1]}=<name in the file>")
 
 
@@ -140,12 +146,12 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
     for name in _NEEDS[kind]:
         if name not in columns:
             wanted = config.columns.get(name, name)
-            rule = f"the column {wanted} is missing; this row has {', '.join(row.fields)}"
+            rule = f"the column {wanted} is missing; this row has {some_names(row.fields)}"
             raise InputError(row.place, rule, f"Map it: data.columns.{name}=<name in the file>")
     group = _string(row, config.group) if config.group and config.group in row.fields else None
     if config.group and not group:
         what = "missing" if group is None else "empty"
-        rule = f"the column {config.group} is {what}; this row has {', '.join(row.fields)}"
+        rule = f"the column {config.group} is {what}; this row has {some_names(row.fields)}"
         raise InputError(row.place, rule, "Mend the row, or leave out data.group")
     if kind is Kind.messages:
         tools = tools_of(row, columns["tools"]) if "tools" in columns else None
@@ -163,7 +169,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
 def _string(row: Row, column: str) -> str:
     value = row.fields[column]
     if isinstance(value, bool) or not isinstance(value, str | int):
-        rule = f"column {column} is {json.dumps(value, default=str)[:60]}, and must be text"
+        rule = f"column {column} is {_said(value)[:60]}, and must be text"
         raise InputError(row.place, rule, "Mend the row")
     return _require_text(str(value), row.place)
 
@@ -180,8 +186,7 @@ def messages_of(row: Row, column: str) -> list[dict[str, Any]]:
         if isinstance(message, dict):  # Parquet fills the keys that other rows have with None
             message = {k: v for k, v in message.items() if v is not None or k == "content"}
         if not isinstance(message, dict) or message.get("role") not in ROLES or not _has_content(message):
-            said = json.dumps(message, default=str)[:80]
-            rule = f"message {index} is {said}, without a known role and a text content"
+            rule = f"message {index} is {_said(message)[:80]}, without a known role and a text content"
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
         _require_texts(message, row.place)
         messages.append(message)
@@ -199,6 +204,8 @@ def tools_of(row: Row, column: str) -> list[Any] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
+        except RecursionError:
+            raise _too_deep(row.place) from None
         except ValueError:
             raise InputError(row.place, f"column {column} is not JSON", "Write a list of JSON schemas") from None
     if value is not None and value != "" and not isinstance(value, list):
@@ -207,13 +214,45 @@ def tools_of(row: Row, column: str) -> list[Any] | None:
     return value or None
 
 
-def _require_texts(value: Any, place: str) -> None:
-    """Every text in lists and mappings, however deep."""
+def _require_texts(value: Any, place: str, depth: int = 0) -> None:
+    """Every text in lists and mappings, which are not too deep."""
     if isinstance(value, str):
         _require_text(value, place)
     elif isinstance(value, list | dict):
+        if depth == DEPTH:
+            raise _too_deep(place)
         for part in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
-            _require_texts(part, place)
+            _require_texts(part, place, depth + 1)
+
+
+def _too_deep(place: str) -> InputError:
+    rule = f"its lists and objects stand in one another more than {DEPTH} deep"
+    return InputError(place, rule, "Flatten the row, or skip such rows with data.bad_rows=skip")
+
+
+def _require_length(record: Record) -> None:
+    texts = (record.prompt, record.response, record.text)
+    size = sum(map(_length, (*texts, *(record.messages or ()), *(record.tools or ()))))
+    if size > ROW_BYTES:
+        rule = f"the row has {size:,} bytes of text, and {ROW_BYTES:,} are the most"
+        raise InputError(record.place, rule, "Cut it into several rows, or skip such rows with data.bad_rows=skip")
+
+
+def _length(value: Any) -> int:
+    """The bytes of all texts in a value, as UTF-8."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, dict):
+        return sum(map(_length, value)) + sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else 0
+
+
+def _said(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return "too deep to show"
 
 
 def _require_text(text: str, place: str) -> str:

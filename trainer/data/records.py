@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from tritune.trainer.data.files import (
 from tritune.trainer.data.files import FORMATS as FORMATS
 from tritune.trainer.data.files import require_source as require_source
 from tritune.trainer.data.files import require_sources as require_sources
-from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason
+from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason, some_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -106,7 +107,8 @@ def _read_jsonl(path: Path, _: TextUnit, __: int) -> Iterator[Chunk]:
         if isinstance(data, int):
             yield Chunk(str(path), 1, too_long(f"{path}:{number}", data))
             continue
-        rows = sum(1 for line in data.split(b"\n") if line.strip(blank))
+        some = bool(data.strip(blank + b"\n"))  # a file can hold a GiB of line ends
+        rows = sum(1 for line in data.split(b"\n") if line.strip(blank)) if some else 0
         if rows:
             yield Chunk(str(path), rows, Lines(data, number))
 
@@ -148,8 +150,8 @@ def _read_tsv(path: Path, unit: TextUnit, skip: int) -> Iterator[Chunk]:
 
 def _header(cells: list[str], place: str) -> list[str]:
     if len(set(cells)) != len(cells):
-        twice = sorted({name for name in cells if cells.count(name) > 1})
-        raise InputError(place, f"the column {', '.join(twice)} stands twice in the header", "Rename one")
+        twice = sorted(name for name, count in Counter(cells).items() if count > 1)
+        raise InputError(place, f"the column {some_names(twice)} stands twice in the header", "Rename one")
     if any("\0" in name for name in cells):
         raise InputError(place, "a column's name holds a NUL byte", "Remove it")
     return cells
@@ -236,7 +238,10 @@ def _read_saved(folder: str, key: str, skip: int) -> Iterator[Chunk | int]:
     """A folder saved by `datasets`, or of one with splits that which the key names."""
     import pyarrow
     from datasets import DatasetDict, load_from_disk
+    from datasets.exceptions import DatasetsError
 
+    # What a damaged JSON file of its makes `datasets` raise is whatever it meets first.
+    faults = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
     try:
         dataset = load_from_disk(folder)
         if isinstance(dataset, DatasetDict):
@@ -245,7 +250,7 @@ def _read_saved(folder: str, key: str, skip: int) -> Iterator[Chunk | int]:
         yield begin
         if begin < len(dataset):
             yield from _from_datasets(folder, dataset.select(range(begin, len(dataset))), begin)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (*faults, DatasetsError, pyarrow.ArrowException) as error:
         rule = f"the saved dataset does not read: {reason(error)}"
         raise InputError(f"{key}={folder}", rule, "Save it again") from None
 
@@ -295,7 +300,8 @@ def _hub_errors(source: str, begun: bool = False) -> Iterator[None]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    faults = (OSError, ValueError, DatasetsError, pyarrow.ArrowException)  # no such split or config, or bad rows
+    # No such split or config, a script, or bad rows.
+    faults = (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError, pyarrow.ArrowException)
     try:
         yield
     except Exception as error:

@@ -1,8 +1,11 @@
 """Chat templates are programs from strangers: they run here, without reach and within limits.
 
 Reach: Jinja's immutable sandbox (no underscored attributes, no changing of what is passed in), plain JSON data only, no loader.
-Limits (`sandbox_limits.py`): the clock is read in every loop, call and filter, by code that the compiler adds, so it holds in
-any thread; a timer signal reaches only the main one. Filters for web pages and `lipsum`, which no chat needs, are left out.
+Trial (`isolated.py`): before a template is used it renders a few conversations in a process that the system's limits end,
+which hold in C code too.
+Limits (`sandbox_limits.py`), for every row: the clock is read in every loop, call and filter, by code that the compiler adds,
+so it holds in any thread; a timer signal reaches only the main one. Filters for web pages and `lipsum`, which no chat needs,
+are left out.
 """
 
 from __future__ import annotations
@@ -21,13 +24,31 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
-from tritune.trainer.data import sandbox_limits
+from tritune.trainer.data import isolated, sandbox_limits
 from tritune.trainer.data.sandbox_limits import Budget, limit, shown
 from tritune.trainer.errors import InputError
 
 TODAY = datetime(2024, 7, 26)  # what templates are told; Llama 3's own choice where there is no clock
 RENDER_SECONDS = 5.0  # one rendering, or one compilation
 SOURCE_CHARS = 1 << 20
+
+# What a template is tried on: turns of every role, calls of tools, and texts that are long or look like marks.
+_TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"{i} <think> \n" * 200} for i in range(20)]
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TRIALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    (_TURNS[:1], None),
+    ([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}], None),
+    ([{"role": "system", "content": "Be brief."}, *_TURNS], None),
+    (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "content": "1", "name": "f"},
+            {"role": "assistant", "content": "b", "reasoning_content": "c", "thinking": "c"},
+        ],
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+    ),
+]
 
 _LEFT_OUT = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 # Filters that never walk into the parts of a value, and tojson, which is measured by its indentation too.
@@ -214,8 +235,8 @@ def _require_public(name: Any) -> None:
         raise SecurityError(f"a namespace has no name with an underscore in front, and {name!r} is one")
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(shown(message)))
 
 
 def _strftime_now(form: str) -> str:
@@ -233,11 +254,33 @@ _ENVIRONMENT = _Environment()
 
 @lru_cache(maxsize=32)
 def compile_template(source: str) -> jinja2.Template:
-    """Compile a chat template, once.
+    """Compile a chat template, once, after it was tried in a process of its own.
 
     Raises:
-        InputError: it is not valid Jinja, is longer than 1 Mi characters, or loads other templates.
+        InputError: it is not valid Jinja, is longer than 1 Mi characters, or loads other templates; or its trial took more
+            time or memory than `isolated` gives, or crashed.
     """
+    ended = isolated.outcome_of(lambda: _try(source))
+    if ended is not None:
+        rule = f"the template was tried on a few short conversations and stopped: {ended}"
+        raise InputError("model.chat_template", rule, "Give another: model.chat_template=<file> or chatml")
+    return _compile(source)
+
+
+def _try(source: str) -> None:
+    template = _compile(source)
+    for messages, tools in TRIALS:
+        for prompt in (False, True):
+            values = {"bos_token": "<s>", "eos_token": "</s>", "messages": messages, "tools": tools, "documents": None}
+            try:
+                run(template, {**values, "add_generation_prompt": prompt})
+            except Exception as error:  # many a template refuses one of these conversations
+                str(error)  # which is shown, and a value of the template's can be in it
+                if isolated.ran_out(error):
+                    raise
+
+
+def _compile(source: str) -> jinja2.Template:
     if len(source) > SOURCE_CHARS:
         rule = f"it has {len(source):,} characters, and {SOURCE_CHARS:,} are allowed"
         raise InputError("model.chat_template", rule, "Shorten it")

@@ -23,6 +23,7 @@ from tritune.trainer.errors import InputError
 
 ASSISTANT = "assistant"
 PROBE = "tritune-probe-9f3c"
+ERROR_CHARS = 500  # of what a template says
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
 
 
@@ -56,10 +57,10 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             remedy = "Give model.chat_template=<file> or chatml, or a tokenizer that has one"
             raise InputError("model.chat_template=None", "the rows are conversations and there is no template", remedy)
-        self.has_marks = "generation" in _block_names(tokenizer.chat_template)
         self.train_on, self.last_only = frozenset(train_on), last_only
         self._name = _name(tokenizer)
         self._program = sandbox.compile_template(tokenizer.chat_template)
+        self.has_marks = "generation" in _block_names(tokenizer.chat_template)
         self._special = dict(tokenizer.special_tokens_map)
         self._added = [token for token in tokenizer.get_added_vocab() if token]
         self._ends = ("", "") if self.has_marks else self._probe_ends()
@@ -260,7 +261,7 @@ def _run(program: jinja2.Template, name: str, special: dict, messages: list[dict
         raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
     except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        rule = f"the chat template fails on this row: {said}"
+        rule = f"the chat template fails on this row: {said[:ERROR_CHARS]}"
         raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
 
 
