@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import yaml
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import IDENTITY, Config, LoraConfig
@@ -15,6 +14,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir
+from tritune.trainer.yaml_file import read_mapping
 
 CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows`, a digest of each split
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
@@ -113,7 +113,7 @@ def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
     path = directory.path / "config.yaml"
     if not path.is_file():
         return []
-    old, new = yaml.safe_load(path.read_text()), redact_tree(to_dict(config))  # as it was written
+    old, new = read_mapping(path), redact_tree(to_dict(config))  # as it was written
     return [d for key in IDENTITY for d in _differences(_select(old, key), _select(new, key), key)]
 
 

@@ -77,7 +77,8 @@ _LINE = re.compile(
     r"(?:(?<![\"'\\])|[^\n]*+(?<![\"'\\])))",
     re.MULTILINE,
 )
-_DOCUMENT = re.compile(r"(?:\#.*\n|---.*\n|[^\S\n]*+\n)*+(?:[\w\"'(][^\n:]*:(?:\s|$)|- )")  # how a YAML mapping or list begins
+# How a YAML mapping or list begins.
+_DOCUMENT = re.compile(r"(?:\#.*\n|---.*\n|[^\S\n]*+\n)*+(?:[\w\"'(][^\n:]*:(?:\s|$)|- )")
 _FLAG = re.compile(r"--[\w.-]*\Z")
 _FLAG_LENGTH, _LINE_LENGTH = 100, 4000  # so far back a flag or the beginning of a line is looked for
 _DOCUMENT_LENGTH = 200_000  # YAML of more characters would take seconds to read
@@ -238,6 +239,10 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str] | None:
             json.dumps(value)[1:-1],
             json.dumps(value, ensure_ascii=False)[1:-1],
             quote(value, safe=""),
+            repr(value)[1:-1],
+            value.replace("'", "''"),  # in YAML
+            value.replace("'", "\\'"),  # in an override
+            value.replace("'", "'\"'\"'"),  # in a shell's script
         }:
             forms.add(re.escape(form))
         forms |= {re.escape(s.strip()) for s in lines if len(lines) > 1}

@@ -10,6 +10,7 @@ import re
 from tritune.trainer.redact import redact
 
 LIMIT = 300  # characters of a value in a message
+TAIL = 500  # characters kept of a whole message's end, where its rule and remedy stand
 _NOTE = 40  # the longest note of what was left out: a text that was cut is not cut again
 # C0 and C1 but tab and line break, marks of direction, line separators, and surrogates, which no stream takes.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

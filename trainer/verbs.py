@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.errors import (
     EXIT_DONE,
@@ -25,7 +24,9 @@ from tritune.trainer.errors import (
     InputError,
     LostConnectionError,
 )
-from tritune.trainer.redact import MARK, redact
+from tritune.trainer.redact import MARK
+from tritune.trainer.shown import shown
+from tritune.trainer.yaml_file import read_mapping
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -46,7 +47,7 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
 
     def call() -> None:
         run = _run_directory(overrides)
-        kept = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+        kept = read_mapping(run / "config.yaml") if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
         _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
         config = load_config(overrides, config_dir, kept=kept, training=False)
@@ -60,13 +61,13 @@ def exit_status(call: Callable[[], None]) -> int:
     try:
         call()
     except INPUT_ERRORS as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except (CheckpointError, ExportError, LostConnectionError) as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  shown like any other, without secrets
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
 
@@ -103,7 +104,7 @@ def evaluate(config: Config, run: Path | None) -> None:
         how = LanguageModel() if name == "retention" else objective
         results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
                               choices.get(name))  # fmt: skip
-    print(figures_table(results, {n: len(e) for n, e in splits.examples.items()}))
+    print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
 
@@ -215,4 +216,4 @@ def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
 
 
 def _say(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)

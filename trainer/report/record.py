@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact_tree
+from tritune.trainer.yaml_file import read_mapping
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_record(directory: Path) -> Record:
         raise InputError(f"run.dir={directory}", "it holds no run", "Give the directory of a run that has started")
     return Record(
         name=directory.resolve().name,
-        config=redact_tree(yaml.safe_load((directory / "config.yaml").read_text())),
+        config=redact_tree(read_mapping(directory / "config.yaml")),
         environment=_json(directory, "environment.json", {}),
         data=_json(directory, "data.json", {}),
         audit=_json(directory / "audit", "audit.json", {}),
