@@ -114,7 +114,7 @@ def compose_partly(
         return None, faults
     try:
         return OmegaConf.to_object(composed), faults  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except Exception as error:  # noqa: BLE001  whatever a spoilt file makes the library raise
         return None, faults or [one_line(error)]
 
 

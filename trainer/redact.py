@@ -31,8 +31,10 @@ _NUMBER = re.compile(r"[\d.,eE+-]+")
 _PATH = re.compile(r"(?:~|\.\.?|[A-Za-z]:)?(?:[/\\][\w.@ -]*)+")
 _RANDOM = re.compile(r"(?=[^/\\]*\d)(?=[^/\\]*[A-Z])[^/\\]{20,}")
 
-# A word begins here. In JSON text a line break is `\n`, whose letter must not be taken for a part of the word.
-_BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
+# A word begins here. In JSON text a line break is `\n`, whose letter must not be taken for a part of the word, nor may the
+# letter that ends a terminal's code.
+_CODES = "|".join(rf"(?<=\x1b\[{digits}[A-Za-z])" for digits in ("", r"\d", r"\d\d", r"\d;\d", r"\d;\d\d"))
+_BEGIN = rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|{_CODES})"
 
 _SHAPES = re.compile(
     _BEGIN

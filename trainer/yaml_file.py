@@ -51,6 +51,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path)[1]
     if not isinstance(content, dict):
         raise _fault(path, f"it is a {type(content).__name__}, and must be a mapping of keys to values")
+    for key in content:
+        if not isinstance(key, str):
+            raise _fault(path, f"its key {bounded(str(key))} is no text")
     return content
 
 
