@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 
 import pytest
 from tritune.launch.cli import main as cli
@@ -61,8 +60,5 @@ def test_the_progress_spells_names_out_in_every_line(monkeypatch):
     progress = Progress(True, stream)
     progress.say("column \x1b]0;title\x07")
     progress.reading("name\x1b[31m", 1, 1)
-    assert stream.getvalue().replace("\r\x1b[K", "").isprintable() or "\x1b" not in stream.getvalue().replace(
-        "\r\x1b[K", ""
-    )
+    assert "\x1b" not in stream.getvalue().replace("\r\x1b[K", ""), "but for the code that clears our own line"
     assert "\\x1b]0;title\\x07" in stream.getvalue()
-    assert sys.stderr is not stream
