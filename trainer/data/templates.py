@@ -239,7 +239,7 @@ def verify(
         content = messages[index].get("content")
         spelt = tokenizer.decode(encoding.ids[slice(*span)], clean_up_tokenization_spaces=False)
         if isinstance(content, str) and content.strip() not in spelt:
-            return f"turn {index}: its tokens spell {bounded(spelt, 80)!r}, and its content is {bounded(content, 80)!r}"
+            return f"turn {index}: its tokens spell {bounded(str(spelt), 80)!r}, and its content is {bounded(content, 80)!r}"
     return None
 
 
