@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
         near = difflib.get_close_matches(argv[0], verbs, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(verbs)}"
-        print(f"tritune: {argv[0]}: there is no such verb. {hint} (tritune --help)", file=sys.stderr)
+        from tritune.trainer.shown import bounded, shown
+
+        print(shown(f"tritune: {bounded(argv[0])}: there is no such verb. {hint} (tritune --help)"), file=sys.stderr)
         return 2
     return verbs[argv[0]](argv[1:])
 
@@ -131,6 +133,7 @@ def _config(argv: list[str]) -> int:
     import yaml
     from tritune.trainer.compose import compose_partly, split_argv, to_dict, unheld_rules
     from tritune.trainer.redact import redact
+    from tritune.trainer.shown import TAIL, bounded, shown
 
     config_dir, overrides = split_argv(argv)
     config, faults = compose_partly(overrides, config_dir)
@@ -138,7 +141,7 @@ def _config(argv: list[str]) -> int:
         print(redact(yaml.safe_dump(to_dict(config), sort_keys=False)), end="")
         faults = faults + unheld_rules(config, faults)
     for fault in faults:
-        print(f"tritune: {redact(fault)}", file=sys.stderr)
+        print(f"tritune: {shown(bounded(fault, tail=TAIL))}", file=sys.stderr)
     return 2 if faults else 0
 
 

@@ -26,7 +26,7 @@ from tritune.trainer.compose import compose_partly, split_argv
 from tritune.trainer.config import Config
 from tritune.trainer.config_launch import SlurmConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT
-from tritune.trainer.redact import redact
+from tritune.trainer.shown import shown
 
 RENDEZVOUS_SECONDS = 60
 STEP = "TRITUNE_DOCTOR_STEP"  # set where srun started this process, which must not start srun again
@@ -39,7 +39,7 @@ def doctor(argv: list[str]) -> int:
     config, faults = compose_partly(overrides, config_dir)
     if config is None or faults:
         for fault in faults:
-            print(f"tritune: {redact(fault)}", file=sys.stderr)
+            print(f"tritune: {shown(fault)}", file=sys.stderr)
         return EXIT_INPUT
     if "RANK" in os.environ or STEP in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return examine(config)
@@ -135,7 +135,7 @@ def _leave(code: int, rank: int) -> int:
 
 def _table(found: list[Check]) -> str:
     width = max(len(c.name) for c in found)
-    lines = [f"{MARKS[c.state]}  {c.name:<{width}}  {redact(c.text)}" for c in found]
+    lines = [f"{MARKS[c.state]}  {c.name:<{width}}  {shown(c.text)}" for c in found]
     lines += [f"      {c.name:<{width}}  -> {c.remedy}" for c in found if c.state != PASS]
     counts = ", ".join(f"{sum(c.state == s for c in found)} {word}" for s, word in ((PASS, "passed"), (WARN, "warned"),
                                                                                    (FAIL, "failed")))  # fmt: skip

@@ -17,8 +17,8 @@ from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS
-from tritune.trainer.redact import redact
 from tritune.trainer.rundir import run_path
+from tritune.trainer.shown import shown
 
 EXIT_AGAIN = 77
 BACKOFF = "again-after"  # in the run directory, for the batch script: seconds
@@ -41,7 +41,7 @@ def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
         config = load_config(overrides, config_dir)
     except INPUT_ERRORS as error:
         if node == 0:
-            print(f"tritune: {redact(str(error))}", file=sys.stderr)
+            print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT if node == 0 else EXIT_DONE
     run = run_path(config, overrides)
     # The step is part of it: what an earlier one in the same allocation left is not this one's.

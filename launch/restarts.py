@@ -12,9 +12,9 @@ from typing import Any
 from tritune.trainer.checkpoint.names import newest_step
 from tritune.trainer.config_launch import LaunchConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError
-from tritune.trainer.redact import redact
 from tritune.trainer.rundir import now, write_whole_json
 from tritune.trainer.runfiles import read_json
+from tritune.trainer.shown import shown
 
 LOG = "attempts.jsonl"
 MAX_BACKOFF = 600.0
@@ -96,4 +96,4 @@ def say_end(outcome: Outcome, wait: float | None, run: Path) -> None:
     if outcome.culprit is None:
         return
     then = "the same command goes on from its newest checkpoint" if wait is None else f"again in {wait:g} s"
-    print(f"tritune: {redact(outcome.culprit)}\ntritune: {run} failed; {then}", file=sys.stderr, flush=True)
+    print(f"tritune: {shown(outcome.culprit)}\ntritune: {run} failed; {then}", file=sys.stderr, flush=True)

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from tritune.launch.torchrun import gpus
 from tritune.trainer.__main__ import checked_config
-from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.compose import load_config, split_argv, to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_launch import SlurmConfig
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.redact import redact, redact_tree
 from tritune.trainer.rundir import LOCK, replace_file, run_path
 from tritune.trainer.runfiles import row_of
+from tritune.trainer.shown import shown
 
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 SCRIPT = "submit.sh"
@@ -55,7 +57,7 @@ def submit(argv: list[str]) -> int:
         _sbatch(["--test-only", str(script)])
         job = _sbatch(["--parsable", str(script)]).partition(";")[0]
     except INPUT_ERRORS as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     print(f"submitted job {job}: {launch.nodes} node(s) x {processes} process(es)\nscript    {script}\nrun       {run}")
     print(f"output    {run}/slurm-{job}{'_*' if launch.seeds else ''}.out", flush=True)
@@ -77,9 +79,7 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
         if not re.fullmatch(r"[\w./@+=,:-]+", str(path)):
             rule = "it becomes part of an #SBATCH line, where nothing is quoted"
             raise InputError(f"{name}={str(path)!r}", rule, "Use letters, digits and -_.+=@,: in the path")
-    if redact_tree(dict(launch.env)) != dict(launch.env):
-        rule = "it holds a secret, which would be written into the script"
-        raise InputError("launch.env", rule, "Export it in your shell: sbatch hands the environment on")
+    _require_no_secrets(config, argv)
     own = ("run.dir=", "launch.wait=", "launch.dry_run=", *(["seed="] if launch.seeds else []))
     arguments = [word for word in argv if not word.startswith(own)]
     if not launch.num_procs:
@@ -99,6 +99,30 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
         max_restarts=launch.max_restarts,
         guard_seconds=max(round(launch.grace_seconds) - GUARD_SECONDS, 5) if launch.grace_seconds else 0,
     )
+
+
+def _require_no_secrets(config: Config, argv: list[str]) -> None:
+    """Refuse what would write a secret into the script: all of launch.*, and each word that the user gave.
+
+    A word is looked at as it was written, and its value as it was read: quoting changes the letters.
+    """
+    tree = to_dict(config)
+    for key in (*(f"launch.{name}" for name in tree["launch"]), *(word.partition("=")[0] for word in argv)):
+        value: Any = tree
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        # Beside its key, which may be a telling one.
+        if value is not None and redact_tree({key: value}) != {key: value}:
+            raise _secret(key)
+    for word in argv:
+        if redact(word) != word:
+            raise _secret(redact(word.partition("=")[0]))
+
+
+def _secret(key: str) -> InputError:
+    rule = "it holds a secret, which would be written into the script"
+    remedy = "Export it in your shell, since sbatch hands the environment on (HF_TOKEN, WANDB_API_KEY), and leave it out here"
+    return InputError(key, rule, remedy)
 
 
 def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) -> list[str]:

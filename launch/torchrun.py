@@ -12,8 +12,8 @@ from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.config import Config
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.overrides import override
-from tritune.trainer.redact import redact
 from tritune.trainer.rundir import run_path
+from tritune.trainer.shown import shown
 
 
 def train(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def train(argv: list[str]) -> int:
         processes = config.launch.num_procs or gpus(config.backend.device.value) or 1
         checked_config(overrides, config_dir, processes)
     except INPUT_ERRORS as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     run = run_path(config, overrides)
     if processes == 1 and config.launch.max_restarts == 0:

@@ -24,8 +24,8 @@ def verify(argv: list[str]) -> int:
     """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
     from tritune.trainer.__main__ import checked_config
     from tritune.trainer.compose import split_argv
-    from tritune.trainer.redact import redact
     from tritune.trainer.rundir import run_path
+    from tritune.trainer.shown import shown
 
     try:
         if not argv or argv[0] not in PROOFS:
@@ -42,7 +42,7 @@ def verify(argv: list[str]) -> int:
         given = [] if config_dir is None else ["--config-dir", config_dir]
         return proof(config, given, overrides, directory, config.launch.num_procs or devices or 2)
     except INPUT_ERRORS as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
 
 

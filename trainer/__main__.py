@@ -23,7 +23,7 @@ from tritune.trainer.errors import (
     StopRequested,
 )
 from tritune.trainer.pulse import begin, end_with_parent, launch_time
-from tritune.trainer.redact import redact
+from tritune.trainer.shown import shown
 
 CLOSING = "closing"  # the phase after the end is written down
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         config = (load_config if processes > 1 else checked_config)(argv, config_dir, processes)
     except INPUT_ERRORS as error:
         if leader:
-            print(f"tritune: {redact(str(error))}", file=sys.stderr)
+            print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     from tritune.trainer.rundir import run_path
 
@@ -153,7 +153,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         if world is None and not leader and int(os.environ.get("GROUP_RANK", "0")) > 0:
             note_error(rank, error)  # of another machine: the first knows nothing of it
         if not leader and (world is not None or os.environ.get("LOCAL_RANK") == "0"):
-            print(f"tritune: rank {os.environ['RANK']}: {redact(str(error))}", file=sys.stderr)
+            print(f"tritune: rank {os.environ['RANK']}: {shown(str(error))}", file=sys.stderr)
     except StopRequested as error:
         stop.forget()
         saved = newest_step(directory.path / "checkpoints")
@@ -171,7 +171,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
         note_error(rank, error)
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
         progress.say(f"tritune: {type(error).__name__}: {error}")
         culprit = f"{type(error).__name__}: {error}"
     finally:

@@ -24,8 +24,11 @@ from tritune.trainer.config_check import check
 from tritune.trainer.config_data import SourceConfig
 from tritune.trainer.config_yaml import conversion, nearest, one_line, options, yaml_faults
 from tritune.trainer.errors import ConfigFaults
+from tritune.trainer.shown import bounded
 
 SOURCES = "data.sources."
+# Hydra's parser takes a second for so much.
+MOST_CHARACTERS, MOST_WORDS = 20_000, 1_000
 
 
 def load_config(
@@ -83,11 +86,12 @@ def compose_partly(
         if kept is not None:
             faults += [f"{c}: the run has a whole configuration. Override single keys" for c in choices]
             # A run's model is whatever its file says; the other groups' options bring the schema.
-            choices = [f"{g}={kept[g]['name']}" for g in GROUPS if isinstance(kept.get(g), dict) and "name" in kept[g]]
+            names = {g: kept[g].get("name") for g in GROUPS if isinstance(kept.get(g), dict)}
+            choices = [f"{g}={name}" for g, name in names.items() if name in options(g, config_dir)]
         located = yaml_faults(choices, config_dir)
         try:
             composed = hydra_compose("config", overrides=[] if located else [*search, *choices])
-        except (HydraException, OmegaConfBaseException, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
             located = [one_line(error)]
             composed = hydra_compose("config")
         if located:
@@ -97,7 +101,7 @@ def compose_partly(
         try:
             OmegaConf.set_struct(composed, False)  # for free mappings; a schema refuses unknown keys all the same
             composed = OmegaConf.merge(composed, kept)  # type: ignore[assignment]
-        except OmegaConfBaseException as error:
+        except Exception as error:  # noqa: BLE001  whatever a spoilt file makes the library raise
             return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
     valid = _keys(OmegaConf.get_type(composed), composed)
     for override in values:
@@ -111,7 +115,7 @@ def compose_partly(
         return None, faults
     try:
         return OmegaConf.to_object(composed), faults  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except Exception as error:  # noqa: BLE001  whatever a spoilt file makes the library raise
         return None, faults or [one_line(error)]
 
 
@@ -132,10 +136,22 @@ def _sort_overrides(
     """Split into group choices, values and faults; last, the groups whose choice failed."""
     parser = OverridesParser.create()
     choices, values, faults, failed = [], [], [], set()
+    if len(overrides) > MOST_WORDS:
+        rule = (
+            f"there are {len(overrides):,}, and at most {MOST_WORDS:,} are read. Put them into a YAML of --config-dir"
+        )
+        return [], [], [f"overrides: {rule}"], set()
     for text in overrides:
+        if len(text) > MOST_CHARACTERS:
+            rule = f"it has {len(text):,} characters, and at most {MOST_CHARACTERS:,} are read"
+            faults.append(f"{bounded(text)}: {rule}. Put it into a YAML of --config-dir")
+            continue
         try:
             override = parser.parse_override(text)
-        except HydraException:
+        except ValueError:
+            faults.append(f"{text}: it holds a number of too many digits. Use a smaller one, or quote it as text")
+            continue
+        except (HydraException, RecursionError):
             faults.append(f"{text}: it does not parse. Write key=value, quoting special characters: 'key=\"a,b\"'")
             continue
         key = override.key_or_group

@@ -7,10 +7,12 @@ import difflib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tritune.trainer.config import GROUPS, SCHEMAS, Config
+from tritune.trainer.errors import InputError
+from tritune.trainer.shown import bounded
+from tritune.trainer.yaml_file import read_yaml
 
 
 def roots(config_dir: str | None) -> list[Path]:
@@ -44,7 +46,8 @@ def conversion(error: Exception, node: Any, key: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return bounded(lines[0].rstrip(".") if lines else type(error).__name__)
 
 
 def options(group: str, config_dir: str | None) -> list[str]:
@@ -56,37 +59,72 @@ def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
     """Faults of the YAML files that `choices` (`group=name`) pick: syntax, unknown groups, options, keys, wrong types."""
     picked = {text.partition("=")[0]: text.partition("=")[2] for text in choices}
     faults: list[str] = []
+    seen: set[Path] = set()
     for group, name in picked.items():
-        path = next((p for root in roots(config_dir) if (p := root / group / f"{name}.yaml").is_file()), None)
+        path = _file(group, name, config_dir)
         if path is None:
             continue
         try:
-            text = path.read_text()
-            content = yaml.safe_load(text) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            faults.append(f"{path}: it is not valid YAML ({' '.join(str(error).split())}). Mend the file")
+            text, content = read_yaml(path)
+        except InputError as error:
+            faults.append(str(error))
             continue
+        content = {} if content is None else content
         if not isinstance(content, dict):
             faults.append(
                 f"{path}: it is a {type(content).__name__}, and must be a mapping of keys to values. Mend the file"
             )
+            continue
+        seen.add(path)
+        broken = _unread(group, content, config_dir, seen)
+        if broken:
+            faults += broken
         elif group == "experiment":
-            if "@package _global_" not in text:
-                faults.append(
-                    f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_"
-                )
-            defaults, wrong = _defaults(content.pop("defaults", None) or [], config_dir, str(path))
-            schema_of = {g: SCHEMAS[g].get(picked.get(g, defaults.get(g, ""))) for g in SCHEMAS}
-            skip = {g for g in ("method", "objective") if wrong}  # which keys these have is not known then
-            faults += wrong + _walk(
-                {k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path)
-            )
+            faults += _experiment_faults(path, text, content, picked, config_dir)
         else:
-            bases = [str(d).removeprefix("schema_") for d in content.pop("defaults", None) or []]
+            entries = content.pop("defaults", None)
+            bases = [str(d).removeprefix("schema_") for d in (entries if isinstance(entries, list) else [])]
             known = [SCHEMAS[group][b] for b in [*bases, name] if b in SCHEMAS[group]]
             schema = known[0] if known else next(iter(SCHEMAS[group].values()))
             faults += _walk({group: content}, Config, {group: schema}, "", str(path))
     return faults
+
+
+def _file(group: str, name: str, config_dir: str | None) -> Path | None:
+    return next((p for root in roots(config_dir) if (p := root / group / f"{name}.yaml").is_file()), None)
+
+
+def _unread(group: str, content: dict[str, Any], config_dir: str | None, seen: set[Path]) -> list[str]:
+    """Faults of the files that a file's defaults bring, and those of theirs: Hydra would read them without a bound."""
+    entries = content.get("defaults")
+    faults: list[str] = []
+    for entry in entries if isinstance(entries, list) else []:
+        for key, option in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            other = str(key).replace("override", "").replace("optional", "").partition("@")[0].strip("/ ") or group
+            for name in option if isinstance(option, list) else [option]:
+                path = _file(other, str(name), config_dir)
+                if path is None or path in seen:
+                    continue
+                seen.add(path)
+                try:
+                    below = read_yaml(path)[1]
+                except InputError as error:
+                    faults.append(str(error))
+                    continue
+                faults += _unread(other, below, config_dir, seen) if isinstance(below, dict) else []
+    return faults
+
+
+def _experiment_faults(
+    path: Path, text: str, content: dict[str, Any], picked: dict[str, str], config_dir: str | None
+) -> list[str]:
+    faults = []
+    if "@package _global_" not in text:
+        faults.append(f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_")
+    defaults, wrong = _defaults(content.pop("defaults", None) or [], config_dir, str(path))
+    schema_of = {g: SCHEMAS[g].get(picked.get(g, defaults.get(g, ""))) for g in SCHEMAS}
+    skip = {g for g in ("method", "objective") if wrong}  # which keys these have is not known then
+    return faults + wrong + _walk({k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path))
 
 
 def _defaults(entries: Any, config_dir: str | None, path: str) -> tuple[dict[str, str], list[str]]:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tritune.trainer.shown import TAIL, bounded
+
 NAMES = 30  # that a message lists
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: a config value, a file, a row. Exit status 2, no traceback."""
+    """Something the user gave is wrong: a config value, a file, a row. Exit status 2, no traceback.
+
+    Of a long value the beginning is kept, of a long rule or remedy the end as well, with how much was left out.
+    """
 
     def __init__(self, value: str, rule: str, remedy: str) -> None:
-        self.value, self.rule, self.remedy = value, rule, remedy
+        self.value, self.rule, self.remedy = bounded(value), bounded(rule, tail=TAIL), bounded(remedy, tail=TAIL)
+        value, rule, remedy = self.value, self.rule, self.remedy
         super().__init__(f"{value}: {rule}. {remedy}")
 
     def __reduce__(self):
@@ -25,6 +31,7 @@ class ConfigFaults(Exception):
     """Every fault found in a config, reported together. Exit status 2, no traceback."""
 
     def __init__(self, faults: list[str]) -> None:
+        faults = [bounded(fault, tail=TAIL) for fault in faults]
         self.faults = faults
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {f}" for f in faults))

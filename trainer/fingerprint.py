@@ -30,7 +30,7 @@ def fingerprint(model: ModelConfig) -> dict[str, dict[str, str]] | None:
         config = json.loads(found.read_text(encoding="utf-8")) if found else {}
         for path in weight_files(model.path, model.revision):
             tensors |= _tensors(path)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, struct.error) as error:
         remedy = "It must hold whole safetensors weights of this architecture"
         raise InputError(f"model.path={model.path}", reason(error), remedy) from None
     keys = {k: _digest(json.dumps(v, sort_keys=True).encode()) for k, v in config.items() if k not in _OF_THE_WRITER}
@@ -62,6 +62,8 @@ def _tensors(path: Path) -> dict[str, str]:
         entries.pop("__metadata__", None)
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
+            if not 0 <= start <= stop:
+                raise ValueError(f"{path.name} has a tensor of a negative size")
             hashed = blake2b(f"{entry['dtype']} {entry['shape']}".encode(), digest_size=8)
             for offset, size in _blocks(name, stop - start):
                 file.seek(8 + length + start + offset)

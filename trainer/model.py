@@ -27,6 +27,7 @@ from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model_files import ADAPTER_CONFIG, find_file, weight_files
+from tritune.trainer.model_folder import require_sound
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -58,12 +59,16 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         except Exception as error:  # noqa: BLE001  each family checks its values in its own way
             raise InputError(f"model.config={config.config}", reason(error), "Give it the values it takes") from None
     assert config.path is not None, "config.check() requires one of the two"
+    require_sound(config.path, f"model.path={config.path}")
     if find_file(config.path, ADAPTER_CONFIG, config.revision) is not None:
         rule = f"it is an adapter, or a model with one in it ({ADAPTER_CONFIG}), and a whole model is read here"
         remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {ADAPTER_CONFIG}"
         raise InputError(f"model.path={config.path}", rule, remedy)  # transformers would add the adapter without a word
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        inner = architecture.get_text_config()
+        if not isinstance(inner, PreTrainedConfig):
+            raise TypeError(f"its text config is a {type(inner).__name__}")
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
         remedy = "Give a folder with config.json, or a hub id that this machine can reach; code of a repo is never run"
         raise InputError(f"model.path={config.path}", f"no model loads from it ({reason(error)})", remedy) from None

@@ -64,7 +64,7 @@ def weight_files(path: str, revision: str | None = None) -> list[Path]:
         raise InputError(f"model.path={path}", f"{where} {SINGLE} or {INDEX}", remedy)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"model.path={path}", f"its {INDEX} does not read ({reason(error)})", remedy) from None
     for name in names:
         if not isinstance(name, str) or not name.endswith(".safetensors") or any(c in name for c in "/\\"):

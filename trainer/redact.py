@@ -3,6 +3,9 @@
 Three kinds: the values of environment variables that are named like secrets, strings of a known shape (`hf_...`), and
 values that stand beside a telling key (`api_key=...`). JSON and YAML stay valid: a bare `***` at the start of a YAML
 value would be an alias, so that there, and only there, the mark is `(***)`.
+
+Text may be hostile: no pattern here takes more than linear time. A run of characters that several matches could begin in
+is taken whole (possessively) and judged once.
 """
 
 from __future__ import annotations
@@ -28,17 +31,24 @@ _NUMBER = re.compile(r"[\d.,eE+-]+")
 _PATH = re.compile(r"(?:~|\.\.?|[A-Za-z]:)?(?:[/\\][\w.@ -]*)+")
 _RANDOM = re.compile(r"(?=[^/\\]*\d)(?=[^/\\]*[A-Z])[^/\\]{20,}")
 
-# A word begins here. In JSON text a line break is `\n`, whose letter must not be taken for a part of the word.
-_BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
+# A word begins here. In JSON text a line break is `\n`, whose letter must not be taken for a part of the word, nor may the
+# letter that ends a terminal's code.
+_CODES = "|".join(rf"(?<=\x1b\[{digits}[A-Za-z])" for digits in ("", r"\d", r"\d\d", r"\d;\d", r"\d;\d\d"))
+_BEGIN = rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|{_CODES})"
 
 _SHAPES = re.compile(
     _BEGIN
     + r"(?:hf_(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{20,}|wandb_v\d+_[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Za-z])"
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[a-z]-[A-Za-z0-9-]{10,}"
-    r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|AIza[\w-]{35}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[a-z]-[A-Za-z0-9-]{10,}|AIza[\w-]{35})"
 )
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(.*?)-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL)
-_URL = re.compile(r"(?<=://)[^\s/@:\"'<>]*:[^\s/\"'<>]+(?=@)")
+_SK = re.compile(_BEGIN + r"sk-[\w-]{20,}+")
+_SK_BODY = re.compile(r"[A-Za-z0-9]{16}")
+_JWT = re.compile(_BEGIN + r"eyJ[\w-]{8,}+(?:\.eyJ[\w-]{8,}+(?P<signature>\.[\w-]*+)?)?")
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----((?:[^-]|-(?!----BEGIN |----END ))*+)-----END [A-Z ]*PRIVATE KEY-----"
+)
+# A path library makes `scheme:/user:password@host` of a URL.
+_URL = re.compile(r"(?:(?<=://)|(?<=[A-Za-z][\w+.-]:/)(?!/))[^\s/@:\"'<>]*:[^\s/\"'<>]+(?=@)")
 _HEADER = re.compile(
     r"(?i:authorization\\?[\"']?\s*[:=]\s*\\?[\"']?)(?i:(?:bearer|basic|token|apikey)\s+)?(?P<a>[^\s\"'\\,]{8,})"
     r"|(?i:\bbearer\s+)(?P<b>(?=[^\s\"']*\d)[\w.~+/=-]{16,})"
@@ -53,7 +63,7 @@ _KEY = (
 _SECRET_KEY = re.compile(_KEY + r"\Z")
 # Of keys that may be innocent, only a value that looks like a secret goes.
 _PERHAPS = r"(?:[A-Z0-9]_KEY(?=\\?[\"']?\s*[:=]\s*\\?[\"']?[0-9a-f]{40}\b)|(?<![\w.-])token(?==(?=[\w-]*\d)[\w-]{16,}))"
-_STOP = r"(?=[\s\"'&;]|[,\])}]+(?:[\s\"'&;,\\]|\Z)|\\[nrt\"]|\Z)"  # where a bare value ends
+_STOP = r"(?=[\s\"'&;]|[,\])}]{1,32}(?:[\s\"'&;,\\]|\Z)|\\[nrt\"]|\Z)"  # where a bare value ends
 _PAIR = re.compile(
     rf"(?P<key>{_KEY}|{_PERHAPS})(?:"
     r"(?P<q>\\?[\"'])?(?P<sep>[ \t]*[:=][ \t]*|(?<=[\w])[ \t]+(?=\S)|(?<=[\"']),\s*)"
@@ -65,14 +75,18 @@ _NOTHING = re.compile(r"(?i:none|null|true|false|~|-?\d{1,3}|\$\{[^}]*\}|'+|\*\*
 _INDICATOR = re.compile(r"[\[{|>&!].*")  # a bare value that is YAML's own: a list, a block
 # In YAML the value of a key without quotes goes on to the end of the line, blanks and all.
 _LINE = re.compile(
-    rf"^(?P<head>[ ]*(?:- )*[\w.-]*?{_KEY}:[ ]+)(?P<rest>[^\s\"'\[{{|>&!*#$(][^\n]*?(?<![\"'\\]))(?=\s+#|[ \r]*$)",
+    rf"^(?P<head>[ ]*(?:- )*[\w.-]*?{_KEY}:[ ]++)(?P<rest>[^\s\"'\[{{|>&!*#$(]\S*+(?:[^\S\n]++(?!\#)\S++)*+"
+    r"(?:(?<![\"'\\])|[^\n]*+(?<![\"'\\])))",
     re.MULTILINE,
 )
-_DOCUMENT = re.compile(r"(?:#.*\n|---.*\n|\s*\n)*(?:[\w\"'(][^\n:]*:(?:\s|$)|- )")  # how a YAML mapping or list begins
+# How a YAML mapping or list begins.
+_DOCUMENT = re.compile(r"(?:\#.*\n|---.*\n|[^\S\n]*+\n)*+(?:[\w\"'(][^\n:]*:(?:\s|$)|- )")
 _FLAG = re.compile(r"--[\w.-]*\Z")
+_FLAG_LENGTH, _LINE_LENGTH = 100, 4000  # so far back a flag or the beginning of a line is looked for
+_DOCUMENT_LENGTH = 200_000  # YAML of more characters would take seconds to read
 _YAML_KEY = re.compile(r"[ ]*(?:- )*(?:[\w./-]+[ ]*:|-)[ ]+\Z|[ ]*(?:- )+\Z")
 _HINTS = re.compile(
-    r"(?i:key|token|secret|passw|passphrase|credential|authorization|bearer|://|hf_|wandb_v|akia|asia|gh[pousr]_"
+    r"(?i:key|token|secret|passw|passphrase|credential|authorization|bearer|:/|hf_|wandb_v|akia|asia|gh[pousr]_"
     r"|_pat_|glpat|xox|sk-|aiza|eyj)"
 )
 
@@ -116,7 +130,9 @@ def _still_valid(text: str, clean: str) -> str:
                 json.dumps(redact_tree(tree), indent=1 if "\n" in text.strip() else None) + text[len(text.rstrip()) :]
             )
         return clean
-    if "\n" not in text or not _DOCUMENT.match(text) or _loaded(yaml.safe_load, clean) is not None:
+    if not 0 <= text.find("\n") < len(text) <= _DOCUMENT_LENGTH or not _DOCUMENT.match(text):
+        return clean
+    if _loaded(yaml.safe_load, clean) is not None:
         return clean
     tree = _loaded(yaml.safe_load, text)
     return clean if tree is None else yaml.safe_dump(redact_tree(tree), sort_keys=False, allow_unicode=True)
@@ -126,7 +142,7 @@ def _loaded(load: Callable[[str], Any], text: str) -> dict | list | None:
     """The document, or None where it is none."""
     try:
         tree = load(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
     return tree if isinstance(tree, dict | list) else None
 
@@ -148,10 +164,16 @@ def _redact(text: str, mark: Callable[[str, int, int], str]) -> str:
     if "PRIVATE KEY-----" in text:
         text = _PRIVATE_KEY.sub(lambda m: m[0].replace(m[1], MARK), text)
     text = _URL.sub(lambda m: m[0] if m[0] == MARK else MARK, text)
+    text = _SK.sub(lambda m: mark(text, *m.span()) if _is_sk(m[0]) else m[0], text)
+    text = _JWT.sub(lambda m: mark(text, *m.span()) if m["signature"] else m[0], text)
     text = _SHAPES.sub(lambda m: mark(text, *m.span()), text)
     text = _HEADER.sub(_header, text)
     text = _LINE.sub(lambda m: m[0] if _NOTHING.fullmatch(m["rest"]) else m["head"] + PLAIN_MARK, text)
     return _PAIR.sub(lambda m: _pair(m, mark), text)
+
+
+def _is_sk(word: str) -> bool:
+    return any(c.isdecimal() for c in word) and _SK_BODY.search(word, 3) is not None
 
 
 def _header(match: re.Match[str]) -> str:
@@ -166,7 +188,7 @@ def _pair(match: re.Match[str], mark: Callable[[str, int, int], str]) -> str:
     kind = next(k for k in ("double", "escaped", "doubled", "single", "bare") if match[k] is not None)
     value, sep, text = match[kind], match["sep"], match.string
     flag = sep.strip() in ("", ",")
-    if flag and not _FLAG.search(text, text.rfind("\n", 0, match.start()) + 1, match.start()):
+    if flag and not _FLAG.search(text[max(match.start() - _FLAG_LENGTH, 0) : match.start()]):
         return match[0]  # prose: "the password was wrong"
     if (sep.strip() == "," and kind == "bare") or _NOTHING.fullmatch(value) or value.startswith("--"):
         return match[0]
@@ -183,7 +205,8 @@ def _pair(match: re.Match[str], mark: Callable[[str, int, int], str]) -> str:
 
 def _mark(text: str, start: int, end: int) -> str:
     """`***`, or `(***)` where a plain YAML value or key begins."""
-    line = text[text.rfind("\n", 0, start) + 1 : start]
+    far = max(start - _LINE_LENGTH, 0)
+    line = text[max(text.rfind("\n", far, start) + 1, far) : start]
     before = line.rstrip(" ")
     plain = bool(_YAML_KEY.fullmatch(line)) or (not before and text[end : end + 2] in (": ", ":\n", ":"))
     if before and not plain and before[-1] in "[{,:":
@@ -218,6 +241,10 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str] | None:
             json.dumps(value)[1:-1],
             json.dumps(value, ensure_ascii=False)[1:-1],
             quote(value, safe=""),
+            repr(value)[1:-1],
+            value.replace("'", "''"),  # in YAML
+            value.replace("'", "\\'"),  # in an override
+            value.replace("'", "'\"'\"'"),  # in a shell's script
         }:
             forms.add(re.escape(form))
         forms |= {re.escape(s.strip()) for s in lines if len(lines) > 1}

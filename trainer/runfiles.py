@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from tritune.trainer.errors import InputError
 from tritune.trainer.regular import read_regular
+from tritune.trainer.yaml_file import read_mapping
 
 MOST_BYTES = 1 << 30  # of one file: the log of a step is some 300 bytes
 # What is written there beside folders; a start appends to some of them and replaces the others.
 FILES = ("config.yaml", "environment.json", "data.json", "status.json", "metrics.jsonl", "evaluations.jsonl", "base.json",
          "samples.json", "summary.json", "report.html", "train.log", "rejects.jsonl", "startup.json", "attempts.jsonl",
          "lock.json")  # fmt: skip
-MISREAD = (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError, yaml.YAMLError)
+MISREAD = (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError)
 
 T = TypeVar("T", dict, list)
 
@@ -99,21 +99,9 @@ def read_config(run: Path) -> dict[str, Any] | None:
         return None
     remedy = "Move it away: a start with the run's own overrides writes it anew, and each checkpoint knows its run"
     try:
-        found = yaml.load(read_regular(path, MOST_BYTES), _Loader)
-    except MISREAD as error:
-        raise _spoilt(path, type(error).__name__, remedy) from None
-    if not isinstance(found, dict) or not found:
-        raise _spoilt(path, "it holds no configuration", remedy)
-    return found
-
-
-class _Loader(yaml.SafeLoader):
-    """Without aliases: we write none, and a few lines of them can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+        return read_mapping(path)
+    except InputError as error:
+        raise _spoilt(path, error.rule, remedy) from None
 
 
 def _spoilt(path: Path, why: str, remedy: str) -> InputError:

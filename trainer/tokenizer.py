@@ -9,6 +9,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.model_folder import require_sound
+from tritune.trainer.tokenizer_limits import require_bounded
 
 # ChatML, with generation marks so that the response mask is exact.
 CHATML = (
@@ -30,19 +32,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source = config.tokenizer or config.path
     assert source is not None, "config.check() requires one of the two"
+    key = "model.tokenizer" if config.tokenizer else "model.path"
     if source == "bytes":
         tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
+        require_sound(source, f"{key}={source}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=config.revision if source == config.path else None, trust_remote_code=False
             )
         except Exception as error:  # noqa: BLE001  whatever a broken file makes the libraries raise
-            key = "model.tokenizer" if config.tokenizer else "model.path"
             remedy = "Give a folder with tokenizer.json, or a hub id that this machine can reach"
             raise InputError(f"{key}={source}", f"no tokenizer loads from it ({reason(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise InputError(f"model.tokenizer={source}", "it has no fast form, whose offsets the masks need", "Convert it")
+    if source != "bytes":
+        require_bounded(tokenizer, f"{key}={source}")
     _set_template(tokenizer, config)
     if isinstance(tokenizer.chat_template, dict):
         if "default" not in tokenizer.chat_template:

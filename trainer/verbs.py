@@ -25,8 +25,9 @@ from tritune.trainer.errors import (
     LostConnectionError,
 )
 from tritune.trainer.overrides import value_of
-from tritune.trainer.redact import MARK, redact
+from tritune.trainer.redact import MARK
 from tritune.trainer.runfiles import read_config, read_json
+from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -61,13 +62,13 @@ def exit_status(call: Callable[[], None]) -> int:
     try:
         call()
     except INPUT_ERRORS as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except (CheckpointError, ExportError, LostConnectionError) as error:
-        print(f"tritune: {redact(str(error))}", file=sys.stderr)
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  shown like any other, without secrets
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
 
@@ -104,7 +105,7 @@ def evaluate(config: Config, run: Path | None) -> None:
         how = LanguageModel() if name == "retention" else objective
         results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
                               choices.get(name))  # fmt: skip
-    print(figures_table(results, {n: len(e) for n, e in splits.examples.items()}))
+    print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
 
@@ -216,4 +217,4 @@ def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
 
 
 def _say(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)

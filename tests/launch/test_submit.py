@@ -178,6 +178,30 @@ def test_refused_before_anything_is_queued(tmp_path, sft_file, capsys, overrides
     assert message in capsys.readouterr().err
 
 
+SECRETS = {"HF_TOKEN": "hf_" + "QwErTy123" * 4, "MY_PASSWORD": "pa\"ss'wo\\rd-é-1x9", "APP_TOKEN": "Zq%9+/=Zq%9+/=Zq",
+           "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "DB_SECRET": "tab\there-and line7"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["report.question", "tracking.name", "launch.account"])
+@pytest.mark.parametrize("name", [*SECRETS, "url", "beside a key"])
+def test_no_secret_is_written_into_the_script(tmp_path, sft_file, capsys, monkeypatch, key, name):
+    """Whatever the key, and however the value has to be quoted: 6 of 9 stood in the script."""
+    for variable, value in SECRETS.items():
+        monkeypatch.setenv(variable, value)
+    secret = SECRETS.get(name, "https://bob:S3cr3t@example.com/x" if name == "url" else "password=hunter2hunter2")
+    quoted = secret.replace("\\", "\\\\").replace("'", "\\'")
+    argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2",
+            f"run.dir={tmp_path / 'run'}", "launch.dry_run=true", f"{key}='{quoted}'"]  # fmt: skip
+    assert slurm.submit(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert secret not in said.err
+    if key != "launch.account":  # Slurm's own rule for such a name may speak first
+        assert f"{key}: it holds a secret" in said.err
+        assert "Export it in your shell" in said.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_slurm_it_says_so_and_a_dry_run_works(tmp_path, sft_file, capsys, monkeypatch):
     argv = ["model=tiny", f"data.train={sft_file}", "train.max_steps=9", "launch=slurm", "launch.num_procs=2"]
     assert slurm.submit([*argv, f"run.dir={tmp_path / 'a'}", "launch.dry_run=true"]) == 0

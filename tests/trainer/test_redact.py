@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shlex
 import string
 import time
 
@@ -259,3 +260,50 @@ def test_every_key_of_the_config_stays_as_it_is():
         for name in names(type(value)) if dataclasses.is_dataclass(value) else [group.name]:
             assert redact(f"{group.name}.{name}=Something-Long-123") == f"{group.name}.{name}=Something-Long-123"
             assert redact_tree({name: "Something-Long-123"}) == {name: "Something-Long-123"}
+
+
+def test_a_url_that_lost_a_slash_is_one_all_the_same():
+    for text in ("https:/bob:S3cr3t@example.com/x", "hf://https:/bob:S3cr3t@example.com/x", "s3:/a:S3cr3t@b"):
+        assert "S3cr3t" not in redact(f"run.dir={text}: there is none"), text
+    for text in ("C:/a:b@c", "ratio 1:/2:3@4", "see https:/example.com/a:b"):
+        assert redact(text) == text
+
+
+def test_a_secret_in_colour_is_one_all_the_same():
+    token = "hf_AbC123dEf456GhI789jKl012MnO345pQr6"
+    for code in ("\x1b[m", "\x1b[0m", "\x1b[31m", "\x1b[1;31m", "\x1b[2J"):
+        assert redact(f"{code}{token}\x1b[0m") == f"{code}***\x1b[0m"
+
+
+def test_a_secret_that_was_quoted_for_python_yaml_hydra_or_a_shell_is_one_all_the_same(monkeypatch):
+    secret = "pa\"ss'wo\\rd-é-1x9"
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    hydra = secret.replace("'", "\\'")
+    for text in (secret, repr(secret), json.dumps(secret), f"'{hydra}'", shlex.quote(f"a={secret}")):
+        assert "rd-é-1x9" not in redact(text), text
+    assert "rd-é-1x9" not in redact(yaml.safe_dump({"a": secret}, default_style="'", allow_unicode=True))
+
+
+LONG_RUNS = ["sk-", "sk-a1", "eyJ-", "eyJaaaaaaaa.", "hf_", "password=)))", "password=x)", "password x ", "password: x   ", "--",
+             "-----BEGIN PRIVATE KEY-----", "\n", "hf_AbC123dEf456GhI789jKl012MnO345pQr6 "]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", LONG_RUNS)
+def test_time_grows_with_the_length_and_not_with_its_square(unit):
+    """32,000 characters of `sk-` took 5 s, and 26 line breaks before a token 21 s, each more of them twice that.
+
+    Now some 50 ms: four times the length four times as long, where a square would make it sixteen. Short times are noise.
+    """
+    tail = "! password x hf_AbC123dEf456GhI789jKl012MnO345pQr6"
+    short = min(timed([(unit * 16_000)[:16_000] + tail]) for _ in range(3))
+    long = min(timed([(unit * 64_000)[:64_000] + tail]) for _ in range(2))
+    assert long < max(8 * short, 0.5)
+    assert long < 5
+
+
+def test_what_ended_in_one_match_is_still_found_after_it():
+    token = "hf_AbC123dEf456GhI789jKl012MnO345pQr6"
+    for before in ("sk-learn-and-no-secret-at-all ", "eyJabcdefghij.com ", "-----BEGIN RSA PRIVATE KEY----- "):
+        assert redact(before + token) == before + "***"
+    key = "-----BEGIN PRIVATE KEY-----"
+    assert "MIIE" not in redact(f"{key} and {key}\nMIIEabcdefgh\n-----END PRIVATE KEY-----")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from tritune.trainer.audit.findings import Finding, Severity
 from tritune.trainer.audit.read import Audit
+from tritune.trainer.shown import shown
 
 WIDTH = 100
 SHOWN, FEW = 3, 1  # places of a finding; where there are many findings
@@ -29,7 +30,7 @@ def render_page(audit: Audit, color: bool = False) -> str:
     if about["labels"]:
         context += f", {about['labels']:,} labels"
     console.print(
-        Text(f"{about['objective']}, {about['tokenizer']}, max_length {about['max_length']:,}, {context}"),
+        Text(f"{about['objective']}, {shown(about['tokenizer'])}, max_length {about['max_length']:,}, {context}"),
         overflow="ellipsis", no_wrap=True,
     )  # fmt: skip
     if audit.facts:
@@ -76,8 +77,8 @@ def _lengths(facts: dict[str, Any]) -> Table:
 
 def _labels(counts: dict[str, int]) -> Text:
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = ordered if len(ordered) <= 6 else [*ordered[:3], *ordered[-3:]]
-    parts = [f"{label} {count:,}" for label, count in shown]
+    ends = ordered if len(ordered) <= 6 else [*ordered[:3], *ordered[-3:]]
+    parts = [f"{shown(label)} {count:,}" for label, count in ends]
     if len(ordered) > 6:
         parts.insert(3, "...")
     return Text("labels of train: " + ", ".join(parts))
@@ -89,9 +90,9 @@ def _findings(findings: list[Finding]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings[:MOST]:
-        shown = SHOWN if len(findings) < MANY else FEW
-        text = Text(finding.text)
-        places, more = finding.shown(shown), max(finding.count, len(finding.places)) - shown
+        few = SHOWN if len(findings) < MANY else FEW
+        text = Text(shown(finding.text))
+        places, more = [shown(p) for p in finding.shown(few)], max(finding.count, len(finding.places)) - few
         for number, place in enumerate(places, 1):
             rest = f"  and {more:,} more" if number == len(places) and more > 0 else ""
             room = LINE - len(rest)

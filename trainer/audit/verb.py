@@ -16,6 +16,7 @@ from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.config import Config
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact
+from tritune.trainer.shown import shown
 from tritune.trainer.verbs import exit_status
 
 TELL_SECONDS = 5.0
@@ -60,7 +61,7 @@ def audit(config: Config) -> InputError | None:
         raise InputError(f"audit.out={folder}", rule, "Give another audit.out") from None
     print(redact(render_page(found, color=sys.stdout.isatty())))
     rejected = f", {len(found.rejects):,} rows left out in rejects.jsonl" if found.rejects else ""
-    print(f"{folder}/audit.json{rejected}; {time.perf_counter() - began:.1f} s")
+    print(shown(f"{folder}/audit.json{rejected}; {time.perf_counter() - began:.1f} s"))
     return blocking(found.findings, config.audit.fail_on)
 
 
@@ -74,4 +75,4 @@ class _Teller:
         if time.perf_counter() - self._told >= TELL_SECONDS:
             self._told = time.perf_counter()
             count = f", {tokens:,} tokens" if tokens else ""
-            print(redact(f"audit     {name}: {rows:,} rows{count}"), file=sys.stderr, flush=True)
+            print(shown(f"audit     {name}: {rows:,} rows{count}"), file=sys.stderr, flush=True)

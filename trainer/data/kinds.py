@@ -15,6 +15,7 @@ from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import COLUMNS, ROLES, DataConfig
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.errors import InputError, some_names
+from tritune.trainer.shown import bounded
 
 _NEEDS = {
     Kind.messages: ("messages",),
@@ -169,7 +170,7 @@ def _record(row: Row, kind: Kind, columns: dict[str, str], config: DataConfig) -
 def _string(row: Row, column: str) -> str:
     value = row.fields[column]
     if isinstance(value, bool) or not isinstance(value, str | int):
-        rule = f"column {column} is {_said(value)[:60]}, and must be text"
+        rule = f"column {column} is {bounded(_said(value), 60)}, and must be text"
         raise InputError(row.place, rule, "Mend the row")
     return _require_text(str(value), row.place)
 
@@ -186,7 +187,7 @@ def messages_of(row: Row, column: str) -> list[dict[str, Any]]:
         if isinstance(message, dict):  # Parquet fills the keys that other rows have with None
             message = {k: v for k, v in message.items() if v is not None or k == "content"}
         if not isinstance(message, dict) or message.get("role") not in ROLES or not _has_content(message):
-            rule = f"message {index} is {_said(message)[:80]}, without a known role and a text content"
+            rule = f"message {index} is {bounded(_said(message), 80)}, without a known role and a text content"
             raise InputError(row.place, rule, f"Roles are {', '.join(ROLES)}; content is a string")
         _require_texts(message, row.place)
         messages.append(message)

@@ -26,6 +26,7 @@ from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.errors import InputError, UnreachableError
+from tritune.trainer.shown import shown
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
@@ -60,7 +61,7 @@ class Watch:
 
     notify: Callable[[str, int, int], None] = lambda name, rows, tokens: None
     beat: Callable[[], None] = lambda: None
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+    say: Callable[[str], None] = lambda text: print(shown(text), file=sys.stderr, flush=True)
 
 
 def require_length(config: Config, context: int | None) -> None:

@@ -27,6 +27,7 @@ from tritune.trainer.data.examples import (
 from tritune.trainer.data.kinds import named_columns
 from tritune.trainer.data.pipeline import Piece, Source
 from tritune.trainer.errors import InputError
+from tritune.trainer.redact import redact_tree
 
 REJECTS = "rejects.jsonl"
 
@@ -235,7 +236,8 @@ class TableFiles:
         self._writers[name].write_batch(batch)
 
     def reject(self, place: str, fate: str, why: str) -> None:
-        self._rejects.write(json.dumps({"place": place, "fate": fate, "why": why}, ensure_ascii=False) + "\n")
+        row = redact_tree({"place": place, "fate": fate, "why": why})  # a run copies the file as it is
+        self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self, sinks: dict[str, Sink]) -> dict[str, Any]:
         """Bring everything to disk; return each table's digest and report."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.data import sandbox
 from tritune.trainer.data.sandbox_limits import Refused
 from tritune.trainer.errors import InputError
+from tritune.trainer.shown import bounded
 
 ASSISTANT = "assistant"
 PROBE = "tritune-probe-9f3c"
@@ -239,7 +240,7 @@ def verify(
         content = messages[index].get("content")
         spelt = tokenizer.decode(encoding.ids[slice(*span)], clean_up_tokenization_spaces=False)
         if isinstance(content, str) and content.strip() not in spelt:
-            return f"turn {index}: its tokens spell {spelt[:80]!r}, and its content is {content[:80]!r}"
+            return f"turn {index}: its tokens spell {bounded(str(spelt), 80)!r}, and its content is {bounded(content, 80)!r}"
     return None
 
 

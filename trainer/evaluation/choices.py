@@ -19,6 +19,7 @@ from tritune.trainer.data.examples import Columns, Examples
 from tritune.trainer.data.loader import evaluation_batches
 from tritune.trainer.errors import InputError
 from tritune.trainer.metrics.classification import classification_report, confusion
+from tritune.trainer.shown import bounded
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def lay_out(split: Examples, choices: list[str], tokenizer: PreTrainedTokenizerB
         said = str(tokenizer.decode(answer)).lstrip()
         found = next((c for c, choice in enumerate(choices) if said.startswith(choice)), None)
         if found is None:
-            rule = f"the answer {said[:40]!r} begins with none of {', '.join(choices)}"
+            rule = f"the answer {bounded(said, 40)!r} begins with none of {', '.join(choices)}"
             raise InputError(split.place(i), rule, "Mend the row or evaluation.choices")
         right.append(found)
         # As in this row's answer: where a turn's mark stands before it, or a space.

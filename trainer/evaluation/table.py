@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tritune.trainer.shown import escaped
 
 
 def base_against_tuned(results: dict[str, dict[str, dict[str, float] | None]], num_rows: dict[str, int]) -> str:
@@ -45,7 +46,7 @@ def figures_table(results: dict[str, dict[str, float]], num_rows: dict[str, int]
 def _rendered(table: Table) -> str:
     stream = io.StringIO()
     Console(file=stream, width=100, force_terminal=False).print(table)
-    return stream.getvalue().rstrip()
+    return escaped(stream.getvalue().rstrip())
 
 
 def _number(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tritune.trainer.model_folder import read_settings_file, require_sound
 
 PREFIX = "base_model.model."
 # Settings that say nothing of what an adapter computes once its weights are there.
@@ -31,14 +31,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: the file does not read, or the adapter is none that is opened here.
     """
-    value, file = f"model.path={directory}", directory / ADAPTER_CONFIG
-    remedy = "Save it again with PEFT"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(value, f"its {ADAPTER_CONFIG} does not read ({reason(error)})", remedy) from None
-    if not isinstance(settings, dict):
-        raise InputError(value, f"its {ADAPTER_CONFIG} holds a {type(settings).__name__} and no settings", remedy)
+    value, remedy = f"model.path={directory}", "Save it again with PEFT"
+    require_sound(directory, value)
+    settings = read_settings_file(directory / ADAPTER_CONFIG, value)
     settings = {"task_type": None, "base_model_name_or_path": None, "revision": None, **settings}
     for name in ("task_type", "base_model_name_or_path", "revision"):
         if not isinstance(settings[name], str | None):

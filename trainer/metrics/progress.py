@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from tritune.trainer.redact import redact
+from tritune.trainer.shown import shown
 
 PLAIN_SECONDS = 10.0  # between plain lines
 
@@ -36,7 +36,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.enabled:
-            text = redact(text)
+            text = shown(text)
             self._put(("\r\033[K" if self.live else "") + text + "\n")
             self._write_log(text)
 
@@ -48,7 +48,7 @@ class Progress:
         if self._reading is None or self._reading[0] != name:
             self._reading = (name, now)
         seconds = max(now - self._reading[1], 1e-9)
-        line = f"data      {name}: {rows:,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+        line = shown(f"data      {name}: {rows:,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
         if self.live:
             self._put("\r\033[K" + line)
         elif now - self._said >= PLAIN_SECONDS:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from tritune.trainer.report.plots import HELD_OUT, INK, STYLE, TRAIN
+from tritune.trainer.shown import shown
 
 LABELS = 40  # drawn with their names; of more only the curve
 
@@ -53,7 +54,7 @@ def _labels(counts: dict[str, int]) -> str:
         axes = figure.add_subplot()
         axes.bar(range(len(ordered)), [count for _, count in ordered], color=TRAIN)
         if len(ordered) <= LABELS:
-            axes.set_xticks(range(len(ordered)), [label[:24] for label, _ in ordered], rotation=45, ha="right")
+            axes.set_xticks(range(len(ordered)), [shown(label)[:24] for label, _ in ordered], rotation=45, ha="right")
         else:
             axes.set_xlabel(f"{len(ordered):,} labels, the commonest first")
         axes.set_title("Rows of each label")
