@@ -99,9 +99,12 @@ def read_config(run: Path) -> dict[str, Any] | None:
         return None
     remedy = "Move it away: a start with the run's own overrides writes it anew, and each checkpoint knows its run"
     try:
-        return read_mapping(path)
+        found = read_mapping(path)
     except InputError as error:
         raise _spoilt(path, error.rule, remedy) from None
+    if not found:
+        raise _spoilt(path, "it holds no configuration", remedy)
+    return found
 
 
 def _spoilt(path: Path, why: str, remedy: str) -> InputError:

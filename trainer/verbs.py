@@ -188,7 +188,7 @@ def _run_directory(overrides: list[str]) -> Path | None:
     Raises:
         InputError: there is no run, or an adapter is named beside it.
     """
-    given = {k: value_of(f"{k}={v}") or "" for k, eq, v in (o.partition("=") for o in overrides) if eq}
+    given = {k: value_of(f"{k}={v}") or v for k, eq, v in (o.partition("=") for o in overrides) if eq}
     if "run.dir" not in given:
         return None
     run = Path(given["run.dir"])

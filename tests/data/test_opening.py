@@ -75,7 +75,7 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path, make):
     name, message = make(tmp_path)
     with pytest.raises(InputError, match=message) as caught:
         source_files(str(tmp_path / name), KEY)
-    assert ascii(name)[1:-1] in caught.value.value
+    assert ascii(name)[1:100].rstrip("'") in caught.value.value  # of a long name the beginning is shown
     if os.path.lexists(tmp_path / name[:99]):  # in a folder of good ones it is not passed over in silence
         (tmp_path / "good.jsonl").write_text(ROW)
         for source in (tmp_path, tmp_path / "*.jsonl"):

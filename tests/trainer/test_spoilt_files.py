@@ -17,7 +17,7 @@ from tritune.trainer.runfiles import FILES, read_config, read_json, read_lines, 
 CONTENTS = {
     "empty": b"", "zeros": bytes(200), "garbage": b"\xff\xfe\x00garbage", "deep": b"[" * 100_000, "number": b"5",
     "digits": b"9" * 5000, "cut": b'{"a": ', "null": b"null", "list": b"[]", "object": b"{}",
-    "bomb": b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
+    "bomb": b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 20)),
 }  # fmt: skip
 OTHERS = {
     "fifo": os.mkfifo, "folder": Path.mkdir, "endless": lambda p: p.symlink_to("/dev/zero"),
