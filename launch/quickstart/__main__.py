@@ -73,7 +73,7 @@ support messages and to answer them ({FOLDER}/data/train.jsonl). In the table, `
 shown ({FOLDER}/data/test.jsonl); `retention` are texts like the base's, on which it got worse: it forgets.
 
 Open {FOLDER}/tuned/report.html in a browser. Ask it yourself:
-tritune generate run.dir={FOLDER}/tuned --prompt "Where is the kettle I ordered?" """)
+tritune generate run.dir={FOLDER}/tuned --prompt "When will the kettle that I ordered arrive?" """)
     return 0
 
 

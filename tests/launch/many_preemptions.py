@@ -23,7 +23,7 @@ PACE = """
     from tritune.trainer.stop import Stop
     pause = 0.4 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < COUNT else 0.0
     agreed = Stop.agreed
-    Stop.agreed = lambda self, world: (time.sleep(pause), agreed(self, world))[1]
+    Stop.agreed = lambda self, *rest: (time.sleep(pause), agreed(self, *rest))[1]
 """
 
 

@@ -183,7 +183,7 @@ def test_the_demo_shows_what_fine_tuning_is_for(tmp_path):
     assert samples[0]["tuned"].splitlines()[0] in page
     assert "<script" not in page
     asked = [sys.executable, "-m", "tritune.launch.cli", "generate", "run.dir=runs/quickstart/tuned",
-             "--prompt", "Where is the kettle I ordered?"]  # fmt: skip
+             "--prompt", "When will the kettle that I ordered arrive?"]  # fmt: skip
     out = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["answers"][0]["text"].split("\n")[0] == "delivery"

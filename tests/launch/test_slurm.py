@@ -84,7 +84,7 @@ def paced(tmp_path) -> dict[str, str]:
         from tritune.trainer.stop import Stop
         pause = float(os.environ["PACE"]) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ["PACED"]) else 0.0
         agreed = Stop.agreed
-        Stop.agreed = lambda self, world: (time.sleep(pause), agreed(self, world))[1]
+        Stop.agreed = lambda self, *rest: (time.sleep(pause), agreed(self, *rest))[1]
     ''')  # fmt: skip
     return {"PYTHONPATH": str(tmp_path), "PACE": "0.1", "PACED": "3"}
 
