@@ -52,7 +52,7 @@ def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]
     for name, parameter in model.named_parameters():
         # As with PEFT, `all` writes those too that did not train because they take no part in the loss.
         written = config.bias is Bias.all or (config.bias is Bias.lora_only and parameter.requires_grad)
-        if written and name.endswith("bias"):
+        if written and name.endswith(".bias"):
             tensors[PREFIX + name] = parameter
     return tensors
 

@@ -76,7 +76,7 @@ def add_lora(
             layer.base_layer.bias.requires_grad_(True)
     if config.bias is Bias.all:
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(".bias"):
                 parameter.requires_grad_(True)
     for name in saved_modules(config, model, heads, unused):
         module = model.get_submodule(name)
