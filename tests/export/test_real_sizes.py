@@ -17,8 +17,8 @@ from tritune.launch.cli import main as cli
 
 VOCABULARY, LAYERS = 262_144, 128
 ROOT = Path(__file__).resolve().parents[2]
-# Phases that a stop ends; steps and saves are finished.
-STOPPED = ["data", "model", "export rehearsal", "backend", "dry run", "base", "export", "report"]
+# Phases that a stop ends; steps and saves are finished, and a report mostly is before it could be ended.
+STOPPED = ["data", "model", "export rehearsal", "backend", "dry run", "base", "finish", "export"]
 SECONDS = 60.0  # of a phase; what grew with the square of the vocabulary took hours
 
 
