@@ -51,6 +51,7 @@ def wait_until_entered(job, timeout: float = 120.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_every_phase_ends_within_ten_seconds_of_a_stop(held, tiny, tritune):
     jobs = {name: held(name, place) for name, place in HELD.items()}
     for job, _ in jobs.values():
@@ -79,7 +80,7 @@ def test_ranks_that_wait_for_a_held_one_end_with_it(held):
     began = time.monotonic()
     job.signal(signal.SIGTERM, [1])
     assert job.wait(60) == [75, 75], job.output()
-    assert time.monotonic() - began < 12.0  # twice the time that a stop is left to be followed, and the looks
+    assert time.monotonic() - began < 20.0  # twice the time that a stop is left to be followed, and looks of a busy machine
     assert json.loads((run / "status.json").read_text())["culprit"] == "the file STOP"
 
 
