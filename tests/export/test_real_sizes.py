@@ -66,7 +66,9 @@ def test_classify_by_token(tritune, model, label_file, tmp_path, within):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not some(["today", "", "", ""], 4, "half a billion")[0], reason="it takes minutes: every fourth day")
+@pytest.mark.skipif(
+    not some(["today", "", "", ""], 4, "half a billion")[0], reason="it takes minutes: every fourth day"
+)
 def test_half_a_billion_parameters(tmp_path):
     """Random weights in the shape of Qwen2.5 0.5B, 151,936 tokens, from audit to answers; a SIGTERM in the day's phases."""
     phases = [p.replace(" ", "_") for p in some(STOPPED, 4)]

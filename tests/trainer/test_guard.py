@@ -80,7 +80,7 @@ def test_ranks_that_wait_for_a_held_one_end_with_it(held):
     began = time.monotonic()
     job.signal(signal.SIGTERM, [1])
     assert job.wait(60) == [75, 75], job.output()
-    assert time.monotonic() - began < 20.0  # twice the time that a stop is left to be followed, and looks of a busy machine
+    assert time.monotonic() - began < 20.0  # a stop is left to be followed twice, on a busy machine
     assert json.loads((run / "status.json").read_text())["culprit"] == "the file STOP"
 
 
