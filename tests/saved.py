@@ -17,6 +17,15 @@ LAST, BEFORE = "step-00000006", "step-00000004"
 FIGURES = ("step", "loss", "grad_norm", "lr", "tokens", "label_tokens", "epoch")  # all but speed and memory
 
 
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
 def figures(directory: Path) -> list[list]:
     """What training computed, as it was written: equal text is equal bits."""
     return [[json.dumps(row[k]) for k in FIGURES] for row in harness.rows(directory)]

@@ -12,9 +12,9 @@ from tritune.trainer.yaml_file import read_mapping
 
 MOST_BYTES = 1 << 30  # of one file: the log of a step is some 300 bytes
 # What is written there beside folders; a start appends to some of them and replaces the others.
-FILES = ("config.yaml", "environment.json", "data.json", "status.json", "metrics.jsonl", "evaluations.jsonl", "base.json",
-         "samples.json", "summary.json", "report.html", "train.log", "rejects.jsonl", "startup.json", "attempts.jsonl",
-         "lock.json")  # fmt: skip
+FILES = ("config.yaml", "environment.json", "content.json", "data.json", "status.json", "metrics.jsonl", "evaluations.jsonl",
+         "base.json", "samples.json", "summary.json", "report.html", "train.log", "rejects.jsonl", "startup.json",
+         "attempts.jsonl", "lock.json")  # fmt: skip
 MISREAD = (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError)
 
 T = TypeVar("T", dict, list)

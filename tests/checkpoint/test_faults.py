@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved import BEFORE, LAST, STEPS, figures, list_in_manifest, require_same_run, shard
+from saved import BEFORE, LAST, STEPS, figures, flip, list_in_manifest, require_same_run, shard
 from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import PARTIAL, STATE, CheckpointStore
 from tritune.trainer.checkpoint.tensors import save_tensors
@@ -30,14 +30,6 @@ def newest(unbroken, tmp_path) -> Path:
     """A copy of the newest checkpoint alone."""
     shutil.copytree(unbroken[1] / "checkpoints" / LAST, tmp_path / "checkpoints" / LAST)
     return tmp_path / "checkpoints" / LAST
-
-
-def flip(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ (1 << bit % 8)]))
 
 
 # -- one file of the newest checkpoint is broken

@@ -10,6 +10,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from saved import flip
 from tritune.trainer.config import Config
 from tritune.trainer.data.cache import build_once
 from tritune.trainer.data.entry import MANIFEST, Entry, read_entry
@@ -60,14 +61,6 @@ def content(folder: Path) -> list:
             said += [rows.ids(row).tobytes(), rows.spans(row).tobytes(), rows.place(row)]
         said.append(entry.table["digest"].to_pylist())
     return said
-
-
-def flip(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ (1 << bit % 8)]))
 
 
 def test_any_flip_is_found_before_a_token_is_read(folder):
