@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -22,6 +23,7 @@ SECONDARY = ("PeerError", "Connection closed by peer", "Connection reset by peer
 # With NCCL the wait is where the GPU's result is read.
 WAITING = ("torch/distributed/", "trainer/distributed.py", "torch/autograd/graph.py", "torch/cuda/", "trainer/metrics/meter.py",
            "trainer/backends/")  # fmt: skip
+FRAME = re.compile(r'^\s*File "(?P<file>[^"\n]+)", line (?P<rest>\d.*)$', re.MULTILINE)  # as faulthandler writes it
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def blame_for_hang(seen: list[Rank], stopped: set[int], stacks: Path, host: str)
     last = max((r.step for r in seen), default=0)
     for rank in seen:
         path = stacks / f"rank-{rank.rank}.stacks"
-        frame = innermost(path.read_text() if path.is_file() else "")
+        frame = innermost(path.read_text(errors="replace") if path.is_file() else "")
         where = f"rank {rank.rank} on {host} (pid {rank.pid})"
         tail = f"in phase {rank.phase} after step {rank.step}, allowed {rank.allowed:g} s "
         tail += f"(launch.hang_seconds, quiet_seconds); its stacks: {path}"
@@ -158,14 +160,13 @@ def blame_for_hang(seen: list[Rank], stopped: set[int], stacks: Path, host: str)
 
 def innermost(stacks: str) -> str:
     """The innermost frame of the main thread, from faulthandler's text: `file:line in function`; empty without one."""
-    threads = [t for t in stacks.split("\n\n") if "File " in t]
-    if not threads:
-        return ""
-    # faulthandler writes the thread that got the signal as the current one; Python's main thread gets all signals
-    current = next((t for t in threads if t.startswith("Current thread")), threads[-1])
-    line = next(part for part in current.splitlines() if part.strip().startswith("File "))
-    file, _, rest = line.strip().removeprefix("File ").partition(", line ")
-    return f"{file.strip(chr(34))}:{rest}"
+    # faulthandler writes the thread that got the signal as the current one; Python's main thread gets all signals. A text
+    # that was cut, or two that were written into one another, may hold no whole line of it: then any thread's line is better
+    # than none, and none is no reason to lose the report.
+    threads = [t for t in stacks.split("\n\n") if FRAME.search(t)]
+    current = [t for t in threads if t.startswith("Current thread")]
+    frame = FRAME.search((current or threads[-1:] or [""])[0])
+    return f"{frame['file']}:{frame['rest']}" if frame else ""
 
 
 def _size(path: Path) -> int:

@@ -145,6 +145,17 @@ def test_a_stopped_rank_is_found_with_the_stacks_of_all(settings, tmp_path):
         assert "in fit" in stacks
 
 
+@pytest.mark.parametrize("stacks, frame", [
+    ('Thread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n\n'
+     'Current thread 0x2 (most recent call first):\n  File "b c.py", line 7 in fit\n  File "d.py", line 1 in main\n', "b c.py:7 in fit"),
+    ('Current thread 0x2 (most recent call first):\n  Fi\n\nThread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n', "a.py:3 in wait"),
+    ('Current thread 0x2 (most recent call first):  File "b.py", li', ""),
+    ("", ""),
+])  # fmt: skip
+def test_the_innermost_frame_is_read_also_from_a_text_that_was_cut(stacks, frame):
+    assert watchdog.innermost(stacks) == frame
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_rank_stopped_in_a_save_is_found_within_thirty_seconds(settings, tmp_path):
