@@ -20,10 +20,10 @@ MOST = 5e-3
 def default_rate(config: Config, width: int) -> float:
     """A peak learning rate to begin with, to two digits.
 
-    At 2,000 features 5e-4 for LoRA and a tenth for full fine-tuning, as Schulman et al. 2025 found for Llama's family ("LoRA Without
-    Regret"), who let it fall with the width to the power 0.781. That of full fine-tuning falls faster here: to the 1e-5 that is usual
-    at 6,000 features on one side, to what BANKING77 needs of a model of 128 on the other (benchmarks/LOG.md). Nothing was tried
-    above 5e-3.
+    At 2,000 features 5e-4 for LoRA and a tenth for full fine-tuning, as Schulman et al. 2025 found for Llama's family ("LoRA
+    Without Regret"), who let it fall with the width to the power 0.781. That of full fine-tuning falls faster here: to the 1e-5
+    that is usual at 6,000 features on one side, to what BANKING77 needs of a model of 128 on the other (benchmarks/LOG.md).
+    Nothing was tried above 5e-3.
 
     Args:
         width: features of the hidden states.
