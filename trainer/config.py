@@ -115,6 +115,7 @@ class EvaluationConfig:
     choices: list[str] = field(
         default_factory=list
     )  # sft: beginnings of an answer of which one is right; gives accuracy
+    out: str | None = None  # `tritune evaluate`: JSONL of every row; default: predictions.jsonl in run.dir
     samples: int = 8  # held-out rows on which base and tuned answer freely, for the report
 
 

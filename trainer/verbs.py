@@ -74,12 +74,16 @@ def exit_status(call: Callable[[], None]) -> int:
 
 
 def evaluate(config: Config, run: Path | None) -> None:
-    """Score the splits of `evaluation.splits` that the data has; print a table, and write `evaluation.json` with a run."""
+    """Score the splits of `evaluation.splits` that the data has; print a table, and write `evaluation.json` with a run.
+
+    Every row's input, reference and what the model makes of it go to `evaluation.out`.
+    """
     from tritune.trainer.backends.local import Local
     from tritune.trainer.build import lay_out_choices, make_objective
     from tritune.trainer.data.records import require_sources
     from tritune.trainer.data.splits import read_splits, require_length
     from tritune.trainer.evaluation.evaluate import evaluate as score
+    from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.model import context_length
     from tritune.trainer.objectives.language_model import LanguageModel
@@ -99,15 +103,23 @@ def evaluate(config: Config, run: Path | None) -> None:
     choices = lay_out_choices(config, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
-    results, backend = {}, Local("single", world)
+    results, backend, recorders = {}, Local("single", world), {}
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
-        how = LanguageModel() if name == "retention" else objective
-        results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
-                              choices.get(name))  # fmt: skip
+        recorders[name] = Recorder(LanguageModel() if name == "retention" else objective)
+        results[name] = score(recorders[name], scorer, examples, backend, config.evaluation.batch_size,
+                              tokenizer.pad_token_id, choices.get(name))  # fmt: skip
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
+    out = config.evaluation.out or (run and run / "predictions.jsonl")
+    if out is not None:
+        rows = (
+            {"split": name, **line}
+            for name, kept in recorders.items()
+            for line in described(kept, splits.examples[name], splits.labels, tokenizer)
+        )
+        _say(f"evaluate  {write_predictions(Path(out), rows):,} rows in {out}")
 
 
 def generate(config: Config, run: Path | None, prompts: list[str]) -> None:

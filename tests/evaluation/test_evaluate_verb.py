@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import harness
@@ -64,6 +66,29 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def require_rows_give_the_figures(run: Path, by_token: bool) -> None:
+    """`predictions.jsonl` has every row once, in the data's order, and its figures add up to those of the table."""
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for split, figure in figures(run).items():
+        rows = [line for line in lines if line["split"] == split]
+        assert len({(row["place"], row.get("input")) for row in rows}) == len(rows) > 0
+        numbers = [int(re.findall(r"\d+", row["place"])[-1]) for row in rows]
+        assert numbers == sorted(numbers)
+        if "label" in rows[0]:
+            losses = [-math.log(row["probabilities"][row["label"]]) for row in rows]
+            mean = sum(losses) / len(rows)  # of six digits; by token the loss is over the whole vocabulary
+            assert mean == pytest.approx(figure["loss"], abs=1e-5) or (by_token and mean < figure["loss"])
+            assert sum(row["prediction"] == row["label"] for row in rows) / len(rows) == pytest.approx(
+                figure["accuracy"]
+            )
+            assert all(row["label"] in row["input"] for row in rows)
+            assert all(max(row["probabilities"].values()) == row["probability"] for row in rows)
+        else:
+            tokens = sum(row["tokens"] for row in rows)
+            assert sum(row["loss"] * row["tokens"] for row in rows) / tokens == pytest.approx(figure["loss"], rel=1e-9)
+            assert all(row["reference"] for row in rows)
+
+
 FAST = ["sft lora", "classify_token"]
 SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
@@ -78,6 +103,7 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, bas
     code, table, err = evaluate(f"run.dir={run}")
     assert code == 0, err
     assert figures(run) == tuned(run)
+    require_rows_give_the_figures(run, by_token=kind == "classify_token")
     assert json.loads((run / "evaluation.json").read_text())["step"] == 6
     before = json.loads((run / "base.json").read_text())
     for split, found in tuned(run).items():
@@ -166,7 +192,7 @@ def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, b
 
 @pytest.mark.slow
 def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_path):
-    """A new test file in place of the share; the run's own files are left as they were but for `evaluation.json`."""
+    """A new test file in place of the share; the run's own files are left as they were but for what it writes."""
     run, new = tmp_path / "run", tmp_path / "new.jsonl"
     new.write_text("\n".join(sft_file.read_text().splitlines()[:9]))
     options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=2"]
@@ -177,7 +203,10 @@ def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_
     assert "test (9 rows)" in table
     assert list(figures(run)) == ["test"]
     assert {p: p.read_bytes() for p in before} == before
-    assert {p for p in run.rglob("*") if p.is_file()} - set(before) == {run / "evaluation.json"}
+    assert {p for p in run.rglob("*") if p.is_file()} - set(before) == {
+        run / "evaluation.json",
+        run / "predictions.jsonl",
+    }
 
 
 def test_refusals(tritune, evaluate, kinds, base, tmp_path):
