@@ -31,7 +31,10 @@ from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
+    from tritune.trainer.distributed import World
+    from tritune.trainer.open import Opened
 
+    Answered = tuple[dict[str, Any], list[dict[str, Any]] | InputError]  # a prompt's fields, and what was said to it
 
 # The groups of a run's configuration that name what a verb reads.
 READS = {
@@ -123,17 +126,39 @@ def evaluate(config: Config, run: Path | None) -> None:
 
 
 def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
-    """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output."""
+    """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output.
+
+    A classifier answers with a label. A prompt that cannot be answered has an `error` in the place of answers; only where no
+    prompt can be, that is an error.
+    """
+    if not prompts and config.generate.file is None:
+        raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
+    world, opened = _open(config, run)
+    answered = (_labels if opened.labels else _words)(opened, config, prompts, world)
+    faults = [answers for _, answers in answered if isinstance(answers, InputError)]
+    if len(faults) == len(answered) and faults:
+        raise faults[0]
+    lines = []
+    for fields, answers in answered:
+        what = {"answers": [], "error": str(answers)} if isinstance(answers, InputError) else {"answers": answers}
+        lines.append(json.dumps({**fields, **what}, ensure_ascii=False) + "\n")
+    if faults:
+        _say(f"generate  {len(faults):,} of {len(answered):,} prompts have no answer. The first: {faults[0]}")
+    out = config.generate.out
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text("".join(lines), encoding="utf-8")
+    _say(f"generate  {opened.what}: {len(answered):,} prompts, answers in {out}")
+
+
+def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import generate as answer
     from tritune.trainer.evaluation.generate import require_room
     from tritune.trainer.model import context_length
 
-    if not prompts and config.generate.file is None:
-        raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
-    world, opened = _open(config, run)
-    if opened.heads or not hasattr(opened.model, "generate"):
-        raise InputError(opened.what, "it is a classifier and has no words", "Use tritune evaluate")
     settings = config.generate
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
     require_room(
@@ -141,16 +166,17 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     )
     said = answer(opened.model, opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
                   world.device, config.seed, config.model.dtype.value == "float64")  # fmt: skip
-    lines = [
-        json.dumps({**row.fields, "answers": [vars(a) for a in answers]}, ensure_ascii=False) + "\n"
-        for row, answers in zip(rows, said, strict=True)
-    ]
-    if settings.out is None:
-        sys.stdout.writelines(lines)
-        return
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.out).write_text("".join(lines), encoding="utf-8")
-    _say(f"generate  {opened.what}: {len(rows):,} prompts, answers in {settings.out}")
+    return [(row.fields, [vars(a) for a in answers]) for row, answers in zip(rows, said, strict=True)]
+
+
+def _labels(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
+    from tritune.trainer.build import make_objective
+    from tritune.trainer.evaluation.labels import label_texts, read_texts
+    from tritune.trainer.model import context_length
+
+    objective = make_objective(opened.config, opened.labels, opened.tokenizer)
+    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config))
+    return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
 def export(config: Config, run: Path | None) -> None:

@@ -34,6 +34,19 @@ def evaluate(capfd):
     return call
 
 
+@pytest.fixture
+def ask(capfd):
+    """Call `generate` -> exit status, what it printed, what was said."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli(["generate", *argv])
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
 def summary(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
 
@@ -89,12 +102,37 @@ def require_rows_give_the_figures(run: Path, by_token: bool) -> None:
             assert all(row["reference"] for row in rows)
 
 
+def require_the_same_labels(ask, run: Path, kind: str) -> None:
+    """A classifier that is asked through `generate` says what it said of the same texts in the test split."""
+    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()][:20]
+    asked = run / "asked.jsonl"
+    texts = [re.search(r"(?:Is it )?(.*?)(?:\? It is)?$", row["input"].strip())[1] for row in told]
+    lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
+    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}']) + "\n")
+    where = [[f"run.dir={run}"], [f"model.path={run / 'export'}", "objective=classify"]]
+    for open_it in where[: 1 if kind == "classify_token" else 2]:
+        code, out, err = ask(*open_it, f"generate.file={asked}", "backend.device=cpu", "data.max_length=96")
+        assert code == 0, err
+        said = [json.loads(line) for line in out.splitlines()]
+        assert [row["answers"][0]["text"] for row in said[:20]] == [row["prediction"] for row in told]
+        assert [row["answers"][0]["probability"] for row in said[:20]] == pytest.approx(
+            [r["probability"] for r in told], abs=2e-6
+        )
+        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 3
+        assert [row.get("id") for row in said[:20]] == list(range(20))
+        assert "3 of 23 prompts have no answer. The first: " in err
+        assert f"{asked}:21" in err
+        code, out, err = ask(*open_it, "--prompt", " ", "backend.device=cpu")
+        assert (code, out) == (2, "")
+        assert "the text is empty" in err
+
+
 FAST = ["sft lora", "classify_token"]
 SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
-def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, base, tmp_path, kind):
+def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, ask, kinds, base, tmp_path, kind):
     """To the last bit, with the splits cut again from the training file; and so do its export and its base."""
     run = tmp_path / "run"
     options = [*QUICK, *kinds[kind], f"model.path={base}", "train.max_steps=6", "train.batch_size=8"]
@@ -117,6 +155,8 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, bas
     if "bfloat16" not in kind:
         assert all(f"{value:,.4f}" in table for found in tuned(run).values() for value in found.values())
     # The base by itself is what the run scored before its first step.
+    if kind.startswith("classify"):
+        require_the_same_labels(ask, run, kind)
     if not kind.startswith("classify "):  # its head was random then
         code, table, err = evaluate(f"model.path={base}", *data)
         assert code == 0, err
