@@ -160,6 +160,8 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
     from tritune.trainer.model import context_length
 
     settings = config.generate
+    if not hasattr(opened.model, "generate"):
+        raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
     require_room(
         [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)

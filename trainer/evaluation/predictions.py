@@ -54,7 +54,8 @@ class _Once(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._ask, self._kept = [model], {}  # in a list: it is no part of this module
+        self._ask = [model]  # in a list: it is no part of this module
+        self._kept: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, want: str) -> Tensor:
         if want not in self._kept:
