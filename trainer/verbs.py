@@ -160,13 +160,14 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
     from tritune.trainer.model import context_length
 
     settings = config.generate
-    if not hasattr(opened.model, "generate"):
+    speak = getattr(opened.model, "generate", None)
+    if speak is None:
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
     require_room(
         [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)
     )
-    said = answer(opened.model, opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
+    said = answer(opened.model, speak, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
                   world.device, config.seed, config.model.dtype.value == "float64")  # fmt: skip
     return [(row.fields, [vars(a) for a in answers]) for row, answers in zip(rows, said, strict=True)]
 
