@@ -81,6 +81,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.data.splits import read_splits, require_length
     from tritune.trainer.evaluation.evaluate import evaluate as score
     from tritune.trainer.evaluation.table import figures_table
+    from tritune.trainer.finite import require_a_loss
     from tritune.trainer.model import context_length
     from tritune.trainer.objectives.language_model import LanguageModel
     from tritune.trainer.rundir import write_whole_json
@@ -105,6 +106,7 @@ def evaluate(config: Config, run: Path | None) -> None:
         how = LanguageModel() if name == "retention" else objective
         results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
                               choices.get(name))  # fmt: skip
+        require_a_loss(results[name]["loss"], opened.model, opened.what, f"on {name}")
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
