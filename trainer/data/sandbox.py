@@ -304,6 +304,7 @@ def run(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list[tu
         Refused: a limit was passed.
         Exception: whatever the template raises.
     """
+    isolated.rewind()
     environment: Any = template.environment
     environment.budget.start(RENDER_SECONDS)
     context = new_context(environment, None, template.blocks, {**environment.globals, **values}, shared=True)
