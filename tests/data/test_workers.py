@@ -19,7 +19,9 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import byte_tokenizer
 
 DOUBLED = "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}{{ {n.a: 1} | length }}"
-CHAIN = "{% set n = namespace(a=[1]) %}{% for i in range(200000) %}{% set n.a = n.a | select %}{% endfor %}{{ n.a | first }}"
+CHAIN = (
+    "{% set n = namespace(a=[1]) %}{% for i in range(99999) %}{% set n.a = n.a | select %}{% endfor %}{{ n.a | first }}"
+)
 HOARD = (
     "{% set n = namespace(t='x' * 60000000, l=[]) %}{% for i in range(99) %}{% set n.l = n.l + [n.t ~ i] %}{% endfor %}"
 )
