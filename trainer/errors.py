@@ -83,6 +83,18 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def of_panic(error: BaseException) -> InputError:
+    """The panic as the fault of a file, or what it was as it was.
+
+    Raises:
+        BaseException: it is no panic.
+    """
+    if not is_panic(error):
+        raise error
+    rule = f"a library panicked on what it read ({reason(error)})"
+    return InputError("model.tokenizer", rule, "Give another tokenizer, or download the model anew")
+
+
 def reason(error: BaseException) -> str:
     """What another library's exception says, in one line, for a message of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -23,6 +23,7 @@ from tritune.trainer.errors import (
     ExportError,
     InputError,
     LostConnectionError,
+    of_panic,
 )
 from tritune.trainer.overrides import value_of
 from tritune.trainer.redact import MARK
@@ -70,6 +71,9 @@ def exit_status(call: Callable[[], None]) -> int:
     except Exception:  # noqa: BLE001  shown like any other, without secrets
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
+    except BaseException as error:  # noqa: BLE001  what is none is raised again
+        print(f"tritune: {shown(str(of_panic(error)))}", file=sys.stderr)
+        return EXIT_INPUT
     return EXIT_DONE
 
 
