@@ -83,15 +83,18 @@ class Confined(threading.local):
         return done
 
     def _ask(self, items: Sequence[Any]) -> list[Any] | _End:
+        why = ""
         for _ in range(2):  # one that was idle ends just when it is asked
             if self._process is None or not self._process.is_ours():
                 self._process = _Process(self._work)
             answer = self._process.ask(items)
-            if not isinstance(answer, list):
-                self._process = None
-            if not isinstance(answer, _End) or answer.index >= 0:
+            if isinstance(answer, list):
                 return answer
-        raise RuntimeError(f"a process ended twice before it began its work: {answer.why}")
+            self._process = None
+            if answer.index >= 0:
+                return answer
+            why = answer.why
+        raise RuntimeError(f"a process ended twice before it began its work: {why}")
 
 
 @dataclass(frozen=True)
