@@ -147,11 +147,11 @@ class _Process:
         """The answer; None where the process is gone, or did not come to the next item for long."""
         self._late = False
         self._pipe.send_bytes(request)
-        seen, deadline = -1, time.monotonic() + isolated.WALL_SECONDS
+        seen, waited = -1, 0.0  # counted in looks: both processes may have been suspended meanwhile
         while not self._pipe.poll(_LOOK_SECONDS):
             if self._index() != seen:
-                seen, deadline = self._index(), time.monotonic() + isolated.WALL_SECONDS
-            elif time.monotonic() > deadline:
+                seen, waited = self._index(), 0.0
+            elif (waited := waited + _LOOK_SECONDS) >= isolated.WALL_SECONDS:
                 self._late = True
                 return None
         return marshal.loads(self._pipe.recv_bytes())
