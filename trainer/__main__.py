@@ -17,8 +17,11 @@ from tritune.trainer.errors import (
     EXIT_INPUT,
     EXIT_STOPPED,
     INPUT_ERRORS,
+    CheckpointError,
     DamagedRows,
     ExportError,
+    LostConnectionError,
+    NonFiniteError,
     PeerError,
     StopRequested,
 )
@@ -169,6 +172,10 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         code, culprit = (EXIT_INPUT if error.asked_wrongly else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
             note_error(rank, error)
+    except (CheckpointError, NonFiniteError, LostConnectionError) as error:  # its message says all of it
+        note_error(rank, error)
+        culprit = f"{type(error).__name__}: {error}"
+        progress.say(f"tritune: {culprit}")
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown

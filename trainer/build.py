@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.acceleration import choose_kernels, install_kernels
 from tritune.trainer.activations import checkpoint_activations
-from tritune.trainer.attention import choose_attention, require_documents_apart
+from tritune.trainer.attention import choose_attention
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Dtype, Form, Packing
+from tritune.trainer.config_choices import Form, Packing
 from tritune.trainer.config_data import training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
+from tritune.trainer.dry_run import dry_run
 from tritune.trainer.errors import CheckpointError, InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
@@ -227,44 +230,6 @@ def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
         raise InputError("model.add_tokens", rule, remedy)
 
 
-def dry_run(run: Run) -> None:
-    """Run the most expensive micro-batch forward and backward, and forget its gradients.
-
-    Memory runs out here and not at step 200; and DDP settles its buckets, so that a resumed run reduces in the same
-    order as one that was never stopped. Sharded backends gather parameters here: a rank that fails alone leaves the others
-    waiting, until `backend.timeout_seconds`.
-    """
-    run.model.train()
-    with run.world.together("trying the longest micro-batch"):  # no gradient is reduced: `ddp` waits for none
-        try:
-            _forward_and_backward(run, last=False)
-        except torch.OutOfMemoryError as error:
-            rule = f"the longest micro-batch does not fit in memory ({str(error).splitlines()[0]})"
-            remedy = "Use a smaller train.micro_batch_size (the run stays the same), or a shorter data.max_length"
-            raise InputError(f"train.micro_batch_size={run.loader.dealer.micro_batch_size}", rule, remedy) from None
-    _forward_and_backward(run, last=True)
-    run.backend.forget()
-    if run.config.data.packing is not Packing.none:
-        _require_documents_apart(run)
-
-
-def _require_documents_apart(run: Run) -> None:
-    """On this run's own model, as the backend wrapped it."""
-    config, want = run.config, "class_logits" if run.heads else "token_nll"
-    run.model.eval()
-    require_documents_apart(
-        lambda batch: run.model(batch, want), run.core.config.get_text_config().vocab_size, run.world.device,
-        half=config.model.dtype is Dtype.bfloat16,
-    )  # fmt: skip
-    run.model.train()
-
-
-def _forward_and_backward(run: Run, last: bool) -> None:
-    for batch in run.loader.longest():
-        with run.backend.sync(last=last):
-            run.backend.backward(run.objective(run.model, batch).sums.sum() * 0.0)
-
-
 def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
     rows = {name: examples.digest for name, examples in run.splits.items()} | {"train": run.loader.digest}
     found = run.store.newest()
@@ -278,15 +243,10 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             if run.world.rank == 0:
                 require_same_splits(rows, run.config, run.directory)
-            run.state.load_json(saved.get("train"))
-            if run.state.step != found[1]["step"]:
-                raise CheckpointError(f"{found[0]}: its state is of step {run.state.step:,}")
-            streams = len(training_sources(run.config.data)) if run.config.data.streaming else 0
-            if len(run.state.sources) != streams:
-                raise CheckpointError(
-                    f"{found[0]}: it has read {len(run.state.sources)} streams, and the run has {streams}"
-                )
-        run.store.load(found, run.backend.tensors())
+            with _named(found[0]):
+                _take_state(run, saved.get("train"), found[1]["step"])
+        with _named(found[0]):
+            run.store.load(found, run.backend.tensors())
         run.backend.refresh()
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
     with run.world.together("reading the first rows"):
@@ -305,6 +265,25 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
             run.directory.write_environment(_device_name(run.world.device), run.world.size)
             reports = {name: vars(examples.report) for name, examples in run.splits.items()}
             run.directory.write_json("data.json", reports | {"labels": run.labels})
+
+
+def _take_state(run: Run, saved: Any, step: int) -> None:
+    run.state.load_json(saved)
+    if run.state.step != step:
+        raise CheckpointError(f"its state is of step {run.state.step:,}")
+    streams = len(training_sources(run.config.data)) if run.config.data.streaming else 0
+    if len(run.state.sources) != streams:
+        raise CheckpointError(f"it has read {len(run.state.sources)} streams, and the run has {streams}")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Faults of a checkpoint whose hashes are right: which it is, and what to do."""
+    try:
+        yield
+    except CheckpointError as error:
+        remedy = f"Move {path.name} aside, and the same command goes on from the one before it; or give another run.dir"
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ').rstrip('.')}. {remedy}") from None
 
 
 def _dealer(config: Config, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Dealer:

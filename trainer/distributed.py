@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tritune.trainer.config_backends import BackendConfig, Device
-from tritune.trainer.errors import DamagedRows, InputError, PeerError
+from tritune.trainer.errors import DamagedRows, InputError, PeerError, of_panic
 
 MEET_SECONDS = 0.05  # between looks whether all ranks have come
 
@@ -91,6 +91,8 @@ class World:
             yield
         except Exception as caught:  # noqa: BLE001  reported to every rank, then raised again
             error = caught
+        except BaseException as caught:  # noqa: BLE001  what is no panic of a library is raised at once
+            error = of_panic(caught)
         if patiently is not None:
             self.meet(doing, patiently)
         failures = [(r, e) for r, e in enumerate(self.gather(None if error is None else _portable(error))) if e]

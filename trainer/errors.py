@@ -78,7 +78,24 @@ class PeerError(Exception):
     """Another rank failed; this one stops with it. The message is the other rank's."""
 
 
-def reason(error: Exception) -> str:
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust panicked: what it raises then is no `Exception`, and passes by all that catch those."""
+    return type(error).__name__ == "PanicException"
+
+
+def of_panic(error: BaseException) -> InputError:
+    """The panic as the fault of a file, or what it was as it was.
+
+    Raises:
+        BaseException: it is no panic.
+    """
+    if not is_panic(error):
+        raise error
+    rule = f"a library panicked on what it read ({reason(error)})"
+    return InputError("model.tokenizer", rule, "Give another tokenizer, or download the model anew")
+
+
+def reason(error: BaseException) -> str:
     """What another library's exception says, in one line, for a message of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}".rstrip(".")

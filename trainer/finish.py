@@ -109,7 +109,8 @@ def _use_best(run: Run) -> int:
         return state.step
     found = run.store.at(state.best_step)
     if found is None:
-        raise CheckpointError(f"the best checkpoint, step {state.best_step}, is gone from {run.store.root}")
+        remedy = "Restore it, or end with the last weights: train.use_best=false"
+        raise CheckpointError(f"the best checkpoint, step {state.best_step}, is gone from {run.store.root}. {remedy}")
     run.store.load(found, run.backend.tensors())
     run.backend.refresh()
     run.progress.say(f"best      step {state.best_step}, {run.config.evaluation.metric} {state.best:.4f}")

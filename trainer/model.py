@@ -26,8 +26,9 @@ from transformers.utils import logging as hf_logging
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.finite import require_finite
 from tritune.trainer.model_files import ADAPTER_CONFIG, find_file, weight_files
-from tritune.trainer.model_folder import require_sound
+from tritune.trainer.model_folder import require_computable, require_sound
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -53,6 +54,7 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
                     near = difflib.get_close_matches(key, known, n=1)
                     hint = f"Did you mean model.config.{near[0]}?" if near else f"It has {', '.join(known[:12])} ..."
                     raise InputError(f"model.config.{key}", f"a {model_type} config has no such key", hint)
+            require_computable(settings, "model.config")
             return AutoConfig.for_model(model_type, **settings)
         except InputError:
             raise
@@ -100,7 +102,7 @@ def load_model(
         seed: of every weight that the checkpoint does not hold (a new head, a whole model from a config).
 
     Raises:
-        InputError: there are no safetensors, weights are missing from them, or the family has no such head.
+        InputError: there are no safetensors, weights are missing from them or no finite numbers, or the family has no such head.
     """
     if labels is not None and architecture.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         rule = f"transformers has no classifier of {architecture.model_type}"
@@ -141,6 +143,8 @@ def load_model(
         names = ", ".join(sorted(missing)[:3])
         rule = f"{len(missing)} weight(s) are missing from it and would start random: {names}"
         raise InputError(f"model.path={config.path}", rule, "Give a whole checkpoint")
+    if config.path is not None:
+        require_finite(model, f"model.path={config.path}")
     if labels is not None and not isinstance(getattr(model, CLASS_HEAD, None), nn.Linear):
         rule = f"a {architecture.model_type} classifier has no linear head named {CLASS_HEAD}"
         raise InputError("objective=classify", rule, "Use objective=classify_token, which needs none")

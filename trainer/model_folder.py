@@ -6,6 +6,7 @@ The libraries read what they find: a pipe without an end, a config that asks for
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ _SETTINGS = (
 _READ = {".json", ".jinja", ".safetensors", ".model", ".txt"}  # endings of what the libraries look for
 _MOST_BYTES = 10_000_000  # of settings; a tokenizer_config.json with a thousand added tokens has 200,000
 _MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000, "num_labels": 1_000_000}
+_ABOVE_ZERO = (
+    "norm_eps",
+    "norm_epsilon",
+    "rope_theta",
+)  # ends of names, of which the last also stands in rope_parameters
 _REMEDY = "Download it anew from a source that you trust"
 
 
@@ -74,7 +80,13 @@ def read_settings_file(file: Path, value: str) -> dict[str, Any]:
 
 
 def _require_sane(config: dict[str, Any], value: str, prefix: str) -> None:
-    """Refuse numbers that would be built before anything looks at them, and kinds of value that nothing reads."""
+    """Refuse numbers that would be built before anything looks at them or give no numbers, and values that nothing reads."""
+    require_computable(config, value, f"its {CONFIG} says {prefix}")
+    if config.get("quantization_config") is not None:
+        found = config["quantization_config"]
+        method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
+        rule = f"its weights are quantised ({bounded(str(method), 100)}), and whole ones are read and trained here"
+        raise InputError(value, rule, "Give the model that it was quantised from")
     for key, most in _MOST.items():
         if isinstance(config.get(key), int) and config[key] > most:
             raise _unsound(value, f"{prefix}{key}", config[key], f"there are at most {most:,}")
@@ -90,6 +102,23 @@ def _require_sane(config: dict[str, Any], value: str, prefix: str) -> None:
     for key, part in config.items():
         if key.endswith("_config") and isinstance(part, dict) and not prefix:
             _require_sane(part, value, f"{key}.")
+
+
+def require_computable(config: dict[str, Any], value: str, said: str = "") -> None:
+    """Refuse settings at any depth with which every output is NaN: what is divided by them, or taken to a power.
+
+    Args:
+        value: what the user gave. said: what stands before a key in the message.
+
+    Raises:
+        InputError: it names the key.
+    """
+    for key, number in config.items():
+        if isinstance(number, dict):
+            require_computable(number, value, f"{said}{key}.")
+        elif key.endswith(_ABOVE_ZERO) and type(number) in (int, float) and not 0 < number < math.inf:
+            rule = f"{said}{key}={number}, and it is a finite number above 0"
+            raise InputError(value, rule, "Mend the setting, or download it anew")
 
 
 def _unsound(value: str, key: str, found: Any, rule: str) -> InputError:

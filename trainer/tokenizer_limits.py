@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, is_panic
 
 MOST_IDS = 10_000_000  # the largest published vocabulary has some 260,000
 MOST_GROWTH = 1_000  # characters that a normaliser makes of one; published ones make a few
@@ -37,7 +37,7 @@ def require_bounded(tokenizer: PreTrainedTokenizerBase, value: str) -> None:
     try:
         tokenizer("Is it 1 or 2?\n")
     except BaseException as error:  # a panic of the library's own language is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         rule = f"its tokenizer reads no text ({type(error).__name__}: {error})"
         raise InputError(value, rule, remedy) from None

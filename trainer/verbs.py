@@ -23,6 +23,7 @@ from tritune.trainer.errors import (
     ExportError,
     InputError,
     LostConnectionError,
+    of_panic,
 )
 from tritune.trainer.overrides import value_of
 from tritune.trainer.redact import MARK
@@ -73,6 +74,9 @@ def exit_status(call: Callable[[], None]) -> int:
     except Exception:  # noqa: BLE001  shown like any other, without secrets
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
+    except BaseException as error:  # noqa: BLE001  what is none is raised again
+        print(f"tritune: {shown(str(of_panic(error)))}", file=sys.stderr)
+        return EXIT_INPUT
     return EXIT_DONE
 
 
@@ -88,6 +92,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.evaluation.evaluate import evaluate as score
     from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
     from tritune.trainer.evaluation.table import figures_table
+    from tritune.trainer.finite import require_a_loss
     from tritune.trainer.model import context_length
     from tritune.trainer.objectives.language_model import LanguageModel
     from tritune.trainer.rundir import write_whole_json
@@ -112,6 +117,7 @@ def evaluate(config: Config, run: Path | None) -> None:
         recorders[name] = Recorder(LanguageModel() if name == "retention" else objective)
         results[name] = score(recorders[name], scorer, examples, backend, config.evaluation.batch_size,
                               tokenizer.pad_token_id, choices.get(name))  # fmt: skip
+        require_a_loss(results[name]["loss"], opened.model, opened.what, f"on {name}")
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})

@@ -171,6 +171,7 @@ def test_all_broken_fails_once_and_says_what_to_do(again, unbroken):
     message = result.lines()[-1]
     for word in ("CheckpointError", str(directory / "checkpoints"), "none of 3 checkpoint(s) is whole", "run.dir"):
         assert word in message
+    assert "Traceback" not in result.err
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAILED)
     assert "none of 3" in status["culprit"]
@@ -400,6 +401,8 @@ def test_full_disk_while_saving(tritune, unbroken, small_disk):
     for word in ("tritune: CheckpointError", "step 4 could not be saved", str(directory / "checkpoints")):
         assert word in message
     assert "no space left on device" in message.lower()
+    assert "make room" in message
+    assert "Traceback" not in result.err
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAILED)
     assert "step 4" in status["culprit"]

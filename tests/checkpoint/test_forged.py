@@ -193,7 +193,11 @@ def test_one_whose_state_is_of_another_step_is_refused(again):
     list_in_manifest(path.parent, STATE, path)
     result = start()
     assert result.code == 1
-    assert f"{LAST}: its state is of step 4" in result.err
+    assert f"{LAST}: its state is of step 4. Move {LAST} aside, and the same command goes on" in result.err
+    assert "Traceback" not in result.err
+    path.parent.rename(path.parent.with_name("aside"))
+    result = start()
+    assert f"resume    from {BEFORE}, step 4 of 6" in result.err
 
 
 def test_one_of_another_run_is_refused_by_what_differs(again, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from encoded import blocks, conversations, documents, labelled
 from harness import mask_of
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config_choices import Unsupervised
@@ -164,6 +164,32 @@ def test_a_template_that_never_ends_an_answer_is_refused():
     with pytest.raises(InputError, match="stop token"):
         conversations([chat("q", "r")], tokenizer, config())
     assert conversations([chat("q", "r")], tokenizer, config(require_stop_token=False)).report.supervised_tokens >= 1
+
+
+def failing(kind: str):
+    """A tokenizer that reads most texts: a pattern that goes back without an end panics in Rust, an unknown word is an error."""
+    if kind == "panic":
+        backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("abcdef!")}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    else:
+        backend = Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="zz"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("kind", ["panic", "error"])
+def test_a_row_that_the_tokenizer_fails_on_is_named(kind):
+    texts = ("a", "a" * 40 + "!")
+    rows = [Record(f"rows:{i}", text=text, label="x") for i, text in enumerate(texts)]
+    pairs = [pair("a", text, f"rows:{i}") for i, text in enumerate(texts)]
+    tokenizer = failing(kind)
+    for encode in (
+        lambda: conversations(pairs, tokenizer, config()),
+        lambda: documents(rows, tokenizer, 64),
+        lambda: labelled(rows, tokenizer, labels_config(), ["x"]),
+    ):
+        with pytest.raises(InputError, match=r"rows:1: the tokenizer fails on this row \(.*model\.tokenizer"):
+            encode()
 
 
 def test_rows_without_an_answer():

@@ -7,6 +7,7 @@ import re
 import resource
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,26 @@ def test_a_template_that_is_no_jinja_or_too_long_is_refused():
             sandbox.compile_template(source)
     with pytest.raises(InputError, match="not valid Jinja"):
         sandbox.compile_template("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 'x' | center(60000000) }}",
+        "{{ 'x' * 60000000 }}",
+        "{{ '%60000000d' | format(1) }}",
+        "{% if 'x' | center(60000000) %}{% endif %}",
+        "{% set a = 'x' | center(60000000) %}",
+    ],
+)
+def test_constants_are_not_computed_before_the_template_runs(text):
+    """It is compiled in this process, whose memory has no limit."""
+    tracemalloc.start()
+    try:
+        sandbox.compile_template("{% if false %}" + text + "{% endif %}")
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_limits_hold_in_every_thread_and_leave_the_others_alone(monkeypatch):

@@ -11,7 +11,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.data.templates import ChatTemplate, _block_names, double_bos, token_spans, verify
+from tritune.trainer.data.templates import ChatTemplate, double_bos, token_spans, verify
+from tritune.trainer.data.turns import _block_names
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import CHATML, byte_tokenizer, load_tokenizer, stop_token_ids
 

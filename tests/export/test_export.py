@@ -10,12 +10,20 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import load_config
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.config_backends import BackendConfig
 from tritune.trainer.distributed import start
+from tritune.trainer.export.check import probe_ids
 from tritune.trainer.open import open_model
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -332,3 +340,16 @@ def test_added_tokens_are_found_wherever_they_stand(shared):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert ids.count(one) == 1, (folder, text)
             assert ids.count(two) == text.count(ADDED[1]), (folder, text)
+
+
+@pytest.mark.parametrize("words", [2, 5, 40])
+def test_the_tokens_of_the_comparison_are_the_tokenizers(words):
+    """Also of one with fewer tokens than the last ones that are always tried."""
+    vocab = {f"w{i}": i for i in range(words)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, "w0")), pad_token="w1")
+    config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                  num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
+    ids = probe_ids(AutoModelForCausalLM.from_config(config), tokenizer)
+    assert ids.shape == (2, 32)
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) == words - 1 - (words == 2)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import harness
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.fingerprint import fingerprint
-from tritune.trainer.methods.adapter_open import read_settings
+from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.model import load_architecture, load_model
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -89,11 +91,72 @@ def test_settings_that_are_none_are_named(folder, name, content):
      ("architectures", "x", "says architectures=x"), ("architectures", [1], "says architectures=[1]"),
      ("return_dict", False, "says return_dict=False"), ("torchscript", True, "says torchscript=True"),
      ("text_config", {"model_type": "llama"}, "its text config is a dict"),
-     ("text_config", {"num_hidden_layers": 10**7}, "says text_config.num_hidden_layers=10000000")],
+     ("text_config", {"num_hidden_layers": 10**7}, "says text_config.num_hidden_layers=10000000"),
+     ("rope_theta", 0, "says rope_theta=0, and it is a finite number above 0"), ("rope_theta", float("nan"), "rope_theta=nan"),
+     ("rope_parameters", {"full_attention": {"rope_theta": -1.0}}, "says rope_parameters.full_attention.rope_theta=-1.0"),
+     ("rms_norm_eps", float("nan"), "says rms_norm_eps=nan"), ("rms_norm_eps", 0, "says rms_norm_eps=0"),
+     ("vision_config", {"layer_norm_eps": -1}, "says vision_config.layer_norm_eps=-1"),
+     ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "its weights are quantised (bitsandbytes)"),
+     ("quantization_config", "x", "its weights are quantised (x)")],
 )  # fmt: skip
 def test_numbers_that_would_be_built_and_kinds_that_nothing_reads_are_named(folder, key, value, words):
     change(folder / "config.json", lambda c: c.__setitem__(key, value))
     assert refusal(lambda: opened(folder), words).startswith(f"model.path={folder}: ")
+
+
+def test_numbers_of_a_model_that_is_given_as_a_config(folder):
+    config = ModelConfig(config={"model_type": "llama", "rms_norm_eps": float("inf")}, tokenizer=str(folder))
+    assert refusal(lambda: load_architecture(config, 261), "rms_norm_eps=inf").startswith("model.config: ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = ModelConfig(path=str(folder))
+    said = refusal(
+        lambda: load_model(model, load_architecture(model, 261), byte_tokenizer(), None, 0), "model.norm.weight"
+    )
+    assert said.startswith(f"model.path={folder}: 1 of its tensors holds NaN or Inf: model.norm.weight")
+
+
+def test_large_weights_are_numbers(folder):
+    """Their sum is infinite, and they are not."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = ModelConfig(path=str(folder))
+    load_model(model, load_architecture(model, 261), byte_tokenizer(), None, 0)
+
+
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("lora_alpha", float("nan"), "says lora_alpha=nan, and an alpha is a number above 0"),
+     ("lora_alpha", float("inf"), "lora_alpha=inf"), ("lora_alpha", 1e308, "lora_alpha=1e+308"), ("lora_alpha", 0, "=0, and"),
+     ("lora_alpha", "4", "lora_alpha=4"), ("r", 0, "says r=0, and a rank is a whole number from 1"), ("r", 1.5, "r=1.5"),
+     ("r", 10**9, "r=1000000000"), ("r", True, "r=True"), ("lora_dropout", float("nan"), "lora_dropout=nan"),
+     ("lora_dropout", 2, "lora_dropout=2"), ("rank_pattern", {"q_proj": -1}, "says rank_pattern.q_proj=-1"),
+     ("alpha_pattern", {"q_proj": float("nan")}, "says alpha_pattern.q_proj=nan")],
+)  # fmt: skip
+def test_numbers_of_an_adapter_that_give_none_are_named(tmp_path, key, value, words):
+    (tmp_path / "adapter_model.safetensors").touch()
+    for settings in (ADAPTER, {"peft_type": "LORA", "lora_dropout": None}):  # what is not there is PEFT's own
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        read_settings(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {key: value}))
+    assert refusal(lambda: read_settings(tmp_path), words).startswith(
+        f"model.path={tmp_path}: its adapter_config.json says"
+    )
+
+
+def test_weights_of_an_adapter_that_are_no_numbers_are_named(tmp_path):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.tensor([[1.0, float("nan")]])}, tmp_path / "adapter_model.safetensors")
+    refusal(lambda: add_saved_adapter(tmp_path, None, 0), f"its {name} holds NaN or Inf")
 
 
 def replace_steps(*steps: dict) -> Callable[[dict], object]:

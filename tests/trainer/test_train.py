@@ -9,7 +9,7 @@ import math
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tritune.trainer.objectives import Loss
 from tritune.trainer.objectives.language_model import LanguageModel
 
@@ -132,6 +132,7 @@ def test_too_many_bad_steps_fail_the_run(tritune, tiny, tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"
     assert "Lower optim.lr" in status["culprit"]
+    assert "Traceback" not in result.err
     assert status["step"] == len(harness.rows(tmp_path)) + 1 or status["step"] <= 6
     assert not (tmp_path / "summary.json").exists()
 
@@ -179,21 +180,24 @@ def test_misspelt_and_absent_columns_are_refused(tritune, tiny, tmp_path):
     assert "prompt, response" in result.err
 
 
-def test_a_base_with_nan_is_scored_and_the_run_refused(tritune, tiny, shared, tmp_path):
-    """A weight that is not a number: its scores are null in JSON, and no step is applied."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K")
-    model.model.norm.weight.data[0] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(shared / "models" / "stories260K").save_pretrained(tmp_path / "model")
-    arguments = ["data.test_share=0.2", "train.max_nonfinite=2", f"run.dir={tmp_path / 'run'}"]
+@pytest.mark.parametrize("backend", ["single", "fsdp"])  # one that loads it whole, one that reads ranges of its files
+def test_a_base_that_computes_no_numbers_is_refused_before_the_first_step(tritune, tiny, tmp_path, backend):
+    """A weight that is none is named; where all are, and too large, that is said."""
     others = [o for o in tiny if not o.startswith("model")]
-    result = tritune(*others, f"model.path={tmp_path / 'model'}", *arguments)
-    assert result.code == 1
-    assert json.loads((tmp_path / "run" / "base.json").read_text())["test"]["loss"] is None
-    assert "not applied" in result.err
-    assert "not JSON" not in result.err
+    for value, said in (
+        (float("nan"), "tensors holds NaN or Inf: model.norm.weight"),
+        (3e38, "all its weights are finite"),
+    ):
+        folder = harness.save_small_llama(tmp_path / f"model-{value}", 160)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"].fill_(value)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        result = tritune(*others, f"model.path={folder}", f"backend={backend}", f"run.dir={tmp_path / f'run-{value}'}")
+        assert result.code == 2, result.err
+        assert result.lines()[-1].startswith(f"tritune: model.path={folder}: ")
+        assert said in result.lines()[-1]
+        assert "Traceback" not in result.err
+        assert not (tmp_path / f"run-{value}" / "metrics.jsonl").exists()
 
 
 def test_ddp_on_one_process(tritune, tiny, tmp_path):

@@ -16,7 +16,7 @@ from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify
 from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import CheckpointError
+from tritune.trainer.errors import CheckpointError, reason
 from tritune.trainer.piece import Piece
 
 STATE = "state.json"
@@ -95,7 +95,9 @@ class CheckpointStore:
         except Exception as error:
             if world.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(f"step {step} could not be saved to {self.root}: {error}") from error
+            said = f"step {step} could not be saved to {self.root}: {reason(error)}"
+            remedy = "What was saved before is whole: make room, or mend it, and the same command goes on from there"
+            raise CheckpointError(f"{said}. {remedy}") from error
         with world.together("pruning checkpoints"):
             if world.rank == 0:
                 self._prune(best_step)

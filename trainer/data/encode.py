@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
 from tritune.trainer.config_choices import Overlong
@@ -14,7 +15,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.examples import Columns
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.templates import ChatTemplate, token_spans
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, is_panic, reason
 from tritune.trainer.tokenizer import adds_bos
 
 
@@ -88,19 +89,15 @@ class Conversations:
 
     def _rendered(self, records: Sequence[Record], template: ChatTemplate, out: Encoded):
         rendered, kept = [], []
-        for record in records:
-            messages = record.messages
-            if messages is None:
-                messages = [
-                    {"role": "user", "content": record.prompt or ""},
-                    {"role": "assistant", "content": record.response or ""},
-                ]
-            try:
-                rendered.append(template.render(messages, record.place, record.tools))
+        rows = [(_messages(record), record.place, record.tools) for record in records]
+        for record, one in zip(records, template.render_all(rows), strict=True):
+            if isinstance(one, InputError):
+                out.bad.append(one)
+            else:
+                rendered.append(one)
                 kept.append(record)
-            except InputError as error:
-                out.bad.append(error)
-        encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+        places = [record.place for record in kept]
+        encodings = encode_texts(self.backend, [r.text for r in rendered], places, specials=False)
         for record, one, encoding in zip(kept, rendered, encodings, strict=True):
             yield record, encoding.ids, token_spans(encoding, one)
 
@@ -108,7 +105,7 @@ class Conversations:
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
         prompts = [f"{self.begin}{r.prompt or ''}\n" for r in records]
         responses = [r.response or "" for r in records]
-        encoded = self.backend.encode_batch(prompts + responses, add_special_tokens=False)
+        encoded = encode_texts(self.backend, prompts + responses, [r.place for r in records] * 2, specials=False)
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         for i, record in enumerate(records):
             prompt, response = encoded[i].ids, encoded[len(records) + i].ids if responses[i] else []
@@ -131,6 +128,15 @@ class Conversations:
         out.points.append(record.point(digest))
 
 
+def _messages(record: Record) -> list[dict]:
+    if record.messages is not None:
+        return record.messages
+    return [
+        {"role": "user", "content": record.prompt or ""},
+        {"role": "assistant", "content": record.response or ""},
+    ]
+
+
 class Labelled:
     """Text and label: the text's tokens, cut where the row is too long, and what the objective's prompt puts around it."""
 
@@ -147,7 +153,7 @@ class Labelled:
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out, texts = Encoded(), [self.head + (r.text or "") for r in records]
-        encoded = self.backend.encode_batch(texts, add_special_tokens=not self.tail)
+        encoded = encode_texts(self.backend, texts, [r.place for r in records], specials=not self.tail)
         room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
         for record, encoding in zip(records, encoded, strict=True):
             if not (record.text or "").strip():
@@ -184,9 +190,8 @@ class Documents:
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out, texts = Encoded(), [r.text or "" for r in records]
-        for record, text, encoding in zip(
-            records, texts, self.backend.encode_batch(texts, add_special_tokens=True), strict=True
-        ):
+        encoded = encode_texts(self.backend, texts, [r.place for r in records], specials=True)
+        for record, text, encoding in zip(records, texts, encoded, strict=True):
             ids = np.array(encoding.ids + self.end, np.int32)
             num_bytes = _reached(text, encoding.offsets, len(self.end))
             full, digest = len(ids), record.digest()
@@ -213,6 +218,36 @@ def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarra
         ends = np.concatenate([[0], np.cumsum(widths)])[ends]
     reached = np.diff(np.maximum.accumulate(ends), prepend=0) if len(ends) else ends
     return np.concatenate([reached, np.zeros(extra, np.int64)]).astype(np.int32)
+
+
+def encode_texts(backend: Tokenizer, texts: list[str], places: list[str], specials: bool) -> list[Encoding]:
+    """Encode texts, each of the row at its place, with or without the special tokens that the tokenizer itself adds.
+
+    Raises:
+        InputError: the tokenizer fails on a text: a pattern of it that goes back without an end, an unknown word.
+    """
+    try:
+        return backend.encode_batch(texts, add_special_tokens=specials)
+    except BaseException as error:
+        _require_tokenizers(error)
+        for text, place in zip(texts, places, strict=True):
+            _encode_one(backend, text, place, specials)
+        raise
+
+
+def _encode_one(backend: Tokenizer, text: str, place: str, specials: bool) -> None:
+    try:
+        backend.encode(text, add_special_tokens=specials)
+    except BaseException as error:  # noqa: BLE001  looked at by the next line
+        _require_tokenizers(error)
+        rule = f"the tokenizer fails on this row ({reason(error)})"
+        raise InputError(place, rule, "Remove the row, or give another model.tokenizer") from None
+
+
+def _require_tokenizers(error: BaseException) -> None:
+    """Raise what is no fault of the tokenizer's again."""
+    if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+        raise error
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase):

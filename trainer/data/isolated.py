@@ -1,6 +1,6 @@
 """Work that may never end, take all memory or crash, tried in a forked process that the system's own limits end.
 
-Nothing comes back but what ended it: what the work makes is lost with the process.
+Nothing comes back but what ended it: what the work makes is lost with the process. `confined.py` has one whose answers are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 
 from tritune.trainer.pulse import die_with_parent
@@ -22,6 +24,10 @@ MEMORY_BYTES = 512 << 20  # of address space, above what this process has
 WALL_SECONDS = 30.0  # the last resort, against a process that waits
 _STATM = Path("/proc/self/statm")
 _MEMORY, _DONE = b"m", b"d"
+
+_watched = False
+_rewound = 0.0
+_mark: mmap | None = None
 
 
 def outcome_of(work: Callable[[], object]) -> str | None:
@@ -34,7 +40,8 @@ def outcome_of(work: Callable[[], object]) -> str | None:
     child = os.fork()
     if child == 0:
         try:
-            _limit(theirs)
+            confine()
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
             os.write(theirs, _attempt(work))
         finally:
             os._exit(0)
@@ -50,7 +57,7 @@ def outcome_of(work: Callable[[], object]) -> str | None:
         os.close(ours)
     if said is None:
         return f"it did not end within {WALL_SECONDS:g} s"
-    return None if said == _DONE else _why(said, status)
+    return None if said == _DONE else why_ended(status, said == _MEMORY)
 
 
 def _attempt(work: Callable[[], object]) -> bytes:
@@ -69,17 +76,21 @@ def ran_out(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _limit(kept: int) -> None:
-    """A process that dies of its limits and with its parent, in silence."""
+def confine() -> None:
+    """Make this a process that dies of its limits and with its parent, in silence. The clock is the caller's to set."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent follows them
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGXCPU):  # no stacks of what is expected
+    # No stacks of what is expected.
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGXCPU, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     gc.freeze()  # what was there before is never looked at: a collection takes milliseconds, not a second
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+    _limit_memory()
+
+
+def _limit_memory() -> None:
     if not _STATM.is_file():  # not Linux: time alone is limited
         return
     pages = int(_STATM.read_text().split()[0])
@@ -89,11 +100,70 @@ def _limit(kept: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
-def _why(said: bytes, status: int) -> str:
+def watch() -> None:
+    """From here on this process, a confined one, ends when it takes `CPU_SECONDS` between two calls of `rewind`."""
+    global _watched, _rewound
+    _watched, _rewound = True, 0.0
+    rewind()
+
+
+def watched() -> bool:
+    """Whether what this process does now is ended by limits."""
+    return _watched
+
+
+def may_be_ended(mark: mmap) -> None:
+    """This process is one that its parent can do without. `mark` is shared with it, and not 0 while `limited` holds."""
+    global _mark
+    _mark = mark
+
+
+def can_be_limited() -> bool:
+    """Whether this is such a process."""
+    return _mark is not None
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Let limits end this process, without a word, while the block runs: what it does costs no way to another process and
+    back. The parent sees the mark, and does the same work again where it finds out what was at fault."""
+    global _watched
+    assert _mark is not None
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    _mark[0] = 1
+    _limit_memory()
+    watch()
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            os._exit(1)
+        raise
+    finally:
+        _watched = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, kept)
+        _mark[0] = 0
+
+
+def rewind() -> None:
+    """Begin the clock anew, to a tenth of a second; nothing happens where none runs. Its signal ends C code, too."""
+    global _rewound
+    if _watched and (now := time.monotonic()) > _rewound + 0.1:  # setting it anew each time cost a short row 4 %
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        _rewound = now
+
+
+def why_ended(status: int, memory: bool) -> str:
+    """What ended a process.
+
+    Args:
+        status: as the system gives it to who waits. memory: it said itself that memory ran out.
+    """
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    if said == _MEMORY:
+    if memory:
         return f"it takes more than {MEMORY_BYTES >> 20} MiB of memory"
-    if number == signal.SIGXCPU:
+    if number in (signal.SIGXCPU, signal.SIGPROF):
         return f"it takes more than {CPU_SECONDS} s of the processor"
     return (
         f"it ends its process by signal {number} ({signal.Signals(number).name})" if number else "it ends its process"

@@ -72,7 +72,15 @@ class _Marked(str):
 
 
 class _Code(CodeGenerator):
-    """Jinja's compiler, which also writes the calls that keep a template within its limits."""
+    """Jinja's compiler, which also writes the calls that keep a template within its limits.
+
+    It computes nothing: a template is compiled here, outside of those limits.
+    """
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData | nodes.Const):
+            raise nodes.Impossible  # which leaves it to the rendering
+        return super()._output_child_to_const(node, frame, finalize)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         # The name of the attribute is written as it is: a call through Jinja's own nodes costs five times as much.
@@ -159,7 +167,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         self.budget = Budget()
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=shown)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=shown, optimized=False
+        )  # fmt: skip
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace,
@@ -284,11 +294,11 @@ def _compile(source: str) -> jinja2.Template:
     if len(source) > SOURCE_CHARS:
         rule = f"it has {len(source):,} characters, and {SOURCE_CHARS:,} are allowed"
         raise InputError("model.chat_template", rule, "Shorten it")
-    _ENVIRONMENT.budget.start(RENDER_SECONDS)  # constants are computed here already
+    _ENVIRONMENT.budget.start(RENDER_SECONDS)
     try:
         refused: nodes.Node | None = _ENVIRONMENT.parse(source).find(_REFUSED_NODES)
         template = _ENVIRONMENT.from_string(source if refused is None else "")
-    except Exception as error:  # noqa: BLE001  the compiler runs the filters on constants: anything can come
+    except Exception as error:  # noqa: BLE001  what is nested deep, a number of 5,000 digits: anything can come
         said = str(error) or type(error).__name__
         raise InputError("model.chat_template", f"it is not valid Jinja: {said}", "Mend the template") from None
     if refused is not None:
@@ -304,6 +314,7 @@ def run(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list[tu
         Refused: a limit was passed.
         Exception: whatever the template raises.
     """
+    isolated.rewind()
     environment: Any = template.environment
     environment.budget.start(RENDER_SECONDS)
     context = new_context(environment, None, template.blocks, {**environment.globals, **values}, shared=True)

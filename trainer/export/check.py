@@ -55,7 +55,8 @@ def probe_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ten
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32
     length = min(32, context)
     ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ids[0, : length // 4] = torch.arange(vocab_size - length // 4, vocab_size)
+    last = min(length // 4, vocab_size)
+    ids[0, :last] = torch.arange(vocab_size - last, vocab_size)
     ids[ids == tokenizer.pad_token_id] = (tokenizer.pad_token_id + 1) % vocab_size  # classifiers pool before padding
     return ids
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tritune.trainer.model_folder import read_settings_file, require_sound
+from tritune.trainer.shown import bounded
 
 PREFIX = "base_model.model."
+_MOST_RANK, _MOST_ALPHA = 1_000_000, 1_000_000_000  # far above any adapter; an alpha beyond float32 is infinite there
 # Settings that say nothing of what an adapter computes once its weights are there.
 _SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
            "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "init_lora_weights"}  # fmt: skip
@@ -45,9 +47,36 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA" or foreign:
         rule = f"it is a {settings.get('peft_type')} adapter" + (f" with {', '.join(foreign)}" if foreign else "")
         raise InputError(value, rule, "LoRA without these is read here. Merge it with PEFT, and give the merged model")
+    _require_numbers(settings, value)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(value, f"it has no {ADAPTER_WEIGHTS}, and other formats can run code", remedy)
     return settings
+
+
+def _require_numbers(settings: dict[str, Any], value: str) -> None:
+    """Refuse ranks, alphas and shares that no layer computes with: PEFT multiplies by alpha / r as they are."""
+    ranks = {"r": settings.get("r", 8), **_patterns(settings, "rank_pattern")}
+    alphas = {"lora_alpha": settings.get("lora_alpha", 8), **_patterns(settings, "alpha_pattern")}
+    for name, rank in ranks.items():
+        if type(rank) is not int or not 0 < rank <= _MOST_RANK:
+            raise _no_number(value, name, rank, f"a rank is a whole number from 1 to {_MOST_RANK:,}")
+    for name, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not 0 < alpha <= _MOST_ALPHA:
+            raise _no_number(value, name, alpha, f"an alpha is a number above 0, up to {_MOST_ALPHA:,}")
+    dropout = settings.get("lora_dropout")
+    if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout <= 1):
+        raise _no_number(value, "lora_dropout", dropout, "a share is from 0 to 1")
+
+
+def _patterns(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Its numbers by the names of layers, for messages; what is no mapping is left to PEFT, which refuses it."""
+    found = settings.get(name)
+    return {f"{name}.{layer}": number for layer, number in found.items()} if isinstance(found, dict) else {}
+
+
+def _no_number(value: str, name: str, found: Any, rule: str) -> InputError:
+    said = f"its {ADAPTER_CONFIG} says {bounded(name, 100)}={bounded(str(found), 100)}, and {rule}"
+    return InputError(value, said, "Mend the file, or save the adapter again with PEFT")
 
 
 def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
@@ -72,6 +101,10 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
         weights = load_file(directory / ADAPTER_WEIGHTS)
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
         raise InputError(value, f"its {ADAPTER_WEIGHTS} does not read ({reason(error)})", remedy) from None
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            rule = f"its {bounded(name, 200)} holds NaN or Inf"
+            raise InputError(value, rule, "Take a checkpoint from before they were lost")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on ties and resizing; what was loaded is compared below
