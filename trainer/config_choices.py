@@ -74,6 +74,14 @@ class Packing(StrEnum):
     best_fit = "best_fit"
 
 
+class SystemTurn(StrEnum):
+    """What happens to a conversation's system turns: they stay, or are put before the words of the user's next turn, for
+    templates that know no such role."""
+
+    keep = "keep"
+    merge = "merge"
+
+
 class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"

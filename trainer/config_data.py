@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Unsupervised
+from tritune.trainer.config_choices import (
+    BadRows,
+    Duplicates,
+    Kind,
+    Overlong,
+    Packing,
+    SystemTurn,
+    TextUnit,
+    Unsupervised,
+)
 
 # Who speaks in a conversation.
 ROLES = ("system", "user", "assistant", "tool")
 
 # Our names of a row's columns, which data.columns maps to a file's.
-COLUMNS = ("messages", "tools", "prompt", "input", "response", "text", "label")
+COLUMNS = ("messages", "tools", "system", "history", "prompt", "input", "response", "text", "label")
+
+# Splits that have a file of their own beside the training rows.
+SPLIT_FILES = ("validation", "test", "retention")
 
 
 @dataclass
@@ -22,6 +34,7 @@ class SourceConfig:
     weight: float | None = None  # share of the rows of an epoch, relative; default: how many rows it has
     epochs: float | None = None  # instead: how often its rows come in an epoch of the mixture
     loss_weight: float = 1.0  # of each of its tokens or rows in the loss
+    columns: dict[str, str] = field(default_factory=dict)  # instead of data.columns, for this source
 
 
 @dataclass
@@ -40,7 +53,12 @@ class DataConfig:
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name -> the file's: prompt: instruction, label: category
+    )  # our name -> the file's: prompt: instruction, label: category; several of a row are joined: text: title+body
+    split_columns: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # the same for validation, test or retention alone: test: {prompt: question}
+    ignore: list[str] = field(default_factory=list)  # columns and message keys that are not read, nor said to be unread
+    system_turn: SystemTurn = SystemTurn.keep
     text_unit: TextUnit = TextUnit.paragraph
     max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
     overlong: Overlong = Overlong.cut  # rows above max_length
@@ -89,6 +107,8 @@ class Check(StrEnum):
     unknown_labels = "unknown_labels"  # labels that the label set does not have
     label_balance = "label_balance"
     personal = "personal"
+    unread = "unread"  # columns and message keys that hold something, and that nothing reads
+    similar_labels = "similar_labels"  # labels that differ by case, space or Unicode form alone
 
 
 # Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
@@ -111,3 +131,25 @@ def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
     if data.sources:
         return {name: (source.path or "", f"data.sources.{name}.path") for name, source in data.sources.items()}
     return {"train": (data.train, "data.train")} if data.train is not None else {}
+
+
+def columns_key(data: DataConfig, key: str) -> str:
+    """The config key of the mapping that a source has: its own, its split's or that of all.
+
+    Args:
+        key: of the source: `data.train`, `data.sources.chat.path`, `data.test`.
+    """
+    parts = key.split(".")
+    if len(parts) > 2 and parts[1] == "sources" and data.sources[parts[2]].columns:
+        return f"data.sources.{parts[2]}.columns"
+    return f"data.split_columns.{parts[-1]}" if data.split_columns.get(parts[-1]) else "data.columns"
+
+
+def data_of(data: DataConfig, key: str) -> DataConfig:
+    """The settings of one source: those of all, with its own mapping of columns."""
+    match columns_key(data, key).split("."):
+        case [_, "sources", name, _]:
+            return replace(data, columns=data.sources[name].columns)
+        case [_, "split_columns", split]:
+            return replace(data, columns=data.split_columns[split])
+    return data

@@ -13,8 +13,9 @@ from tritune.trainer.config_choices import Kind, TextUnit
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data import kinds, templates
 from tritune.trainer.data.chunks import Row
-from tritune.trainer.data.kinds import DEPTH, Reading, Record, as_records
+from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import hub_version, read_rows, require_source
+from tritune.trainer.data.row_limits import DEPTH
 from tritune.trainer.data.sandbox import compile_template
 from tritune.trainer.errors import InputError
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
+from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
@@ -34,6 +35,7 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
     findings: list[Finding] = []
     for name, examples in splits.examples.items():
         findings += [*_left_out(config, name, examples), *_cut(config, name, examples)]
+        findings += unread(name, examples.report)
         findings += _double_bos(config, name, examples, tokenizer)
         if config.objective.name == "sft" and name != "retention" and len(examples) and not examples.report.stop_rows:
             severity = Severity.fault if config.data.require_stop_token else Severity.note
@@ -42,7 +44,7 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
     findings += _template(config, tokenizer)
     findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
     if "train" in splits.examples and splits.labels:
-        findings += label_balance(splits)
+        findings += [*label_balance(splits), *similar_labels(splits)]
     return findings
 
 

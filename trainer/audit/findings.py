@@ -84,6 +84,8 @@ REMEDIES = {
     Check.unknown_labels: "Mend the rows, or give data.labels",
     Check.label_balance: "Collect more of the rare labels, and judge by macro F1",
     Check.personal: "Remove what nobody agreed to have learnt",
+    Check.unread: "Map the column in data.columns, or name it in data.ignore",
+    Check.similar_labels: "Spell each label in one way",
 }
 
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
 from tritune.trainer.config_choices import TextUnit
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.kinds import columns_of, messages_of, tools_of
+from tritune.trainer.data.columns import columns_of, how_to_map
+from tritune.trainer.data.forms import asked, conversation, merged, tools_of
 from tritune.trainer.data.records import Row, read_rows
 from tritune.trainer.data.templates import render
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.tokenizer import adds_bos
 
 # How prompt and response are rendered where a tokenizer has no chat template (`encode.Conversations`), as a template: an
@@ -76,31 +77,43 @@ def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedToke
 
 
 def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    columns = columns_of(row, data)
+    columns = columns_of(row.fields.keys(), data)
     chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.name == "sft"
     if "messages" in columns:
-        turns = messages_of(row, columns["messages"])
-        if not tokenizer.chat_template:
-            rule = "it is a conversation and there is no chat template"
-            raise InputError(row.place, rule, "Give model.chat_template=<file>")
+        turns = conversation(row, columns, data)
+        _require_template(tokenizer, row)
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         if not turns:
             raise InputError(row.place, "nothing stands before the answer", "Write what is to be answered")
     else:
-        text = row.fields.get(columns.get("prompt", columns.get("text", "")))
-        if not isinstance(text, str):
-            rule = f"it has {', '.join(row.fields)}, and a prompt is a text in messages, prompt or text"
-            raise InputError(row.place, rule, "Map it: data.columns.prompt=<name in the file>")
-        extra = row.fields.get(columns.get("input", ""))
-        text += f"\n\n{extra}" if extra else ""
-        if not chat:
-            return Prompt(row.fields, text_ids(tokenizer, text, config.objective), row.place)
-        turns = [{"role": "user", "content": text}]
+        said = asked(row, _text_columns(row, columns, config), data)
+        if isinstance(said, str) and not chat:
+            return Prompt(row.fields, text_ids(tokenizer, said, config.objective), row.place)
+        if not isinstance(said, str):
+            _require_template(tokenizer, row)
+        turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if config.generate.system is not None:
         turns = [{"role": "system", "content": config.generate.system}, *turns]
+    turns = merged(turns, data)
     tools = tools_of(row, columns["tools"]) if "tools" in columns else None
     return Prompt(row.fields, chat_ids(tokenizer, turns, row.place, tools), row.place)
+
+
+def _text_columns(row: Row, columns: dict[str, str], config: Config) -> dict[str, str]:
+    """The columns of a row that is no conversation: its prompt with what belongs to it, or its text."""
+    if "text" in columns and ("prompt" not in columns or config.objective.name != "sft"):
+        return {"prompt": columns["text"]}
+    if "prompt" not in columns:
+        rule = f"it has {some_names(row.fields)}, and a prompt is a text in messages, prompt or text"
+        raise InputError(row.place, rule, how_to_map(["prompt"], row.fields, columns, "data.columns"))
+    return columns
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    if not tokenizer.chat_template:
+        rule = "it is a conversation and there is no chat template"
+        raise InputError(row.place, rule, "Give model.chat_template=<file>")
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind
-from tritune.trainer.config_data import DataConfig, training_sources
+from tritune.trainer.config_data import DataConfig, data_of, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
@@ -25,6 +25,7 @@ from tritune.trainer.data.examples import DataReport, Examples, joined, require_
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
+from tritune.trainer.data.unread import KeyReader
 from tritune.trainer.errors import InputError, UnreachableError
 from tritune.trainer.shown import shown
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
@@ -32,7 +33,7 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "ignore", "system_turn")  # fmt: skip
 
 
 @dataclass
@@ -99,19 +100,20 @@ def read_splits(
     found: dict[str, list[Entry]] = {}
     if not data.streaming and ("train" in names or any(n in names for n in shares)):
         for path, key in sources.values():
-            for name, entry in reader.entries(path, key, data, objective, encoder, shares, block).items():
+            for name, entry in reader.entries(path, key, data_of(data, key), objective, encoder, shares, block).items():
                 found.setdefault(name, []).append(entry)
     for name in ("validation", "test"):
         path = getattr(data, name)
         if path is not None and name in names:
-            found[name] = [reader.entries(path, f"data.{name}", data, objective, encoder, {}, block)["train"]]
+            key = f"data.{name}"
+            found[name] = [reader.entries(path, key, data_of(data, key), objective, encoder, {}, block)["train"]]
     labels = _labels(config, found.get("train"))
     examples: dict[str, Examples] = {
         n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names
     }
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
-        text = DataConfig(kind=Kind.text, text_unit=data.text_unit, max_length=limit, bad_rows=data.bad_rows)
+        text = replace(retention_data(data), max_length=limit, bad_rows=data.bad_rows)
         documents = Documents(tokenizer, separate=False, limit=limit)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
@@ -135,7 +137,7 @@ class Reader:
     ) -> dict[str, Entry]:  # fmt: skip
         """The splits of one source, from the cache or built into it."""
         root = cache_root(self.config.cache.dir)
-        source = Source(path, key, data, objective, encoder)
+        source = source_of(path, key, data, objective, encoder)
         parts = {
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
@@ -164,6 +166,7 @@ class Reader:
                 divider.end()
                 if fingerprint(path, key, root, self.watch) != parts["source"]:
                     raise InputError(f"{key}={path}", "it changed while it was read", "Start again once it is whole")
+                divider.sinks["train"].report.columns = source.layout.columns
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
 
@@ -212,6 +215,19 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequen
     if config.objective.name == "pretrain":
         return Documents(tokenizer, separate=True), config.data.max_length
     return Conversations(tokenizer, config.data, stops), None
+
+
+def source_of(path: str, key: str, data: DataConfig, objective: str, encoder: Encoder) -> Source:
+    """A source with its encoder, and with what finds out which keys of messages are rendered."""
+    template = encoder.template if isinstance(encoder, Conversations) else None
+    return Source(path, key, data, objective, encoder, keys=None if template is None else KeyReader(template))
+
+
+def retention_data(data: DataConfig) -> DataConfig:
+    """How the retention text is read: as text, with a mapping of its own."""
+    columns = data.split_columns.get("retention", {})
+    mapping = {"retention": columns} if columns else {}
+    return DataConfig(kind=Kind.text, text_unit=data.text_unit, columns=columns, split_columns=mapping)
 
 
 def _examples(entries: list[Entry], labels: list[str]) -> Examples:

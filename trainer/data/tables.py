@@ -14,19 +14,20 @@ import numpy as np
 import pyarrow as pa
 from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.columns import named_columns
 from tritune.trainer.data.examples import (
     NAMED,
     SCHEMA,
     Columns,
     DataReport,
     TableDigest,
+    add_counts,
     as_numpy,
     describe,
     name_places,
 )
-from tritune.trainer.data.kinds import named_columns
 from tritune.trainer.data.pipeline import Piece, Source
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.redact import redact_tree
 
 REJECTS = "rejects.jsonl"
@@ -188,6 +189,8 @@ class Divider:
         report.dropped += len(piece.dropped)
         report.dropped_places += piece.dropped[: NAMED - len(report.dropped_places)]
         report.too_long += len(piece.too_long)
+        add_counts(report.unread, piece.unread.rows)
+        add_counts(report.unread_texts, piece.unread.texts)
 
 
 def require_columns(source: Source, seen: set[str]) -> None:
@@ -196,10 +199,10 @@ def require_columns(source: Source, seen: set[str]) -> None:
     Raises:
         InputError: it names the column.
     """
-    for key, column in named_columns(source.data).items():
+    for key, column in named_columns(source.data, source.key).items():
         if column not in seen:
             rule = f"no row of {source.path} has the column {column}"
-            raise InputError(f"{key}={column}", rule, f"The first row has {', '.join(source.names)}")
+            raise InputError(f"{key}={column}", rule, f"Name one of the first row's: {some_names(source.names)}")
 
 
 def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.data import sandbox
 from tritune.trainer.data.sandbox_limits import Refused
+from tritune.trainer.data.turns import UNTRAINED
 from tritune.trainer.errors import InputError
 from tritune.trainer.shown import bounded
 
@@ -75,7 +76,7 @@ class ChatTemplate:
             InputError: the template fails, is stopped by a limit, or writes a turn differently inside a conversation.
         """
         text, marks = self._run(messages, place, tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] in self.train_on]
+        turns = [i for i, m in enumerate(messages) if m["role"] in self.train_on and UNTRAINED not in m]
         if self.last_only:
             turns = turns[-1:]
         answers = [i for i in turns if messages[i]["role"] == ASSISTANT]
@@ -107,6 +108,13 @@ class ChatTemplate:
                 "the template's {% generation %} marks stand in a macro or a stored block, so their place is not known"
             )
             raise InputError(place, rule, "Give model.chat_template=<file> with the marks outside, or without any")
+        wanted = [UNTRAINED not in m for m in messages if m["role"] == ASSISTANT]
+        if not all(wanted):
+            if len(marks) != len(wanted):
+                rule = "a turn is flagged as not to be learnt, and the template's marks are not one for each answer"
+                raise InputError(place, rule, "Give model.chat_template=<file> without marks")
+            marks = [mark for mark, kept in zip(marks, wanted, strict=True) if kept]
+            return marks[-1:] if self.last_only else marks
         if not self.last_only or len(marks) < 2:
             return list(marks)
         before = self._run(messages[:answer], place, tools)[1] or []
@@ -224,7 +232,7 @@ def verify(
     rendered = template.render(messages, place, tools)
     encoding = tokenizer(rendered.text, add_special_tokens=False)[0]
     spans = [span for span in token_spans(encoding, rendered) if span[0] < span[1]]
-    turns = [i for i, m in enumerate(messages) if m["role"] in template.train_on]
+    turns = [i for i, m in enumerate(messages) if m["role"] in template.train_on and UNTRAINED not in m]
     for index in turns[-1:] if template.last_only else turns:
         if messages[index]["role"] != ASSISTANT:
             continue
@@ -270,7 +278,7 @@ def _message(message: dict) -> dict:
     """A message as transformers hands it on: without None, its reasoning under both names, plain data only."""
     if len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str:
         return message
-    message = {key: _plain(value) for key, value in message.items() if value is not None}
+    message = {key: _plain(value) for key, value in message.items() if value is not None and key != UNTRAINED}
     thought = next((message[name] for name in _THOUGHTS if name in message), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
