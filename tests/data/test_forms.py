@@ -1,4 +1,4 @@
-"""The forms in which the field writes the rows of a chat: each becomes the turns that were meant, and what is not read is named."""
+"""The forms in which the field writes the rows of a chat: each becomes the turns that were meant; what is unread is named."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ FORMS = {
         [Q, A],
     ),
     "several content parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_text", "text": "y"}]}, TALK[1]]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_text", "text": "y"}]},
+                      TALK[1]]},
         [("user", "x\ny"), A],
     ),
     "alpaca": ({"instruction": "q", "input": "x", "output": "a"}, [("user", "q\n\nx"), A]),
@@ -118,6 +119,7 @@ def test_a_form_reads_all_its_columns(name):
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALL_TEXT = '{"name": "f", "arguments": {"x": 1}}'
 CALLS = {
     "arguments as an object": {"tool_calls": [CALL]},
     "arguments as text": {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
@@ -136,11 +138,12 @@ def test_calls_of_tools_have_one_spelling(name):
 
 
 def test_calls_in_other_places_have_the_same_spelling():
-    sharegpt = record({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    sharegpt = record({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": CALL_TEXT},
                                          {"from": "observation", "value": "12"}, {"from": "gpt", "value": "a"}]})  # fmt: skip
     assert sharegpt.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
     assert [m["role"] for m in sharegpt.messages] == ["user", "assistant", "tool", "assistant"]
-    anthropic = record({"messages": [TALK[0], {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "w"},
+    anthropic = record({"messages": [TALK[0], {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"},
+                                     {"type": "text", "text": "w"},
                                      {"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}}]}]})  # fmt: skip
     assert anthropic.messages[1] == {
         "role": "assistant", "content": "w", "tool_calls": [{"id": "c", **CALL}], "reasoning_content": "t",
@@ -182,7 +185,7 @@ def test_flags_that_cannot_be_obeyed_are_refused():
         record({"messages": [TALK[0], {**TALK[1], "weight": 0.5}]})
     with pytest.raises(InputError, match="train_detail"):
         record({"messages": [TALK[0], {**TALK[1], "train_detail": []}]})
-    with pytest.raises(InputError, match="weight is 0.3"):
+    with pytest.raises(InputError, match=r"weight is 0\.3"):
         record({"prompt": "q", "response": "a", "weight": "0.3"})
     with pytest.raises(InputError, match="loss says that it is not to be learnt"):
         record({"text": "t", "loss": False}, "pretrain")
@@ -243,8 +246,8 @@ def case(cases: Path, name: str, objective: str = "sft", **config) -> list[Recor
         ("messages_json_cell.csv", [("user", "Hello 0"), ("assistant", "Hi.")]),
         ("utf16.jsonl", [("user", "Grüße 0?"), ("assistant", "Guten Tag.")]),
         ("dolly_context.jsonl", [("user", "Summarise.\n\nThe boat is blue and old."), ("assistant", "An old blue boat.")]),
-        ("alpaca_system_history.jsonl", [("system", "You are a weather clerk."), ("user", "Weather today?"), ("assistant", "Sun."),
-                                         ("user", "And tomorrow?"), ("assistant", "Rain 0.")]),
+        ("alpaca_system_history.jsonl", [("system", "You are a weather clerk."), ("user", "Weather today?"),
+                                         ("assistant", "Sun."), ("user", "And tomorrow?"), ("assistant", "Rain 0.")]),
     ],
 )  # fmt: skip
 def test_the_cases_are_read(cases, name, first):

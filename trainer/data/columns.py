@@ -55,7 +55,7 @@ class Layout:
     unread: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     verdicts: tuple[str, ...] = ()
-    others: Mapping[str, tuple[str, ...]] | None = None
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def named_columns(config: DataConfig, key: str = "data.train") -> dict[str, str]:

@@ -80,13 +80,17 @@ def _declared(number: int, text: str) -> tuple[str | None, int, str]:
 
 def delimiter_of(text: str, promised: str = ",") -> str:
     """What stands between the cells: `promised` where the first rows have several cells by it, as many as the header;
-    else the only other that does so; else `promised`, whose rows then say what is wrong with them.
+    else the only other that does so; else the only one that the header has. Rows then say what is wrong with them.
 
     Args:
         text: the beginning of the file.
     """
     agreeing = [d for d in DELIMITERS if _agree(text, d)]
-    return promised if promised in agreeing or len(agreeing) != 1 else agreeing[0]
+    if promised in agreeing or len(agreeing) > 1:
+        return promised
+    header = text.partition("\n")[0]
+    found = agreeing or [d for d in DELIMITERS if d in header]
+    return found[0] if len(found) == 1 else promised
 
 
 def _agree(text: str, delimiter: str) -> bool:

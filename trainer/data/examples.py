@@ -39,7 +39,7 @@ class DataReport:
             first few, each with why.
         duplicates, too_long: rows left out by `data.duplicates` and `data.overlong`.
         stop_rows: rows in which a stop token is trained.
-        columns: our name -> the file's, as the first row was read.
+        columns: our name -> the file's, as the first row was read; `others` has, by our name, columns that could have been it.
         unread, unread_texts: what rows hold and nothing reads, by `column name` or `message key name`: in how many, and in how
             many it is words, lists or objects.
     """
@@ -57,6 +57,7 @@ class DataReport:
     too_long: int = 0
     stop_rows: int = 0
     columns: dict[str, str] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     unread_texts: dict[str, int] = field(default_factory=dict)
 
@@ -85,8 +86,8 @@ def joined(reports: Sequence[DataReport]) -> DataReport:
     for report in reports:
         for one in fields(DataReport):
             value = getattr(report, one.name)
-            if one.name == "columns":
-                whole.columns |= value
+            if one.name in ("columns", "others"):
+                getattr(whole, one.name).update(value)
             elif isinstance(value, dict):
                 add_counts(getattr(whole, one.name), value)
             else:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tritune.trainer.config_choices import Kind
@@ -138,6 +139,11 @@ class Reading:
         rule = f"objective={self.objective} needs the columns {needs}; {' and '.join(missing)} is missing"
         rule += f", and this file has {some_names(row.fields)}"
         remedy = how_to_map(missing, row.fields, columns, self.prefix)
+        if wrapped := [n for n, v in row.fields.items() if isinstance(v, list) and v and isinstance(v[0], dict)]:
+            rule += f"; its {wrapped[0]} is a list of {len(row.fields[wrapped[0]]):,} objects"
+            if not missing_of(kinds, columns_of(row.fields[wrapped[0]][0].keys(), self.config)):
+                path = row.place.rpartition(":")[0]
+                remedy = f"Give the list alone: jq .{wrapped[0]} {path} > {Path(path).stem}_{wrapped[0]}.json"
         if self.objective == "sft" and "text" in columns:
             remedy = f"objective=pretrain reads its text. {remedy}"
         return InputError(row.place, rule, remedy)
@@ -153,7 +159,9 @@ class Reading:
         for name in NEEDS[self.kind]:
             if name not in columns:
                 rule = f"the column {config.columns.get(name, name)} is missing; this row has {some_names(row.fields)}"
-                hint = how_to_map([name], row.fields, columns, self.prefix)
+                hint = "Mend the row"  # the kind was read off an earlier one, which has it
+                if config.kind is not Kind.auto:
+                    hint = how_to_map([name], row.fields, columns, self.prefix)
                 raise InputError(row.place, rule, f"{hint}. Or {SKIP}")
         group = _group(row, config)
         if self.kind in (Kind.text, Kind.text_label):

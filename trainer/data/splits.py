@@ -26,7 +26,7 @@ from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.data.unread import KeyReader
-from tritune.trainer.errors import InputError, UnreachableError
+from tritune.trainer.errors import InputError, UnreachableError, some_names
 from tritune.trainer.shown import shown
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
@@ -108,6 +108,7 @@ def read_splits(
             key = f"data.{name}"
             found[name] = [reader.entries(path, key, data_of(data, key), objective, encoder, {}, block)["train"]]
     labels = _labels(config, found.get("train"))
+    _say_target(found.get("train", []), labels, reader.watch)
     examples: dict[str, Examples] = {
         n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names
     }
@@ -166,7 +167,8 @@ class Reader:
                 divider.end()
                 if fingerprint(path, key, root, self.watch) != parts["source"]:
                     raise InputError(f"{key}={path}", "it changed while it was read", "Start again once it is whole")
-                divider.sinks["train"].report.columns = source.layout.columns
+                report, layout = divider.sinks["train"].report, source.layout
+                report.columns, report.others = layout.columns, {n: list(o) for n, o in layout.others.items()}
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
 
@@ -251,6 +253,16 @@ def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     if len(labels) < 2:
         raise InputError(f"labels {labels}", "classification needs at least two", "Check data.columns.label")
     return list(labels)
+
+
+def _say_target(entries: list[Entry], labels: list[str], watch: Watch) -> None:
+    """Which column the classes are read from, where others could have been meant."""
+    report = joined([entry.report for entry in entries])
+    if labels and (others := report.others.get("label")):
+        named = f"data.columns.label={others[0]} reads {'that' if len(others) == 1 else 'another'}"
+        watch.say(
+            f"data      labels: {len(labels):,} classes in column {report.columns['label']}, beside {some_names(others)}; {named}"
+        )
 
 
 def fingerprint(path: str, key: str, root: Path, watch: Watch) -> list[Any]:
