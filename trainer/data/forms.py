@@ -126,7 +126,7 @@ def _spoken(row: Row, theirs: str, config: DataConfig) -> str | Turns:
     if isinstance(value, str) and value.startswith("[{") and _are_messages(value):
         value = json.loads(value)
     parts = value if isinstance(value, list) else [value]
-    if parts and isinstance(parts[0], dict):
+    if parts and isinstance(parts[0], dict) and ("role" in parts[0] or "from" in parts[0]):
         return turns(parts, row.place, theirs, tuple(config.ignore))
     return value_of(row, theirs)
 
