@@ -163,6 +163,13 @@ def test_a_refused_start_leaves_no_folder(tritune, tiny, tmp_path):
     assert (run / "summary.json").is_file(), "what was trained there stays"
 
 
+def test_a_stream_says_what_it_does_not_read(tritune, tiny, chat_file, tmp_path):
+    stream = ["data.streaming=true", "data.pack_window=8", "checkpoint.every=1", "train.max_steps=1"]
+    result = tritune(*tiny, f"data.train={chat_file}", f"run.dir={tmp_path / 'run'}", *stream)
+    assert result.code == 0, result.err
+    assert "not read there: column id in 8 rows, column source in 8 rows" in result.err
+
+
 # -- counting ----------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,11 @@ import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
-from tritune.trainer.audit.findings import Finding, Severity, counted
+from tritune.trainer.audit.findings import Finding, Severity
 from tritune.trainer.config_data import Check
 from tritune.trainer.data.examples import DataReport
 from tritune.trainer.data.splits import Splits
-
-SHOWN = 8  # names on the line; all are in the finding's details
+from tritune.trainer.data.unread import listed
 
 
 def unread(name: str, report: DataReport) -> Iterator[Finding]:
@@ -23,16 +22,8 @@ def unread(name: str, report: DataReport) -> Iterator[Finding]:
     parts += [(Severity.note, {n: c for n, c in report.unread.items() if n not in report.unread_texts})]
     for severity, counts in parts:
         if counts:
-            ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-            listed = ", ".join(f"{what} in {counted(count, _noun(what))}" for what, count in ordered[:SHOWN])
-            more = f" and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
-            text = f"{name}: not read: {listed}{more}"
-            details = {"split": name, "unread": dict(ordered)}
-            yield Finding(Check.unread, severity, max(counts.values()), text, details=details)
-
-
-def _noun(what: str) -> str:
-    return "message" if what.startswith("message key") else "row"
+            text = f"{name}: not read: {listed(counts)}"
+            yield Finding(Check.unread, severity, max(counts.values()), text, details={"split": name, "unread": counts})
 
 
 def similar_labels(splits: Splits) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from tritune.trainer.data.turns import UNTRAINED
 from tritune.trainer.errors import InputError
 
 MOST = 200  # names that are counted apart: a file may have thousands
+SHOWN = 8  # that a message lists
 _REST = "others"
 _ALWAYS = {"role", "content", UNTRAINED}
 _TRIES = 3  # conversations in which a key changes nothing, before it counts as one that is not read
@@ -45,6 +46,16 @@ class Unread:
         """Add the counts of another."""
         self.rows.update(other.rows)
         self.texts.update(other.texts)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Names with their counts, the commonest first: all where they are few."""
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    parts = [
+        f"{what} in {count:,} {'message' if what.startswith('message key') else 'row'}{'' if count == 1 else 's'}"
+        for what, count in ordered[:SHOWN]
+    ]
+    return ", ".join(parts) + (f" and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else "")
 
 
 class Asks(Protocol):
