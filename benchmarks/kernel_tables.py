@@ -176,14 +176,15 @@ def _panel(axis: Any, row: dict[str, Any], titles: dict[str, str]) -> None:
     axis.barh(range(len(names)), both, color=colours, alpha=0.55)
     axis.barh(range(len(names)), forward, color=colours)
     for place, value in enumerate(both):
-        axis.text(value, place, f" {_ms(value)}", va="center", fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # the floor's line may pass beneath
+        axis.annotate(_ms(value), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
     floor = floor_ms(row, "both")
     if floor is not None:
-        axis.axvline(floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1.2, label=f"floor {_ms(floor)} ms")
-        axis.legend(fontsize=8, loc="upper right", framealpha=0.85)
+        axis.axvline(floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1.2)
     axis.set_yticks(range(len(names)), [titles[n] for n in names], fontsize=8)
     axis.set_xlim(0, 1.18 * max([*both, floor or 0.0]))
-    axis.set_xlabel("forward (dark) + backward, ms", fontsize=8)
+    dashed = "" if floor is None else f"; dashed: the floor, {_ms(floor)}"
+    axis.set_xlabel(f"forward (dark) + backward, ms{dashed}", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title("\n".join(_wrapped(title(row).partition(": ")[2], 62)), fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 from tritune.trainer import __version__
+from tritune.trainer.threads import wait_asleep
 
 USAGE = """\
 usage: tritune VERB [--config-dir DIR] [key=value ...]
@@ -44,6 +45,7 @@ exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request (the same co
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return the exit status."""
+    wait_asleep()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help") or argv[1:2] in (["-h"], ["--help"]):
         print(USAGE.format(experiments=", ".join(_experiments())), end="")

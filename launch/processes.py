@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tritune.trainer.threads import wait_asleep
+
 # Only where no GPU is used: a process that has asked for one must not fork.
 PRELOAD = [
     "tritune.trainer.__main__",
@@ -66,6 +68,7 @@ class Job:
 def preload(on_cpu: bool) -> None:
     """Let the server import the trainer before the first start; to be called before it, or not at all."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; ranks share the machine
+    wait_asleep()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
         CONTEXT.set_forkserver_preload(PRELOAD)

@@ -125,11 +125,13 @@ def dump_stacks(folder: Path, seen: list[Rank], into: Path) -> None:
         if rank.stopped():
             rank.signal(signal.SIGCONT)  # its first act is to follow the signal before it
     deadline = time.monotonic() + DUMP_SECONDS
+    last = dict(before)
     while time.monotonic() < deadline:
-        if all(_size(folder / f"rank-{r.rank}.stacks") > before[r.rank] or not r.alive() for r in seen):
-            time.sleep(0.2)  # several threads are written one after the other
+        time.sleep(0.2)  # several threads are written one after the other: a text that still grows is not whole
+        now = {r.rank: _size(folder / f"rank-{r.rank}.stacks") for r in seen}
+        if now == last and all(now[r.rank] > before[r.rank] or not r.alive() for r in seen):
             break
-        time.sleep(0.05)
+        last = now
     into.mkdir(parents=True, exist_ok=True)
     for rank in seen:
         path = folder / f"rank-{rank.rank}.stacks"

@@ -24,6 +24,7 @@ from tritune.trainer.errors import (
 )
 from tritune.trainer.pulse import begin, end_with_parent, launch_time
 from tritune.trainer.shown import shown
+from tritune.trainer.threads import wait_asleep
 
 CLOSING = "closing"  # the phase after the end is written down
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the overrides say and return the exit status: 0 done, 2 wrong input, 75 stopped on request, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     leader = int(os.environ.get("RANK", "0")) == 0
+    wait_asleep()
     begin("config")
     from tritune.trainer.compose import load_config, split_argv
 

@@ -91,6 +91,7 @@ class Check(StrEnum):
     bad_rows = "bad_rows"  # rows that cannot be read, or too long with data.overlong=refuse
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
+    empty_prompts = "empty_prompts"  # rows that ask nothing
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
@@ -109,6 +110,8 @@ class Check(StrEnum):
     personal = "personal"
     unread = "unread"  # columns and message keys that hold something, and that nothing reads
     similar_labels = "similar_labels"  # labels that differ by case, space or Unicode form alone
+    credentials = "credentials"  # keys and passwords
+    mojibake = "mojibake"  # text that was decoded wrongly: U+FFFD, UTF-8 read as Windows-1252
 
 
 # Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
@@ -122,7 +125,7 @@ class AuditConfig:
 
     fail_on: list[str] = field(default_factory=lambda: [c.value for c in FAIL_ON])  # exit status 2, and no training
     near_duplicates: bool = True
-    personal: bool = True  # look for e-mail addresses, telephone and card numbers, IBANs, IP addresses
+    personal: bool = True  # look for e-mail and IP addresses, telephone and card numbers, IBANs, keys and passwords
     out: str | None = None  # folder of the results; default: audit in run.dir, or here
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -117,6 +117,19 @@ def redact_tree(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(redact_tree(v) for v in value)
     return value
+
+
+def known_shapes(text: str) -> Iterator[tuple[str, int, int]]:
+    """What has the shape of a secret wherever it stands: ("key" or "password", start, stop) of text[start:stop].
+
+    Keys of known services, signed tokens, private keys, passwords in URLs; not what a name beside it makes one.
+    """
+    if "PRIVATE KEY-----" in text:
+        yield from (("key", *m.span(1)) for m in _PRIVATE_KEY.finditer(text))
+    yield from (("password", *m.span()) for m in _URL.finditer(text) if m[0] != MARK)
+    yield from (("key", *m.span()) for m in _SK.finditer(text) if _is_sk(m[0]))
+    yield from (("key", *m.span()) for m in _JWT.finditer(text) if m["signature"])
+    yield from (("key", *m.span()) for m in _SHAPES.finditer(text))
 
 
 def _still_valid(text: str, clean: str) -> str:

@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+PASSWORD, KEY = "hunter2Hunter", "sk-proj-Ab3dEfGh1jKlMn0pQrSt"
 CARD, EMAIL, PHONE = "4111 1111 1111 1111", "jane.doe@example.com", "+44 20 7946 0958"
 MAX_LENGTH = 480  # the byte tokenizer has a token a byte
 
@@ -66,6 +67,11 @@ def faulty_sft(folder: Path, messages: bool) -> tuple[Path, Path, dict[str, dict
         "prompt": train[10]["prompt"].upper(),
         "response": words.text(30, 30),
     }  # line 110 asks what line 11 does
+    train[129]["prompt"] = " "
+    train[130]["response"] += " CafÃ© crÃ¨me, s\u2019il vous plaÃ®t"
+    train[131]["response"] += " na\ufffdve"
+    train[132]["prompt"] += f" my password is {PASSWORD}"
+    train[133]["response"] += f" export OPENAI_API_KEY={KEY}"
     test[2] = {**train[6]}
     train[7] = {"prompt": words.text(35, 35), "response": words.text(5, 5)}
     test[3] = {**train[7], "prompt": one_word_changed(train[7]["prompt"])}
@@ -86,6 +92,9 @@ def faulty_sft(folder: Path, messages: bool) -> tuple[Path, Path, dict[str, dict
         "truncation": {"train.jsonl": {70}},
         "unsupervised": {"train.jsonl": {80}},
         "empty_answers": {"train.jsonl": {90}},
+        "empty_prompts": {"train.jsonl": {130}},
+        "mojibake": {"train.jsonl": {131, 132}},
+        "credentials": {"train.jsonl": {133, 134}},
         "personal": {"train.jsonl": {100, 101, 102}},
         # line 110 of train against line 11, line 5 of test against line 9 of train
         "same_prompt": {"train.jsonl": {110}, "test.jsonl": {5}},

@@ -81,15 +81,19 @@ def test_personal_data_is_never_shown_whole(audit, tmp_path):
         file.write(json.dumps(bad) + "\n")
     result = audit(*SFT, f"data.train={train}", f"data.test={test}")
     written = [path.read_text() for path in result.folder.iterdir()]
-    for secret in (corpus.CARD, corpus.EMAIL, corpus.PHONE):
+    for secret in (corpus.CARD, corpus.EMAIL, corpus.PHONE, corpus.PASSWORD, corpus.KEY):
         for text in (result.out, result.err, *written):
             assert secret not in text
             assert json.dumps(secret) not in text
     (finding,) = [f for f in result.report["findings"] if f["name"] == "personal"]
     assert finding["details"] == {"card": 1, "email": 1, "phone": 1}
+    (given,) = [f for f in result.report["findings"] if f["name"] == "credentials"]
+    assert given["details"] == {"password": 1, "key": 1}
+    (spoilt,) = [f for f in result.report["findings"] if f["name"] == "mojibake"]
+    assert spoilt["notes"] == ["'Ã©' for 'é'", "U+FFFD, for what could not be decoded"]
     assert any("email j…@e….com" in note for note in finding["notes"])
     off = audit(*SFT, f"data.train={train}", "audit.personal=false", "audit.near_duplicates=false")
-    assert not {"personal", "duplicates_near"} & off.names()
+    assert not {"personal", "credentials", "duplicates_near"} & off.names()
 
 
 def test_the_page_fits_on_a_screen(audit, tmp_path):

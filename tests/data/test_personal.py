@@ -27,7 +27,7 @@ PERSONAL = {
     "phone": [
         "+44 20 7946 0958", "+1 (212) 555-0123", "+6012-918 7937", "+33612345678", "(212) 555-0123", "212-555-0123",
         "1-800-555-0199", "212.555.0123", "03-8736 3799", "07-3558160", "020 7946 0958", "(03) 8736 3799",
-        "01 42 68 53 00", "+49 (0)30 123456",
+        "01 42 68 53 00", "+49 (0)30 123456", "030/12345678", "0171 1234567", "07911 123456", "090-1234-5678", "(11) 91234-5678",
     ],
     "card": ["4111 1111 1111 1111", "5555555555554444", "3782 822463 10005", "6011-1111-1111-1117", "3530111333300000"],
     # the registry's own examples
@@ -129,6 +129,10 @@ def test_addresses_beside_the_standard_library(address):
     text = str(address)
     want = address.is_global and not address.is_multicast and len(text) >= 12
     assert found(f"from {text} at") == ([("ip", text)] if want else [])
+    sure = address.is_global and not address.is_multicast  # where a word says what it is, a short one, too
+    for around in ("the server {} at", "ssh root@{}", "http://{}/x", "{}:8080"):
+        assert found(around.format(text)) == ([("ip", text)] if sure else []), around
+    assert found(f"server version {text}") == found(f"path/{text}") == []
 
 
 PIECES = st.one_of(
@@ -170,7 +174,7 @@ def strings(value) -> str:
 
 
 COUNTED = {  # each finding was read; all are what they are called
-    "instruct/instruct_2000_permissive.jsonl": {"email": 17, "phone": 2},
+    "instruct/instruct_2000_permissive.jsonl": {"email": 17, "phone": 2, "ip": 1},
     "preference/truthfulqa_pairs.jsonl": {},
     "preference/dpo_en_300_messages.jsonl": {"email": 3},
     "instruct/mt_bench_questions.jsonl": {},

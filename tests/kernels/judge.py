@@ -31,13 +31,15 @@ def widened(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
-def require_twice(ours: Callable[..., Any], formula: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+def require_twice(
+    ours: Callable[..., Any], formula: Callable[..., Any], inputs: list[Tensor], units: float = 1.0
+) -> list[Tensor]:
     """Hold `ours` to the rule, every output and every gradient; returns what it gave.
 
     The error is the root mean square over a tensor: the largest of a hundred errors is luck (over 300 draws of one LoRA
     group, the largest error in dX was 1.35 times the formula's in the mean and more than twice in 6 % of them), so it is
-    only held to four times. Where the formula is exact or nearly so, as on one element, a unit in the last place of the
-    largest value is the error that any rounding may make.
+    only held to four times. Where the formula is exact or nearly so, as on one element, `units` in the last place of the
+    largest value are the error that any rounding may make.
     """
     exact = evaluate(formula, [widened(x) for x in inputs])
     plain, kernel = evaluate(formula, inputs), evaluate(ours, inputs)
@@ -46,7 +48,7 @@ def require_twice(ours: Callable[..., Any], formula: Callable[..., Any], inputs:
         if not truth.numel():
             continue
         narrowest = result.dtype if result.dtype in (torch.float16, torch.bfloat16) else inputs[0].dtype
-        unit = torch.finfo(narrowest).eps * truth.abs().max()
+        unit = torch.finfo(narrowest).eps * truth.abs().max() * units
         theirs, error = (reference.double() - truth).abs(), (result.double() - truth).abs()
         for name, measure, factor in (("rms", _rms, 2.0), ("largest", torch.max, 4.0)):
             allowed = factor * torch.maximum(measure(theirs), unit)

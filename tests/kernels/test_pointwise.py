@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -140,7 +141,11 @@ def test_glu(rows, width, gelu, merged, scale, dtype, seed):
         return x.chunk(2, dim=-1) if merged else (x[:, ::2], x[:, 1::2])
 
     name = "gelu_tanh" if gelu else "silu"
-    require_twice(lambda x: (geglu if gelu else swiglu)(*halves(x)), lambda x: glu_reference(*halves(x), name), [both])
+    # A GPU's exp(x) is 2 to the power of x log2(e), rounded: half a unit of that exponent is up to |x| log2(e) / 2 units of
+    # the result. Among many values the largest do not feel it; a single one may (seen on an H200 at gate = -13).
+    units = 1.0 + 0.72 * float(both.detach().abs().max()) if rows * width == 1 else 1.0
+    ours, formula = geglu if gelu else swiglu, functools.partial(glu_reference, activation=name)
+    require_twice(lambda x: ours(*halves(x)), lambda x: formula(*halves(x)), [both], units)
 
 
 def test_glu_makes_its_output_again_in_backward():

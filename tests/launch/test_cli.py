@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,11 +70,14 @@ def test_launches_two_processes_and_matches_plain_torchrun(tmp_path, tiny):
     assert [(r["loss"], r["grad_norm"]) for r in ours] == [(r["loss"], r["grad_norm"]) for r in theirs]
 
 
-def test_wrong_rows_on_two_processes_give_one_message(tmp_path, tiny):
+def test_wrong_rows_on_two_processes_give_one_message_and_their_threads_wait_asleep(tmp_path, tiny):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
     arguments = [*tiny, f"data.train={tmp_path}/rows.jsonl", "launch.num_procs=2", f"run.dir={tmp_path / 'run'}"]
-    out = cli("train", *arguments)
+    out = cli("train", *arguments, env={**os.environ, "OMP_DISPLAY_ENV": "true"})
     assert out.returncode == 2, out.stderr
+    read = re.findall("OMP_WAIT_POLICY = '([A-Z]+)'", out.stderr)  # by the library itself, in torchrun and in each rank
+    assert len(read) >= 2
+    assert set(read) == {"PASSIVE"}
     assert out.stderr.count("rows.jsonl:2") == 1
     assert "Traceback" not in out.stderr
 

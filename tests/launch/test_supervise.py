@@ -145,10 +145,12 @@ def test_a_stopped_rank_is_found_with_the_stacks_of_all(settings, tmp_path):
         assert "in fit" in stacks
 
 
-@pytest.mark.parametrize("stacks, frame", [
+@pytest.mark.parametrize(("stacks", "frame"), [
     ('Thread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n\n'
-     'Current thread 0x2 (most recent call first):\n  File "b c.py", line 7 in fit\n  File "d.py", line 1 in main\n', "b c.py:7 in fit"),
-    ('Current thread 0x2 (most recent call first):\n  Fi\n\nThread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n', "a.py:3 in wait"),
+     'Current thread 0x2 (most recent call first):\n  File "b c.py", line 7 in fit\n  File "d.py", line 1 in main\n',
+     "b c.py:7 in fit"),
+    ('Current thread 0x2 (most recent call first):\n  Fi\n\n'
+     'Thread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n', "a.py:3 in wait"),
     ('Current thread 0x2 (most recent call first):  File "b.py", li', ""),
     ("", ""),
 ])  # fmt: skip

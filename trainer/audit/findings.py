@@ -68,6 +68,7 @@ REMEDIES = {
     Check.bad_rows: "Mend the rows, or data.bad_rows=skip leaves them out",
     Check.unsupervised: "Mend the rows, raise data.max_length, or data.unsupervised=drop",
     Check.empty_answers: "Mend or remove the rows",
+    Check.empty_prompts: "Mend or remove the rows",
     Check.over_context: "Lower data.max_length",
     Check.truncation: "Raise data.max_length, or data.overlong=drop",
     Check.no_stop_token: "Use a chat template whose answers end with a stop token, or data.require_stop_token=false",
@@ -86,6 +87,8 @@ REMEDIES = {
     Check.personal: "Remove what nobody agreed to have learnt",
     Check.unread: "Map the column in data.columns, or name it in data.ignore",
     Check.similar_labels: "Spell each label in one way",
+    Check.credentials: "Remove them, and change those that are in use",
+    Check.mojibake: "Decode the source anew: it was UTF-8 that something read as another encoding",
 }
 
 

@@ -22,7 +22,7 @@ COMPARED = 64  # training rows of a group that a row of another split is compare
 
 
 def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Near duplicates and leaks, questions with several answers, unknown labels, empty answers, personal data, and the
+    """Near duplicates and leaks, questions with several answers, unknown labels, what rows show alone, and the
     chat template on a sample of rows. For pre-training exact repetitions of documents, too.
 
     Args:
@@ -39,10 +39,7 @@ def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTr
         findings += _prompt_leaks(texts)
     if config.objective.name.startswith("classify"):
         findings += _unknown_labels(texts, labels)
-    if texts.empty:
-        text = f"{counted(len(texts.empty), 'row')} with an empty answer"
-        findings.append(Finding(Check.empty_answers, Severity.warning, len(texts.empty), text, texts.empty[:PLACES]))
-    findings += _personal(texts)
+    findings += [found.finding(check) for check, found in texts.seen.items()]
     findings += _rendering(config, texts.sample, tokenizer)
     return findings
 
@@ -156,14 +153,6 @@ def _unknown_labels(texts: Texts, labels: Sequence[str]) -> Iterator[Finding]:
             pairs = [(place, label) for label in strange for place in texts.label_places[split, label]][:PLACES]
             places, notes = [place for place, _ in pairs], [repr(hide(label)) for _, label in pairs]
             yield Finding(Check.unknown_labels, Severity.fault, count, text, places, notes, {"split": split})
-
-
-def _personal(texts: Texts) -> Iterator[Finding]:
-    if texts.personal:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in texts.personal.most_common())
-        text = f"{counted(texts.personal_rows, 'row')} with what seems personal data: {kinds}"
-        places, notes = [p for p, _ in texts.personal_places], [n for _, n in texts.personal_places]
-        yield Finding(Check.personal, Severity.warning, texts.personal_rows, text, places, notes, dict(texts.personal))
 
 
 def _rendering(config: Config, sample: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from tritune.trainer.audit.findings import PLACES
+from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
-from tritune.trainer.config_data import DataConfig, data_of
+from tritune.trainer.config_data import Check, DataConfig, data_of
 from tritune.trainer.data.clean import compared_text, said, turns_of
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.kinds import Reading, Record, as_records
-from tritune.trainer.data.personal import find_personal, masked
 from tritune.trainer.data.records import read_all
 from tritune.trainer.data.splits import retention_data, training_sources
 from tritune.trainer.errors import InputError
@@ -78,13 +78,6 @@ def question_of(record: Record) -> tuple[str, str]:
     return given, said(turns[last]) if last < len(turns) else ""
 
 
-def hide(text: str) -> str:
-    """A text with what seems personal in it masked."""
-    for found in reversed(find_personal(text)):
-        text = text[: found.start] + masked(text, found) + text[found.stop :]
-    return text
-
-
 @dataclass
 class Texts:
     """What the second reading keeps of each row, numbered over all sources in the order of `parts_of`.
@@ -97,8 +90,7 @@ class Texts:
         near: the texts, where near duplicates are wanted.
         said: of classification, each row's label.
         labels: by split, how many rows each label has; `label_places` has the first places of (split, label).
-        personal: by kind, how often; `personal_places` has (place, what is there, masked) of the first.
-        empty: places of rows with an empty answer that is trained.
+        seen: what rows show that are looked at alone.
         sample: rows to try the chat template on.
         bad: how many rows of each source (its key) cannot be read; `bad_places` has (place, why) of the first.
         faults: of sources that do not read.
@@ -115,10 +107,7 @@ class Texts:
     said: list[str] = field(default_factory=list)
     labels: dict[str, Counter[str]] = field(default_factory=dict)
     label_places: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    personal: Counter[str] = field(default_factory=Counter)
-    personal_places: list[tuple[str, str]] = field(default_factory=list)
-    personal_rows: int = 0
-    empty: list[str] = field(default_factory=list)
+    seen: dict[Check, Sightings] = field(default_factory=dict)
     sample: list[Record] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
     bad_places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -179,17 +168,7 @@ def _add(texts: Texts, record: Record, split: str, personal: bool) -> None:
         places = texts.label_places.setdefault((split, record.label), [])
         if len(places) < PLACES:
             places.append(record.place)
-    said = [t for t in turns_of(record) if t["role"] == "assistant"] if record.text is None else []
-    if any(not (t.get("content") or "").strip() and not t.get("tool_calls") for t in said):
-        texts.empty.append(record.place)
-    if personal:
-        whole = record.text if record.text is not None else "\n".join(t.get("content") or "" for t in turns_of(record))
-        found = find_personal(whole)
-        texts.personal_rows += bool(found)
-        texts.personal.update(f.kind for f in found)
-        if found and len(texts.personal_places) < PLACES:
-            shown = ", ".join(f"{f.kind} {masked(whole, f)}" for f in found[:3])
-            texts.personal_places.append((record.place, shown))
+    look(texts.seen, record, personal)
 
 
 class _Sample:

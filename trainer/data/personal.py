@@ -17,24 +17,9 @@ from itertools import pairwise
 _RUN = re.compile(r"[0-9](?:[ \u00a0().\-/]{0,3}[0-9]){6,}")
 _LOCAL = re.compile(r"(?<![A-Za-z0-9_.%+@/-])[A-Za-z0-9_%+-]+(?:\.[A-Za-z0-9_%+-]+)*\Z")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+([A-Za-z]{2,24})(?![A-Za-z0-9_-])")
-_FILES = {
-    "css",
-    "gif",
-    "html",
-    "jpeg",
-    "jpg",
-    "js",
-    "json",
-    "md",
-    "pdf",
-    "png",
-    "py",
-    "svg",
-    "txt",
-    "webp",
-    "yaml",
-    "yml",
-}
+_FILES = frozenset(
+    ["css", "gif", "html", "jpeg", "jpg", "js", "json", "md", "pdf", "png", "py", "svg", "txt", "webp", "yaml", "yml"]
+)
 _IBAN = re.compile(r"(?<![A-Za-z0-9])([A-Z]{2})[0-9]{2}")
 _IBAN_LENGTHS = {  # SWIFT's registry
     country: length
@@ -58,7 +43,17 @@ _ISSUER = re.compile(
     r"|3(?:0[0-5]|[68][0-9])[0-9]{11}|6(?:011|4[4-9][0-9]|5[0-9]{2})[0-9]{12}|35(?:2[89]|[3-8][0-9])[0-9]{12}|62[0-9]{14,17}"
 )
 _IPV4 = re.compile(rf"{_APART}(?<!\.)(?:[0-9]{{1,3}}\.){{3}}[0-9]{{1,3}}{_END}")
-_VERSION = re.compile(r"(?:\bv|version|ver\.?|release|build)\s*[:=]?\s*\Z", re.I)
+# Of less than nine digits it may be a version or a section: it is an address where a word, a port or a network says so.
+_DOTTED = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+_SAID_IPV4 = re.compile(
+    rf"(?:(?<=://)|{_APART})(?<!\.)(?:[0-9]{{1,3}}\.){{3}}[0-9]{{1,3}}"
+    r"(?P<after>:[0-9]{2,5}(?![0-9.])|/[0-9]{1,2}(?![0-9./]))?(?![\w\-]|[.,][0-9])"
+)
+_ADDRESSED = re.compile(
+    r"(?:\b(?:ip|ipv4|address(?:es)?|hosts?|servers?|ping|ssh|dns|gateway|router|client|nameserver|peer)\b[^\n]{0,24}|@|://)\Z",
+    re.I,
+)
+_VERSION = re.compile(r"(?:\bv|version|\bver\.?|release|build)\s*[:=]?\s*\Z", re.I)
 
 _FIRST = rf"{_APART}(?<![0-9] )(?<![0-9] \()"
 # Written to be dialled. A plain run of digits never is: it may be an order, a bar code, a time stamp.
@@ -73,6 +68,9 @@ _DIALLED = re.compile(
     r"|0[1-9][0-9]{0,3}-[0-9]{3,4}[ -]?[0-9]{3,4}"  # 03-8736 3799
     r"|0[1-9][0-9]{1,3} [0-9]{3,4} [0-9]{3,4}"  # 020 7946 0958
     r"|0[1-9](?: [0-9]{2}){4}"  # 01 42 68 53 00
+    r"|0[1-9][0-9]{1,3}[/ -][0-9]{6,8}"  # 030/12345678, 07911 123456
+    r"|0[1-9][0-9]{0,2}[- ][0-9]{3,4}[- ][0-9]{4}"  # 03-1234-5678, 090-1234-5678
+    r"|\([1-9][0-9]\) ?9?[0-9]{4}-[0-9]{4}"  # (11) 91234-5678
     rf"){_END}(?! [0-9])"
 )
 _ABROAD = re.compile(rf"(?<![\w+])\+\(?([1-9](?:[ \u00a0().\-/]{{0,3}}[0-9]){{7,14}}){_END}")
@@ -103,9 +101,10 @@ class Finding:
 
 def find_personal(text: str) -> list[Finding]:
     """Likely personal data in the order of the text; findings do not overlap."""
-    if "@" not in text and not _RUN.search(text):  # most texts; twice as fast for short ones
+    dotted = text.count(".") > 2 and _DOTTED.search(text) is not None
+    if "@" not in text and not dotted and not _RUN.search(text):  # most texts; twice as fast for short ones
         return []
-    found = list(_emails(text))
+    found = [*_emails(text), *(_said_addresses(text) if dotted else ())]
     for run in _RUN.finditer(text):
         for finder in (_ibans, _cards, _addresses, _phones):  # by how sure it is: what is one thing is not the next
             for finding in finder(text, run.start(), run.end()):
@@ -185,6 +184,18 @@ def _addresses(text: str, start: int, stop: int) -> Iterator[Finding]:
         before = text[max(0, match.start() - 12) : match.start()]
         if address.is_global and not address.is_multicast and not _VERSION.search(before):
             yield Finding("ip", match.start(), match.end())
+
+
+def _said_addresses(text: str) -> Iterator[Finding]:
+    for match in _SAID_IPV4.finditer(text):
+        octets = match[0].removesuffix(match["after"] or "").split(".")
+        if any(int(o) > 255 or (o[0] == "0" and o != "0") for o in octets):
+            continue
+        address = ipaddress.IPv4Address(".".join(octets))
+        before = text[max(0, match.start() - 40) : match.start()]
+        said = match["after"] or _ADDRESSED.search(before)
+        if said and address.is_global and not address.is_multicast and not _VERSION.search(before):
+            yield Finding("ip", match.start(), match.start() + len(".".join(octets)))
 
 
 def _phones(text: str, start: int, stop: int) -> Iterator[Finding]:
