@@ -54,6 +54,8 @@ FORMS = {
     "pairs of human and assistant": (
         {"conversation": [{"human": "q0", "assistant": "a0"}, {"human": "q", "assistant": "a"}]}, [*EARLIER, Q, A],
     ),
+    "texts that alternate": ({"conversation": ["q", "a"]}, [Q, A]),
+    "an input that pandas left out": ({"instruction": "q", "input": float("nan"), "output": "a"}, [Q, A]),
     "developer": ({"messages": [{"role": "developer", "content": "s"}, *TALK]}, [SYSTEM, Q, A]),
     "content parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": ["a"]}]},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tritune.trainer.compose import load_config
+from tritune.trainer.data.prompts import read_prompts
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import byte_tokenizer
@@ -52,7 +53,7 @@ def by_command(path: Path, message: str) -> Path:
     assert command is not None
     subprocess.run(command[0], shell=True, check=True, cwd=path.parent)
     made = path.parent / command[0].rpartition(" ")[2]
-    return made.rename(path.with_name("mended" + path.suffix))
+    return made.rename(path.with_name("mended" + (made.suffix or path.suffix)))
 
 
 def rewritten(old: bytes, new: bytes) -> Callable[[Path, str], None]:
@@ -68,6 +69,12 @@ def good_rows(path: Path, _: str) -> None:
     path.write_text(
         "".join(json.dumps({k: v for k, v in r.items() if k != "label"}) + "\n" for r in rows if r["label"])
     )
+
+
+def by_pandas(path: Path) -> None:
+    import pandas
+
+    pandas.DataFrame(json.loads(path.read_text())).to_json(path, orient="records", lines=True)
 
 
 SKIP = "data.bad_rows=skip"
@@ -165,7 +172,7 @@ FAULTS = {
     ),
     "rows within an object": Fault(
         json.dumps({"version": 1, "data": [GOOD]}).encode(),
-        ["data is a list of 1 objects", "jq .data"],
+        ["its data holds rows", "jq -c '.data[]'"],
         name="rows.json",
         mend=by_command,
     ),
@@ -186,6 +193,36 @@ FAULTS = {
         ["stands twice"],
         name="rows.csv",
         mend=rewritten(b"response\n", b"other\n"),
+    ),
+    "a row within an object": Fault(
+        [{"custom_id": "1", "body": {"messages": TALK}}], ["its body holds a row"], mend=by_command
+    ),
+    "a turn of the user's to be learnt": Fault(
+        [{"messages": [{**TALK[0], "train": True}, TALK[1]]}],
+        ["turns of user are not trained", "data.train_on=[assistant,user]"],
+    ),
+    "pairs of one message": Fault(
+        [
+            {
+                "conversations": [TALK[0]],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            }
+        ],
+        ["data.columns.prompt=conversations data.columns.response=chosen"],
+    ),
+    "a table by columns": Fault(
+        json.dumps({"prompt": ["q", "r"], "response": ["a", "b"]}).encode(),
+        ["a table of 2 rows written by columns", "orient"],
+        mend=lambda path, _: by_pandas(path),
+        kept=2,
+    ),
+    "a table as pandas writes it": Fault(
+        json.dumps({"prompt": {"0": "q", "1": "r"}, "response": {"0": "a", "1": "b"}}).encode(),
+        ["a table of 2 rows written by columns", "orient"],
+        name="rows.json",
+        mend=lambda path, _: by_pandas(path),
+        kept=2,
     ),
     "a line that is no JSON": Fault(
         b'{"prompt": "q", "response": "a"}\n{"prompt"\n', ["not JSON"], mend=rewritten(b'\n{"prompt"\n', b"\n")
@@ -229,6 +266,57 @@ def test_the_remedy_works_on_the_case(tmp_path, name):
         applied = remedies(caught.value.remedy and f". {caught.value.remedy}")
         assert applied, message
     assert read(tmp_path, fault.objective, path, [*fault.overrides, *applied]) == fault.kept
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_without_a_system_role(tmp_path):
+    """The remedy is named, and what is trained is the user's turn with the system's words before it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "s"}, *TALK]}) + "\n")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    given = ["model=tiny", f"cache.dir={tmp_path / 'cache'}", "objective=sft", f"data.train={path}"]
+    with pytest.raises(InputError, match="no system here") as caught:
+        read_splits(load_config(given, None, training=False), tokenizer, None)
+    config = load_config([*given, *re.findall(r"data\.system_turn=\w+", caught.value.remedy)], None, training=False)
+    examples = read_splits(config, tokenizer, None).examples["train"]
+    assert (
+        tokenizer.decode(examples.ids(0)) == "<|im_start|>user\ns\n\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
+    prompt = {"prompt": "q", "system": "s"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(prompt) + "\n")
+    config.generate.file = str(tmp_path / "asked.jsonl")
+    (asked,) = read_prompts([], config, tokenizer)
+    assert asked.ids == examples.ids(0)[: len(asked.ids)].tolist(), "the model is asked as it was trained"
+
+
+def test_each_source_and_split_has_a_mapping(tmp_path):
+    rows = {
+        "one": {"ask": "q", "reply": "a"},
+        "two": {"prompt": "r", "response": "b"},
+        "validation": {"in": "s", "out": "c"},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    given = [
+        *(f"data.sources.{name}.path={tmp_path / name}.jsonl" for name in ("one", "two")),
+        "data.sources.one.columns={prompt: ask, response: reply}",
+        f"data.validation={tmp_path / 'validation.jsonl'}",
+        "data.split_columns.validation={prompt: in, response: out}",
+    ]
+    config = load_config(
+        ["model=tiny", f"cache.dir={tmp_path / 'cache'}", "objective=sft", *given], None, training=False
+    )
+    tokenizer = byte_tokenizer()
+    splits = read_splits(config, tokenizer, None).examples
+    said = [tokenizer.decode(splits[name].ids(i)) for name, i in (("train", 0), ("train", 1), ("validation", 0))]
+    assert all(f"\n{q}<" in text and f"\n{a}<" in text for text, q, a in zip(said, "qrs", "abc", strict=True))
 
 
 def test_what_has_no_likely_column_names_all(tmp_path):

@@ -215,13 +215,13 @@ def _parse_batch(path: str, body: Batch) -> Iterator[Row | InputError]:
     nested = [field.name for field in batch.schema if pyarrow.types.is_nested(field.type)]
     faults = (ValueError, OverflowError, pyarrow.ArrowException)  # text that is not UTF-8, a time out of Python's range
     try:
-        rows = batch.to_pylist()
+        rows = batch.to_pylist(maps_as_pydicts="strict")
     except faults:
         rows = None
     for index in range(batch.num_rows):
         place = f"{path}:row {body.first + index}"
         try:
-            fields = batch.slice(index, 1).to_pylist()[0] if rows is None else rows[index]
+            fields = batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0] if rows is None else rows[index]
             fields = fields if features is None else features.decode_example(fields)
             for name in nested:
                 fields[name] = without_nulls(fields[name])

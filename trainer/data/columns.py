@@ -127,10 +127,10 @@ def how_to_map(missing: Iterable[str], fields: Mapping[str, Any], columns: Mappi
     """The overrides that map what is missing to what a row has, as far as its values say."""
     used = {part for theirs in columns.values() for part in parts_of(theirs, fields.keys())}
     free = [name for name in fields if name not in used]
-    hints = []
-    for ours in missing:
+    hints, names = [], list(missing)
+    for ours in names:
         fitting = [n for n in free if _fits(fields[n], ours)]
-        one = fitting[0] if len(fitting) == 1 else f"<one of {some_names(fitting or free)}>"
+        one = fitting[0] if len(fitting) == 1 and len(names) == 1 else f"<one of {some_names(fitting or free)}>"
         if ours == "text" and len(fitting) == 2:  # pairs of texts; one of them can be chosen as well
             one = JOINS.join(fitting)
         hints.append(f"{prefix}.{ours}={one}" if free else f"{prefix}.{ours}=<name in the file>")

@@ -21,7 +21,8 @@ LINE_BYTES = 32 << 20  # no line, cell or paragraph is held beyond this; also bo
 # Costs 1.2 ns a byte over pieces of 64 KiB.
 _ZSTD_BYTES = 512
 ENDINGS = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "txt", ".md": "txt",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "txt", ".md": "txt",
 }  # fmt: skip
 FORMATS = (
     ".jsonl, .json (lines or one array), .csv, .tsv, .txt (each also as .gz or .zst), .parquet, a folder or a glob "

@@ -28,7 +28,7 @@ def conversation(row: Row, columns: Mapping[str, str], config: DataConfig) -> Tu
     Raises:
         InputError: a message is none, or there are two system turns that differ.
     """
-    messages = turns(row.fields[columns["messages"]], row.place, columns["messages"], tuple(config.ignore))
+    messages = turns(row.fields[columns["messages"]], row.place, columns["messages"], config)
     system = _system(row, columns)
     if system and messages[0]["role"] == "system":
         if messages[0]["content"] != system[0]["content"]:
@@ -92,6 +92,8 @@ def value_of(row: Row, theirs: str, empty: bool = False) -> str:
         return "\n".join(value_of(row, part, empty) for part in parts)
     if value is None and empty:
         return ""
+    if value != value and empty:  # NaN, as pandas writes what is missing
+        return ""
     if isinstance(value, float) and value.is_integer():  # whole numbers of a column with nulls
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -127,7 +129,7 @@ def _spoken(row: Row, theirs: str, config: DataConfig) -> str | Turns:
         value = json.loads(value)
     parts = value if isinstance(value, list) else [value]
     if parts and isinstance(parts[0], dict) and ("role" in parts[0] or "from" in parts[0]):
-        return turns(parts, row.place, theirs, tuple(config.ignore))
+        return turns(parts, row.place, theirs, config)
     return value_of(row, theirs)
 
 
@@ -158,7 +160,7 @@ def _history(row: Row, column: str, config: DataConfig) -> Turns:
     if not value:
         return []
     if isinstance(value, list) and isinstance(value[0], dict):
-        return turns(value, row.place, column, tuple(config.ignore))
+        return turns(value, row.place, column, config)
     found: Turns = []
     for part in value if isinstance(value, list) else [None]:
         if not isinstance(part, list) or len(part) != 2 or not all(isinstance(text, str) for text in part):

@@ -26,7 +26,7 @@ from tritune.trainer.data.columns import (
     parts_of,
 )
 from tritune.trainer.data.forms import conversation, pair, tools_of, value_of
-from tritune.trainer.data.learning import require_no_verdict, require_one_answer, verdicts_of
+from tritune.trainer.data.learning import require_no_verdict, require_one_answer, require_rows, verdicts_of
 from tritune.trainer.data.row_limits import ROW_BYTES, SKIP, text_bytes
 from tritune.trainer.data.turns import flag_of
 from tritune.trainer.data.unread import Unread
@@ -121,6 +121,7 @@ class Reading:
 
     def _settled(self, row: Row, columns: dict[str, str]) -> Kind:
         allowed = KINDS_OF[self.objective]
+        require_rows(row)
         if self.config.kind is not Kind.auto:
             if self.config.kind not in allowed:
                 names = ", ".join(k.value for k in allowed)
@@ -139,13 +140,16 @@ class Reading:
         rule = f"objective={self.objective} needs the columns {needs}; {' and '.join(missing)} is missing"
         rule += f", and this file has {some_names(row.fields)}"
         remedy = how_to_map(missing, row.fields, columns, self.prefix)
-        if wrapped := [n for n, v in row.fields.items() if isinstance(v, list) and v and isinstance(v[0], dict)]:
-            rule += f"; its {wrapped[0]} is a list of {len(row.fields[wrapped[0]]):,} objects"
-            if not missing_of(kinds, columns_of(row.fields[wrapped[0]][0].keys(), self.config)):
-                path = row.place.rpartition(":")[0]
-                remedy = f"Give the list alone: jq .{wrapped[0]} {path} > {Path(path).stem}_{wrapped[0]}.json"
         if self.objective == "sft" and "text" in columns:
-            remedy = f"objective=pretrain reads its text. {remedy}"
+            remedy = "objective=pretrain reads its text. To learn answers, write prompt and response"
+        for name, value in row.fields.items():
+            inner = value[0] if isinstance(value, list) and value else value
+            if isinstance(inner, dict) and not missing_of(kinds, columns_of(inner.keys(), self.config)):
+                rule += f"; its {name} holds {'rows' if inner is not value else 'a row'}"
+                path = Path(row.place.rpartition(":")[0])
+                remedy = (
+                    f"Give that alone: jq -c '.{name}{'[]' * (inner is not value)}' {path} > {path.stem}_{name}.jsonl"
+                )
         return InputError(row.place, rule, remedy)
 
     @property

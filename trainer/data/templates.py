@@ -271,7 +271,10 @@ def _run(program: jinja2.Template, name: str, special: dict, messages: list[dict
     except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         rule = f"the chat template fails on this row: {said[:ERROR_CHARS]}"
-        raise InputError(place, rule, "Mend the row, or give another model.chat_template") from None
+        remedy = "Mend the row, or give another model.chat_template"
+        if any(message.get("role") == "system" for message in messages):
+            remedy = f"Where it knows no system role, data.system_turn=merge. Else {remedy[0].lower()}{remedy[1:]}"
+        raise InputError(place, rule, remedy) from None
 
 
 def _message(message: dict) -> dict:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tritune.trainer.config_data import ROLES
+from tritune.trainer.config_data import ROLES, DataConfig
 from tritune.trainer.data.columns import FLAGS
 from tritune.trainer.data.row_limits import SKIP, require_text, require_texts, said, too_deep
 from tritune.trainer.errors import InputError
@@ -34,16 +34,16 @@ _PAIRS = {"system": ("system",), "user": ("human", "user", "input", "question"),
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
 
 
-def turns(value: Any, place: str, column: str, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def turns(value: Any, place: str, column: str, config: DataConfig) -> list[dict[str, Any]]:
     """The turns of a conversation: `role`, `content` (a text, or None beside `tool_calls`) and what else a template may read.
 
     Args:
         value: a list of messages or the JSON text of one.
         column: where it stands, for messages.
-        ignore: keys of messages that are left out.
+        config: its `ignore` names keys of messages that are left out.
 
     Raises:
-        InputError: it is none, or a message has no known role or no content that is text.
+        InputError: it is none, a message has no known role or no content that is text, or a loss flag cannot be obeyed.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = from_text(value, place, column)
@@ -51,6 +51,7 @@ def turns(value: Any, place: str, column: str, ignore: tuple[str, ...] = ()) -> 
         rule = f"column {column} is not a list of messages"
         raise InputError(place, rule, f'Write [{{"role": ..., "content": ...}}], or {SKIP}')
     found: list[dict[str, Any]] = []
+    strings = len(value) > 1 and all(isinstance(message, str) for message in value)  # who speaks alternates
     for index, message in enumerate(value):
         if type(message) is dict and len(message) == 2:  # the form of nearly all, untouched
             role, content = message.get("role"), message.get("content")
@@ -59,7 +60,10 @@ def turns(value: Any, place: str, column: str, ignore: tuple[str, ...] = ()) -> 
                     require_text(content, place)
                 found.append(message)
                 continue
-        found += _turn(message, index, place, ignore)
+        if type(message) is str and strings:
+            found.append({"role": ("user", "assistant")[index % 2], "content": require_text(message, place)})
+            continue
+        found += _turn(message, index, place, config)
     return found
 
 
@@ -84,13 +88,15 @@ def from_text(text: str, place: str, column: str) -> Any:
             raise InputError(place, rule, f"Write it by json.dumps, or {SKIP}") from None
 
 
-def _turn(message: Any, index: int, place: str, ignore: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _turn(message: Any, index: int, place: str, config: DataConfig) -> Iterator[dict[str, Any]]:
     """One message in any spelling, as one turn or several."""
     if not isinstance(message, dict):
         raise _unknown(message, index, place)
     # Parquet fills the keys that other rows have with None.
     fields = {
-        key: value for key, value in message.items() if value is not None and key not in ignore and key != UNTRAINED
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in config.ignore and key != UNTRAINED
     }
     role_key = next((key for key in _ROLE_KEYS if key in fields), None)
     name = fields.pop(role_key) if role_key is not None else None
@@ -103,7 +109,7 @@ def _turn(message: Any, index: int, place: str, ignore: tuple[str, ...]) -> Iter
         return
     content_key = next((key for key in _CONTENT_KEYS if key in fields), None)
     content = fields.pop(content_key) if content_key is not None else None
-    trained = _is_trained(fields, index, role, place)
+    trained = _is_trained(fields, index, role, place, config)
     if role == _CALL:
         role, content, fields["tool_calls"] = "assistant", None, content
     content, calls, results = _spoken(content, fields, role, index, place)
@@ -133,11 +139,15 @@ def _pair(message: dict, fields: dict[str, Any], index: int, place: str) -> Iter
     yield from ({"role": role, "content": text} for role, text in spoken if text != "" or role != "system")
 
 
-def _is_trained(fields: dict[str, Any], index: int, role: str, place: str) -> bool:
-    """What a message's loss flags say; they are taken out. A flag on another's turn than the assistant's may stand as 1."""
+def _is_trained(fields: dict[str, Any], index: int, role: str, place: str, config: DataConfig) -> bool:
+    """What a message's loss flags say; they are taken out. A weight of 1 asks for nothing: it may stand at every turn."""
     trained = True
     for name in FLAGS:
         if name in fields and (value := flag_of(fields[name], name, place, f" of message {index}")) is not None:
+            if value and name in ("train", "loss") and role in ROLES and role not in config.train_on:
+                rule = f"message {index} is to be learnt by its {name}, and turns of {role} are not trained"
+                more = ",".join([*config.train_on, role])
+                raise InputError(place, rule, f"data.train_on=[{more}] trains them, or data.ignore=[{name}]")
             del fields[name]
             trained = trained and value
     if "train_detail" in fields:
