@@ -125,5 +125,5 @@ def tiny(sft_file) -> list[str]:
     return [
         "model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48",
         f"data.train={sft_file}", "data.max_length=160", "train.batch_size=8", "train.max_steps=4",
-        "backend.device=cpu", "export.enabled=false", "report.enabled=false",
+        "optim.lr=1e-4", "backend.device=cpu", "export.enabled=false", "report.enabled=false",
     ]  # fmt: skip

@@ -60,6 +60,7 @@ from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.optim import make_optimizer
 from tritune.trainer.pulse import Pulse
+from tritune.trainer.rate import settle_rate
 from tritune.trainer.reached import describe_unused, find_unused
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.rundir import RunDir, export_path
@@ -113,6 +114,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if world.rank == 0:
             directory.write_rejects(splits.rejects())
     stop.heed(world)
+    config = settle_rate(config, world, directory, architecture.get_text_config().hidden_size, say)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     for finding in findings:

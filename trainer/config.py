@@ -74,7 +74,7 @@ class ClassifyTokenConfig(ObjectiveConfig):
 @dataclass
 class OptimConfig:
     name: str = "adamw"
-    lr: float = 1e-4
+    lr: float | None = None  # the peak; default: by the method and the model's width (rate.py), said at the start
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.01  # not on biases, norms and embeddings
@@ -115,6 +115,7 @@ class EvaluationConfig:
     choices: list[str] = field(
         default_factory=list
     )  # sft: beginnings of an answer of which one is right; gives accuracy
+    out: str | None = None  # `tritune evaluate`: JSONL of every row; default: predictions.jsonl in run.dir
     samples: int = 8  # held-out rows on which base and tuned answer freely, for the report
 
 

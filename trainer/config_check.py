@@ -76,7 +76,12 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
             "objective.prompt",
             "the row's text has no place. Write {text} where it goes",
         )
-    rule(0 < c.optim.lr < math.inf, "optim.lr", "a learning rate is positive and finite. Use e.g. 1e-4")
+    rate = c.optim.lr
+    rule(
+        rate is None or 0 < rate < math.inf,
+        "optim.lr",
+        "a learning rate is positive and finite. Use e.g. 1e-4, or null",
+    )
     rule(c.optim.eps > 0, "optim.eps", "it keeps a division from zero. Use e.g. 1e-8")
     rule((c.optim.warmup_steps or 0) >= 0, "optim.warmup_steps", "a count of steps. Use 0 or more")
     rule(

@@ -118,6 +118,8 @@ def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
     if old is None:
         return []
     before, now = _identity(old), _identity(redact_tree(to_dict(config)))  # as it was written
+    if config.optim.lr is None:  # it goes on with the run's own
+        now["optim.lr"] = before.get("optim.lr")
     return [(k, before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
 
 

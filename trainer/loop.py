@@ -21,8 +21,9 @@ from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
 from tritune.trainer.identity import run_identity
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
+from tritune.trainer.metrics.standstill import Standstill
 from tritune.trainer.objectives import Objective, means_by_source, window_weight
-from tritune.trainer.optim import learning_rate
+from tritune.trainer.optim import learning_rate, peak_rate, warmup_steps
 from tritune.trainer.pulse import Pulse
 from tritune.trainer.rundir import RunDir
 from tritune.trainer.scorer import TokenScorer
@@ -91,6 +92,7 @@ def fit(run: Run) -> str | None:
         return None
     run.model.train()
     run.meter.start()
+    standstill = Standstill(state.step, run.loader.total_steps, warmup_steps(config.optim, run.loader.total_steps))
     stopping = None
     began = time.perf_counter() - state.train_seconds
     for micro_batches in run.loader:  # one optimizer step
@@ -111,6 +113,7 @@ def fit(run: Run) -> str | None:
         run.loader.advance()
         state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
         count_nonfinite(run, mean_loss, grad_norm, micro_batches)
+        warn_of_standstill(run, standstill.add(mean_loss))
         stopping = run.stop.agreed(run.world, run.loader.fault())
 
         # -- log, evaluate, save when due
@@ -155,6 +158,16 @@ def count_nonfinite(run: Run, loss: float, grad_norm: float, micro_batches: list
         run.store.wait()
         raise NonFiniteError(
             f"{message}, nor were the {limit - 1} before it. Lower optim.lr, or look at the rows: {', '.join(places)}"
+        )
+
+
+def warn_of_standstill(run: Run, losses: tuple[float, float] | None) -> None:
+    """Say that the loss hardly moved from the one of `losses` to the other, and what to change."""
+    if losses is not None:
+        rate = peak_rate(run.config.optim)
+        text = f"step {run.state.step}: the loss hardly moves, {losses[0]:.4f} at the start and {losses[1]:.4f} now"
+        run.progress.say(
+            f"{text}. Raise optim.lr, {rate:g} in this run: a new run with optim.lr={10 * rate:g} would show more"
         )
 
 

@@ -117,7 +117,9 @@ def _open_plain(config: Config) -> Opened:
         if classifier != (config.objective.name == "classify") and kinds:
             is_one = "a classifier" if classifier else "no classifier"
             rule = f"it is {is_one} ({', '.join(kinds)}); objective={config.objective.name} would give it a random head"
-            raise InputError(f"model.path={config.model.path}", rule, "Give the objective that it was trained for")
+            raise InputError(
+                f"model.path={config.model.path}", rule, f"Give objective={'classify' if classifier else 'sft'}"
+            )
     if config.objective.name == "classify" and config.model.path:
         named: dict[Any, str] = settings.id2label or {}
         labels = labels or [named[i] for i in range(len(named))]

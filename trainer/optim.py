@@ -25,7 +25,7 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cuda", "cpu") and torch.is_floating_point(p) for p in decay + keep)
     return AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps,
+        [g for g in groups if g["params"]], lr=peak_rate(config), betas=(config.betas[0], config.betas[1]), eps=config.eps,
         fused=fused,
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return peak_rate(config) * (step + 1) / (warmup + 1)
     floor = config.min_lr_ratio
     done = (step - warmup) / max(total_steps - warmup, 1)
     if config.schedule is Schedule.linear:
@@ -80,4 +80,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         factor = 1.0 if into < 0 else 1.0 - (1.0 - floor) * into / decay
     else:
         factor = 1.0
-    return config.lr * factor
+    return peak_rate(config) * factor
+
+
+def peak_rate(config: OptimConfig) -> float:
+    """The rate that was given, or that `rate.with_rate` put in its place."""
+    assert config.lr is not None
+    return config.lr

@@ -31,7 +31,10 @@ from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
+    from tritune.trainer.distributed import World
+    from tritune.trainer.open import Opened
 
+    Answered = tuple[dict[str, Any], list[dict[str, Any]] | InputError]  # a prompt's fields, and what was said to it
 
 # The groups of a run's configuration that name what a verb reads.
 READS = {
@@ -74,12 +77,16 @@ def exit_status(call: Callable[[], None]) -> int:
 
 
 def evaluate(config: Config, run: Path | None) -> None:
-    """Score the splits of `evaluation.splits` that the data has; print a table, and write `evaluation.json` with a run."""
+    """Score the splits of `evaluation.splits` that the data has; print a table, and write `evaluation.json` with a run.
+
+    Every row's input, reference and what the model makes of it go to `evaluation.out`.
+    """
     from tritune.trainer.backends.local import Local
     from tritune.trainer.build import lay_out_choices, make_objective
     from tritune.trainer.data.records import require_sources
     from tritune.trainer.data.splits import read_splits, require_length
     from tritune.trainer.evaluation.evaluate import evaluate as score
+    from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.model import context_length
     from tritune.trainer.objectives.language_model import LanguageModel
@@ -99,46 +106,80 @@ def evaluate(config: Config, run: Path | None) -> None:
     choices = lay_out_choices(config, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
-    results, backend = {}, Local("single", world)
+    results, backend, recorders = {}, Local("single", world), {}
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
-        how = LanguageModel() if name == "retention" else objective
-        results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size, tokenizer.pad_token_id,
-                              choices.get(name))  # fmt: skip
+        recorders[name] = Recorder(LanguageModel() if name == "retention" else objective)
+        results[name] = score(recorders[name], scorer, examples, backend, config.evaluation.batch_size,
+                              tokenizer.pad_token_id, choices.get(name))  # fmt: skip
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
+    out = config.evaluation.out or (run and run / "predictions.jsonl")
+    if out is not None:
+        rows = (
+            {"split": name, **line}
+            for name, kept in recorders.items()
+            for line in described(kept, splits.examples[name], splits.labels, tokenizer)
+        )
+        _say(f"evaluate  {write_predictions(Path(out), rows):,} rows in {out}")
 
 
 def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
-    """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output."""
+    """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output.
+
+    A classifier answers with a label. A prompt that cannot be answered has an `error` in the place of answers; only where no
+    prompt can be, that is an error.
+    """
+    if not prompts and config.generate.file is None:
+        raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
+    world, opened = _open(config, run)
+    answered = (_labels if opened.labels else _words)(opened, config, prompts, world)
+    faults = [answers for _, answers in answered if isinstance(answers, InputError)]
+    if len(faults) == len(answered) and faults:
+        raise faults[0]
+    lines = []
+    for fields, answers in answered:
+        what = {"answers": [], "error": str(answers)} if isinstance(answers, InputError) else {"answers": answers}
+        lines.append(json.dumps({**fields, **what}, ensure_ascii=False) + "\n")
+    if faults:
+        _say(f"generate  {len(faults):,} of {len(answered):,} prompts have no answer. The first: {faults[0]}")
+    out = config.generate.out
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text("".join(lines), encoding="utf-8")
+    _say(f"generate  {opened.what}: {len(answered):,} prompts, answers in {out}")
+
+
+def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import generate as answer
     from tritune.trainer.evaluation.generate import require_room
     from tritune.trainer.model import context_length
 
-    if not prompts and config.generate.file is None:
-        raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
-    world, opened = _open(config, run)
-    if opened.heads or not hasattr(opened.model, "generate"):
-        raise InputError(opened.what, "it is a classifier and has no words", "Use tritune evaluate")
     settings = config.generate
+    speak = getattr(opened.model, "generate", None)
+    if speak is None:
+        raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
     require_room(
         [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)
     )
-    said = answer(opened.model, opened.model.generate, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
+    said = answer(opened.model, speak, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
                   world.device, config.seed, config.model.dtype.value == "float64")  # fmt: skip
-    lines = [
-        json.dumps({**row.fields, "answers": [vars(a) for a in answers]}, ensure_ascii=False) + "\n"
-        for row, answers in zip(rows, said, strict=True)
-    ]
-    if settings.out is None:
-        sys.stdout.writelines(lines)
-        return
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.out).write_text("".join(lines), encoding="utf-8")
-    _say(f"generate  {opened.what}: {len(rows):,} prompts, answers in {settings.out}")
+    return [(row.fields, [vars(a) for a in answers]) for row, answers in zip(rows, said, strict=True)]
+
+
+def _labels(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
+    from tritune.trainer.build import make_objective
+    from tritune.trainer.evaluation.labels import label_texts, read_texts
+    from tritune.trainer.model import context_length
+
+    objective = make_objective(opened.config, opened.labels, opened.tokenizer)
+    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config))
+    return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
 def export(config: Config, run: Path | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import harness
@@ -26,6 +28,19 @@ def evaluate(capfd):
     def call(*argv: str) -> tuple[int, str, str]:
         capfd.readouterr()
         code = cli(["evaluate", *argv])
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def ask(capfd):
+    """Call `generate` -> exit status, what it printed, what was said."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli(["generate", *argv])
         out = capfd.readouterr()
         return code, out.out, out.err
 
@@ -64,12 +79,60 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def require_rows_give_the_figures(run: Path, by_token: bool) -> None:
+    """`predictions.jsonl` has every row once, in the data's order, and its figures add up to those of the table."""
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for split, figure in figures(run).items():
+        rows = [line for line in lines if line["split"] == split]
+        assert len({(row["place"], row.get("input")) for row in rows}) == len(rows) > 0
+        numbers = [int(re.findall(r"\d+", row["place"])[-1]) for row in rows]
+        assert numbers == sorted(numbers)
+        if "label" in rows[0]:
+            losses = [-math.log(row["probabilities"][row["label"]]) for row in rows]
+            mean = sum(losses) / len(rows)  # of six digits; by token the loss is over the whole vocabulary
+            assert mean == pytest.approx(figure["loss"], abs=1e-5) or (by_token and mean < figure["loss"])
+            assert sum(row["prediction"] == row["label"] for row in rows) / len(rows) == pytest.approx(
+                figure["accuracy"]
+            )
+            assert all(row["label"] in row["input"] for row in rows)
+            assert all(max(row["probabilities"].values()) == row["probability"] for row in rows)
+        else:
+            tokens = sum(row["tokens"] for row in rows)
+            assert sum(row["loss"] * row["tokens"] for row in rows) / tokens == pytest.approx(figure["loss"], rel=1e-9)
+            assert all(row["reference"] for row in rows)
+
+
+def require_the_same_labels(ask, run: Path, kind: str) -> None:
+    """A classifier that is asked through `generate` says what it said of the same texts in the test split."""
+    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()][:20]
+    asked = run / "asked.jsonl"
+    texts = [re.search(r"(?:Is it )?(.*?)(?:\? It is)?$", row["input"].strip())[1] for row in told]
+    lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
+    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}']) + "\n")
+    where = [[f"run.dir={run}"], [f"model.path={run / 'export'}", "objective=classify"]]
+    for open_it in where[: 1 if kind == "classify_token" else 2]:
+        code, out, err = ask(*open_it, f"generate.file={asked}", "backend.device=cpu", "data.max_length=96")
+        assert code == 0, err
+        said = [json.loads(line) for line in out.splitlines()]
+        assert [row["answers"][0]["text"] for row in said[:20]] == [row["prediction"] for row in told]
+        assert [row["answers"][0]["probability"] for row in said[:20]] == pytest.approx(
+            [r["probability"] for r in told], abs=2e-6
+        )
+        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 3
+        assert [row.get("id") for row in said[:20]] == list(range(20))
+        assert "3 of 23 prompts have no answer. The first: " in err
+        assert f"{asked}:21" in err
+        code, out, err = ask(*open_it, "--prompt", " ", "backend.device=cpu")
+        assert (code, out) == (2, "")
+        assert "the text is empty" in err
+
+
 FAST = ["sft lora", "classify_token"]
 SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
-def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, base, tmp_path, kind):
+def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, ask, kinds, base, tmp_path, kind):
     """To the last bit, with the splits cut again from the training file; and so do its export and its base."""
     run = tmp_path / "run"
     options = [*QUICK, *kinds[kind], f"model.path={base}", "train.max_steps=6", "train.batch_size=8"]
@@ -78,6 +141,7 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, bas
     code, table, err = evaluate(f"run.dir={run}")
     assert code == 0, err
     assert figures(run) == tuned(run)
+    require_rows_give_the_figures(run, by_token=kind == "classify_token")
     assert json.loads((run / "evaluation.json").read_text())["step"] == 6
     before = json.loads((run / "base.json").read_text())
     for split, found in tuned(run).items():
@@ -91,6 +155,8 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, kinds, bas
     if "bfloat16" not in kind:
         assert all(f"{value:,.4f}" in table for found in tuned(run).values() for value in found.values())
     # The base by itself is what the run scored before its first step.
+    if kind.startswith("classify"):
+        require_the_same_labels(ask, run, kind)
     if not kind.startswith("classify "):  # its head was random then
         code, table, err = evaluate(f"model.path={base}", *data)
         assert code == 0, err
@@ -166,7 +232,7 @@ def test_a_stopped_run_is_evaluated_where_it_stopped(tritune, evaluate, kinds, b
 
 @pytest.mark.slow
 def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_path):
-    """A new test file in place of the share; the run's own files are left as they were but for `evaluation.json`."""
+    """A new test file in place of the share; the run's own files are left as they were but for what it writes."""
     run, new = tmp_path / "run", tmp_path / "new.jsonl"
     new.write_text("\n".join(sft_file.read_text().splitlines()[:9]))
     options = [*QUICK, *kinds["sft full"][:4], f"model.path={base}", "train.batch_size=8", "train.max_steps=2"]
@@ -177,7 +243,10 @@ def test_other_rows_and_overrides(tritune, evaluate, kinds, base, sft_file, tmp_
     assert "test (9 rows)" in table
     assert list(figures(run)) == ["test"]
     assert {p: p.read_bytes() for p in before} == before
-    assert {p for p in run.rglob("*") if p.is_file()} - set(before) == {run / "evaluation.json"}
+    assert {p for p in run.rglob("*") if p.is_file()} - set(before) == {
+        run / "evaluation.json",
+        run / "predictions.jsonl",
+    }
 
 
 def test_refusals(tritune, evaluate, kinds, base, tmp_path):

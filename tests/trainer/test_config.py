@@ -162,7 +162,7 @@ def test_a_mistyped_value_is_not_reported_again_as_missing():
         ("model.dtype=float16", ["float16", "float32", "bfloat16"]),
         ("optim.schedule=cosin", ["cosin", "cosine", "linear"]),
         ("data.labels=red", ["list"]),
-        ("optim.lr=null", ["float"]),
+        ("optim.eps=null", ["float"]),
         ("data.columns=[text]", ["dict"]),
         ("data.columns.label=[a,b]", ["data.columns.label=[a,b]", "str"]),
     ],
@@ -454,7 +454,7 @@ def test_resume_with_changed_identity_names_old_and_new(tritune, stopped_run, mo
     assert result.code == EXIT_INPUT
     assert "Traceback" not in result.err
     assert result.err.count("tritune:") == 1
-    for expected in ("train.batch_size: 8 -> 16", "optim.lr: 0.0001 -> 0.003", "seed: 0 -> 5", f"run.dir={directory}"):
+    for expected in ("train.batch_size: 8 -> 16", "optim.lr: 0.005 -> 0.003", "seed: 0 -> 5", f"run.dir={directory}"):
         assert expected in result.err
     rewritten = ("status.json", "train.log", "lock.json")  # they tell of the newest start
     for path, content in before.items():

@@ -146,7 +146,7 @@ def groups(optimizer, model) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_norms_biases_and_embeddings_do_not_decay(tied):
     model = model_of("qwen2", tied)
-    decay, keep = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
+    decay, keep = groups(make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.1), model), model)
     matrices = {n for n in dict(model.named_parameters()) if n.endswith("proj.weight")}
     assert len(matrices) == 14
     assert decay == matrices | (set() if tied else {"lm_head.weight"})
@@ -160,7 +160,7 @@ def test_gpt2_positions_do_not_decay():
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32)
     )
-    decay, keep = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
+    decay, keep = groups(make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.1), model), model)
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= keep
     assert decay == {f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
 
@@ -170,7 +170,7 @@ def test_lora_groups_hold_only_what_trains():
     apply_method(
         LoraConfig(rank=2, targets=["q_proj"], bias=Bias.lora_only, modules_to_save=["embed_tokens"]), model, [], 0
     )
-    decay, keep = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
+    decay, keep = groups(make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.1), model), model)
     q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert decay == {f"{n}.{f}" for n in q for f in ("lora_A", "lora_B")}
     assert keep == {f"{n}.base_layer.bias" for n in q} | {"model.embed_tokens.weight"}
@@ -178,7 +178,7 @@ def test_lora_groups_hold_only_what_trains():
 
 def test_a_new_classification_head_decays():
     model = model_of("qwen2", True, AutoModelForSequenceClassification, num_labels=3)
-    decay, _ = groups(make_optimizer(OptimConfig(weight_decay=0.1), model), model)
+    decay, _ = groups(make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.1), model), model)
     assert "score.weight" in decay
 
 

@@ -195,7 +195,7 @@ def test_fsdp_gathers_no_tower(folders):
     apply_method(MethodConfig(), model, [], 0, find_unused(model, []))
     scorer = TokenScorer(model, None, 0, 64)
     backend = Fsdp("fsdp", FsdpConfig(), World(0, 1, torch.device("cpu")), Dtype.float32)
-    wrapped = backend.prepare(scorer, lambda m: make_optimizer(OptimConfig(weight_decay=0.5), m))
+    wrapped = backend.prepare(scorer, lambda m: make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.5), m))
     before = model.model.vision_tower.head.probe.full_tensor().clone()
     seen = {}
 

@@ -72,6 +72,10 @@ class Objective(Protocol):
         """Sums (float64) that evaluation adds up over batches and ranks."""
         ...
 
+    def rows(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What is known of each document, float64 [D, ...]: `probabilities` of the classes; or `nll` and `tokens`."""
+        ...
+
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums -> figures; `loss` is always among them."""
         ...

@@ -55,6 +55,9 @@ class Classify:
             "confusion": confusion(batch.labels, self._among_labels(logits).argmax(dim=-1), self.num_labels),
         }
 
+    def rows(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"probabilities": self._among_labels(self._logits(model, batch)[0]).double().softmax(dim=-1)}
+
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         apart = means_by_source(self.sources.names, sums["by_source"]) if "by_source" in sums else {}
         return {"loss": float(sums["nll"] / sums["rows"]), **classification_report(sums["confusion"]), **apart}

@@ -44,6 +44,11 @@ class LanguageModel:
             "bytes": torch.tensor(float(batch.num_bytes), dtype=torch.float64, device=nll.device),
         }
 
+    def rows(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        each, rows = model(batch, "token_nll").double(), batch.document_of(batch.predict)
+        empty = torch.zeros(len(batch.lengths), dtype=torch.float64, device=each.device)
+        return {"nll": empty.index_add(0, rows, each), "tokens": empty.index_add(0, rows, torch.ones_like(each))}
+
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         nll, tokens, num_bytes = (float(sums[k]) for k in ("nll", "tokens", "bytes"))
         loss = nll / tokens

@@ -1,0 +1,101 @@
+"""What a model makes of each row, one by one: for a person who wants to see what the figures come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.batch import Batch
+from tritune.trainer.data.examples import Examples
+from tritune.trainer.objectives import Loss, Objective
+
+DIGITS = 6
+
+
+class Recorder:
+    """An objective that keeps what it computes of each row while a split is scored; no forward is made twice."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.sources = objective, objective.sources
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
+        return self.objective.prepare(model, micro_batches)
+
+    def weight(self, batch: Batch) -> Tensor:
+        return self.objective.weight(batch)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        return self.objective(model, batch)
+
+    def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        once = _Once(model)
+        sums = self.objective.score(once, batch)
+        each = {name: values.cpu() for name, values in self.objective.rows(once, batch).items()}
+        for i, sample in enumerate(batch.sample_ids.tolist()):
+            if sample >= 0:
+                self.kept[sample] = {name: values[i] for name, values in each.items()}
+        return sums
+
+    def rows(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.rows(model, batch)
+
+    def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return self.objective.report(sums)
+
+
+class _Once(nn.Module):
+    """A model that answers the second of two equal questions from memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._ask = [model]  # in a list: it is no part of this module
+        self._kept: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch, want: str) -> Tensor:
+        if want not in self._kept:
+            self._kept[want] = self._ask[0](batch, want)
+        return self._kept[want]
+
+
+def described(
+    recorder: Recorder, examples: Examples, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """A JSON object for each row, in the split's order.
+
+    Of a classifier: place, input, label (null where there is none), prediction, its probability, and those of all labels. Else:
+    place, input and reference (what the answer's or the text's predicted tokens spell), their mean loss and their number.
+    """
+    for row, number in enumerate(examples.numbers.tolist()):
+        found = recorder.kept[number]
+        ids = np.asarray(examples.ids(row)).tolist()
+        line: dict[str, Any] = {"place": examples.place(row)}
+        if "probabilities" in found:
+            label, chances = int(examples.labels[row]), found["probabilities"].double()
+            best = int(chances.argmax())
+            line |= {
+                "input": tokenizer.decode(ids, skip_special_tokens=True), "label": labels[label] if label >= 0 else None,
+                "prediction": labels[best], "probability": round(float(chances[best]), DIGITS),
+                "probabilities": {name: round(p, DIGITS) for name, p in zip(labels, chances.tolist(), strict=True)},
+            }  # fmt: skip
+        else:
+            trained = examples.trained(row)
+            first, tokens = int(trained[0]) if len(trained) else len(ids), int(found["tokens"])
+            line |= {
+                "input": tokenizer.decode(ids[:first]),
+                "reference": tokenizer.decode([ids[i] for i in trained], skip_special_tokens=True),
+                "loss": float(found["nll"]) / max(tokens, 1), "tokens": tokens,
+            }  # fmt: skip
+        yield line
+
+
+def write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> int:
+    """Write a JSON object a line; return how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        return sum(1 for line in lines if file.write(json.dumps(line, ensure_ascii=False) + "\n"))
