@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Turns, Unsupervised
 
 # Who speaks in a conversation.
 ROLES = ("system", "user", "assistant", "tool")
@@ -55,6 +55,7 @@ class DataConfig:
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
+    turns: Turns = Turns.auto  # which of them share a row: templates may write an answer otherwise once another follows
     labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
 
 
@@ -73,6 +74,7 @@ class Check(StrEnum):
     bad_rows = "bad_rows"  # rows that cannot be read, or too long with data.overlong=refuse
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
+    turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token

@@ -12,9 +12,12 @@ from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
 from tritune.trainer.config_data import Check
+from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
+from tritune.trainer.data.masks import verify
+from tritune.trainer.data.remarks import Kind
+from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import Splits
-from tritune.trainer.data.templates import ChatTemplate, verify
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -39,6 +42,7 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
             severity = Severity.fault if config.data.require_stop_token else Severity.note
             text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
             findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
+        findings += _said(name, examples)
     findings += _template(config, tokenizer)
     findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
     if "train" in splits.examples and splits.labels:
@@ -57,6 +61,22 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
         places = list(report.dropped_places)
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
+
+
+def _said(name: str, examples: Examples) -> Iterator[Finding]:
+    """What was said of rows when they were encoded."""
+    for kind, tally in examples.report.remarks.items():
+        rows, details = tally["rows"], {"split": name, **tally["parts"]}
+        match kind:
+            case Kind.apart:
+                text = (
+                    f"{name}: {counted(tally['parts']['conversations'], 'conversation')} in {counted(rows, 'row')}: the"
+                )
+                text += " template writes earlier answers otherwise once another turn follows"
+                yield Finding(Check.turns_apart, Severity.note, rows, text, tally["places"], details=details)
+            case Kind.empty:
+                text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
+                yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)
 
 
 def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
@@ -121,7 +141,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Fi
     """The chat template on a conversation of ours; one that it refuses shows nothing."""
     if config.objective.name != "sft" or not tokenizer.chat_template or "assistant" not in config.data.train_on:
         return
-    template = ChatTemplate(tokenizer, config.data.train_on, config.data.last_turn_only)
+    template = chat_template(tokenizer, config.data)
     try:
         said = verify(tokenizer, template, PROBE, "a probe conversation")
     except InputError as error:

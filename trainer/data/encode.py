@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,11 +10,13 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
-from tritune.trainer.config_choices import Overlong
+from tritune.trainer.config_choices import Overlong, Turns
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.examples import Columns
 from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.templates import ChatTemplate, token_spans
+from tritune.trainer.data.masks import token_spans
+from tritune.trainer.data.remarks import Kind, Remark
+from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -28,6 +31,7 @@ class Encoded:
         token_bytes: one array a row: how many bytes of the text each token is the first to reach the end of; text only.
         bad: faults of rows that are left out. dropped: places of rows without a supervised token, with why.
         too_long: places of rows left out above `data.max_length`.
+        remarks: what is said of rows in `columns`, which number them.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -37,6 +41,7 @@ class Encoded:
     bad: list[InputError] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
     def fits(self, length: int, place: str, data: DataConfig) -> bool:
         """Whether a row is kept, cut or not; notes it otherwise.
@@ -75,15 +80,15 @@ class Conversations:
         self.begin = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         self.template = None
         if tokenizer.chat_template:
-            self.template = ChatTemplate(tokenizer, data.train_on, data.last_turn_only)
+            self.template = chat_template(tokenizer, data)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
         if self.template is None and any(r.messages is not None for r in records):
             ChatTemplate(self.tokenizer)  # says that there is none
         rows = self._plain(records) if self.template is None else self._rendered(records, self.template, out)
-        for record, ids, spans in rows:
-            self._add(out, record, ids, spans)
+        for record, ids, spans, apart in rows:
+            self._add(out, record, ids, spans, apart)
         return out
 
     def _rendered(self, records: Sequence[Record], template: ChatTemplate, out: Encoded):
@@ -96,13 +101,15 @@ class Conversations:
                     {"role": "assistant", "content": record.response or ""},
                 ]
             try:
-                rendered.append(template.render(messages, record.place, record.tools))
-                kept.append(record)
+                rows = template.rows(messages, record.place, record.tools)
             except InputError as error:
                 out.bad.append(error)
+                continue
+            rendered += rows
+            kept += [(record, None if len(rows) == 1 else (number, len(rows))) for number in range(len(rows))]
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        for record, one, encoding in zip(kept, rendered, encodings, strict=True):
-            yield record, encoding.ids, token_spans(encoding, one)
+        for (record, apart), one, encoding in zip(kept, rendered, encodings, strict=True):
+            yield record, encoding.ids, token_spans(encoding, one), apart
 
     def _plain(self, records: Sequence[Record]):
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
@@ -113,9 +120,17 @@ class Conversations:
         for i, record in enumerate(records):
             prompt, response = encoded[i].ids, encoded[len(records) + i].ids if responses[i] else []
             ids = [*prompt, *response, *(end if response else [])]
-            yield record, ids, [(len(prompt), len(ids))] if response else []
+            yield record, ids, [(len(prompt), len(ids))] if response else [], None
 
-    def _add(self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]]) -> None:
+    def _add(
+        self,
+        out: Encoded,
+        record: Record,
+        ids: list[int],
+        spans: Sequence[tuple[int, int]],
+        apart: tuple[int, int] | None,
+    ) -> None:
+        """Add a row; `apart` is its number among those that a record became, where they are several, and how many."""
         limit = self.data.max_length
         if not out.fits(len(ids), record.place, self.data):
             return
@@ -126,7 +141,12 @@ class Conversations:
             out.dropped.append(record.place + (" (its answer lies beyond the cut)" if beyond else ""))
             return
         digest = record.digest()
-        out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=digest[:16])
+        own = digest
+        if apart is not None:
+            last = apart[0] + 1 == apart[1]
+            own = digest if last else hashlib.sha256(digest + b"%d" % apart[0]).digest()
+            out.remarks.append(Remark(len(out.columns), Kind.apart, {"conversations": int(last)}))
+        out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=own[:16])
         out.stops.append(any(not self.stops.isdisjoint(ids[a:b]) for a, b in kept))
         out.points.append(record.point(digest))
 
@@ -213,6 +233,15 @@ def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarra
         ends = np.concatenate([[0], np.cumsum(widths)])[ends]
     reached = np.diff(np.maximum.accumulate(ends), prepend=0) if len(ends) else ends
     return np.concatenate([reached, np.zeros(extra, np.int64)]).astype(np.int32)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
+    """The tokenizer's template, for what the config trains.
+
+    Raises:
+        InputError: there is none, or it is not valid.
+    """
+    return ChatTemplate(tokenizer, data.train_on, data.last_turn_only, each=data.turns is Turns.each)
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tritune.trainer.data import remarks
 from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError
 
@@ -39,6 +40,7 @@ class DataReport:
             first few, each with why.
         duplicates, too_long: rows left out by `data.duplicates` and `data.overlong`.
         stop_rows: rows in which a stop token is trained.
+        remarks: what is said of rows that are kept, by kind (`remarks.Said`).
     """
 
     rows: int = 0
@@ -53,6 +55,7 @@ class DataReport:
     duplicates: int = 0
     too_long: int = 0
     stop_rows: int = 0
+    remarks: remarks.Said = field(default_factory=dict)
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -78,7 +81,8 @@ def joined(reports: Sequence[DataReport]) -> DataReport:
     whole = DataReport()
     for report in reports:
         for one in fields(DataReport):
-            setattr(whole, one.name, getattr(whole, one.name) + getattr(report, one.name))
+            mine, theirs = getattr(whole, one.name), getattr(report, one.name)
+            setattr(whole, one.name, remarks.joined(mine, theirs) if one.name == "remarks" else mine + theirs)
     return whole
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.encode import Encoded, Encoder
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
+from tritune.trainer.data.remarks import Remark
 from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
 
@@ -28,6 +29,7 @@ class Piece:
         points, stops: float64 and bool, one a row.
         token_bytes: of each token, one list a row; empty unless the objective reads text.
         seen: columns named in the config that some row had.
+        remarks: of rows of the batch.
     """
 
     batch: pa.RecordBatch
@@ -38,6 +40,7 @@ class Piece:
     dropped: list[str]
     too_long: list[str]
     seen: set[str]
+    remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +101,7 @@ def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str]) -> Piece
     return Piece(
         encoded.columns.batch(), np.array(encoded.points, np.float64), np.array(encoded.stops, bool),
         encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen,
+        encoded.remarks,
     )  # fmt: skip
 
 
