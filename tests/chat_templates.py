@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from tritune.trainer.tokenizer import byte_tokenizer
+
 START, END = "<|im_start|>", "<|im_end|>"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CALLS = "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' }}{{ c.function | tojson }}{{ '</tool_call>' }}{% endfor %}"
@@ -157,6 +159,13 @@ FAMILIES = {
 ADDED = [START, END, "<|channel|>", "<|message|>", "<|return|>"]
 _POOL = ["yes", "Yes.", "a", "\n", "", " x ", "assistant\n", "user", "<|im_end", "think", "y\n\nz ", "größer 😀", "[/INST]"]
 _TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}}
+
+
+def tokenizer_of(template: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ADDED})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def conversation(rng: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

@@ -58,6 +58,14 @@ class Overlong(StrEnum):
     refuse = "refuse"
 
 
+class Unrendered(StrEnum):
+    """What happens where the chat template leaves out something that a row holds: it ends the run, or is said and trained
+    without."""
+
+    refuse = "refuse"
+    warn = "warn"
+
+
 class Turns(StrEnum):
     """How the trained turns of a conversation lie in rows: `auto` keeps those together that its template writes in one text as
     it does when they are asked for; `each` makes every one a row of its own, which ends with it."""

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Turns, Unsupervised
+from tritune.trainer.config_choices import (
+    BadRows,
+    Duplicates,
+    Kind,
+    Overlong,
+    Packing,
+    TextUnit,
+    Turns,
+    Unrendered,
+    Unsupervised,
+)
 
 # Who speaks in a conversation.
 ROLES = ("system", "user", "assistant", "tool")
@@ -52,6 +62,7 @@ class DataConfig:
     similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
+    unrendered: Unrendered = Unrendered.refuse  # contents, tool calls, tools, thoughts that the chat template does not write
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
@@ -74,6 +85,7 @@ class Check(StrEnum):
     bad_rows = "bad_rows"  # rows that cannot be read, or too long with data.overlong=refuse
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
+    unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
     turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
@@ -95,7 +107,7 @@ class Check(StrEnum):
 
 # Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
 FAIL_ON = (Check.unreadable, Check.bad_rows, Check.unsupervised, Check.over_context, Check.no_stop_token,
-           Check.double_bos, Check.template_mismatch, Check.split_leaked, Check.unknown_labels)  # fmt: skip
+           Check.double_bos, Check.template_mismatch, Check.unrendered, Check.split_leaked, Check.unknown_labels)  # fmt: skip
 
 
 @dataclass

@@ -8,7 +8,8 @@ import random
 
 import jinja2
 import pytest
-from chat_templates import ADDED, FAMILIES, Family, conversation
+import today
+from chat_templates import FAMILIES, Family, conversation, tokenizer_of
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.config import Config
@@ -21,17 +22,9 @@ from tritune.trainer.data.spans import ChatTemplate, shared
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.data.templates import UNTRAINED
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
 
 HEAD = "\ue000"
 THOUGHT = "<think>\nparity\n</think>\n\nYes."
-
-
-def tokenizer_of(template: str):
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ADDED})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def trained(tokenizer, messages, tools=None, **settings) -> list[tuple[list[int], list[int]]]:
@@ -47,7 +40,7 @@ def trained(tokenizer, messages, tools=None, **settings) -> list[tuple[list[int]
         assert all(a < b for a, b in spans)
         assert all(b <= c for (_, b), (c, _) in itertools.pairwise(spans)), "disjoint, in order"
         found += [(row["ids"][:a], row["ids"][a:b]) for a, b in spans]
-    return sorted(found, key=lambda one: len(one[0]))  # by turn, whichever row it lies in
+    return found
 
 
 def reference(tokenizer, family: Family, messages, tools) -> list[tuple[str, set[str]]]:
@@ -107,9 +100,10 @@ def hold(name: str, count: int, seed: int) -> tuple[int, int]:
         for turns in list(Turns)[: 1 + (number % 8 == 0)]:
             found = trained(tokenizer, messages, tools, turns=turns)
             assert len(found) == len(wanted), messages
-            for (before, written), (asked, said) in zip(found, wanted, strict=True):
-                assert before == ids(asked), (messages, asked, tokenizer.decode(before))
-                assert written in [ids(one) for one in said], (messages, said, tokenizer.decode(written))
+            for asked, said in wanted:
+                one = next(((ids(asked), ids(text)) for text in said if (ids(asked), ids(text)) in found), None)
+                assert one is not None, (messages, asked, said, [tokenizer.decode(written) for _, written in found])
+                found.remove(one)
         answers += len(wanted)
         if number % 8:
             continue
@@ -130,9 +124,9 @@ def test_every_answer_is_trained_as_it_is_asked_for(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_answer_of_two_thousand_conversations(name):
-    answers, _ = hold(name, 2000, seed=2)
-    assert answers > 1000
+def test_every_answer_of_many_conversations(name):
+    answers, _ = hold(name, 300, seed=today.seed())
+    assert answers > 150
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check
 from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
 from tritune.trainer.data.masks import verify
-from tritune.trainer.data.remarks import Kind
+from tritune.trainer.data.remarks import Kind, named
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.errors import InputError
@@ -42,7 +42,7 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
             severity = Severity.fault if config.data.require_stop_token else Severity.note
             text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
             findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
-        findings += _said(name, examples)
+        findings += _said(config, name, examples)
     findings += _template(config, tokenizer)
     findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
     if "train" in splits.examples and splits.labels:
@@ -63,7 +63,7 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
 
 
-def _said(name: str, examples: Examples) -> Iterator[Finding]:
+def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
     """What was said of rows when they were encoded."""
     for kind, tally in examples.report.remarks.items():
         rows, details = tally["rows"], {"split": name, **tally["parts"]}
@@ -74,6 +74,12 @@ def _said(name: str, examples: Examples) -> Iterator[Finding]:
                 )
                 text += " template writes earlier answers otherwise once another turn follows"
                 yield Finding(Check.turns_apart, Severity.note, rows, text, tally["places"], details=details)
+            case Kind.unrendered:
+                text = f"{name}: {counted(rows, 'row')} of which the chat template leaves something out: {named(tally['parts'])}"
+                severity = Severity.fault if config.data.unrendered is Unrendered.refuse else Severity.warning
+                if severity is Severity.warning:
+                    text += "; trained without it (data.unrendered=warn)"
+                yield Finding(Check.unrendered, severity, rows, text, tally["places"], details=details)
             case Kind.empty:
                 text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
                 yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)

@@ -68,6 +68,7 @@ REMEDIES = {
     Check.bad_rows: "Mend the rows, or data.bad_rows=skip leaves them out",
     Check.unsupervised: "Mend the rows, raise data.max_length, or data.unsupervised=drop",
     Check.empty_answers: "Mend or remove the rows",
+    Check.unrendered: "Give a model.chat_template that writes it, take it out of the rows, or data.unrendered=warn",
     Check.turns_apart: "data.last_turn_only=true trains the last answer of each conversation alone",
     Check.over_context: "Lower data.max_length",
     Check.truncation: "Raise data.max_length, or data.overlong=drop",

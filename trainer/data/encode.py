@@ -17,6 +17,7 @@ from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.remarks import Kind, Remark
 from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.unrendered import unrendered
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -87,8 +88,8 @@ class Conversations:
         if self.template is None and any(r.messages is not None for r in records):
             ChatTemplate(self.tokenizer)  # says that there is none
         rows = self._plain(records) if self.template is None else self._rendered(records, self.template, out)
-        for record, ids, spans, apart in rows:
-            self._add(out, record, ids, spans, apart)
+        for record, ids, spans, part, said in rows:
+            self._add(out, record, ids, spans, part, said)
         return out
 
     def _rendered(self, records: Sequence[Record], template: ChatTemplate, out: Encoded):
@@ -105,11 +106,18 @@ class Conversations:
             except InputError as error:
                 out.bad.append(error)
                 continue
+            missing = unrendered(messages, record.tools, rows)
+            for number, row in enumerate(rows):
+                last = number + 1 == len(rows)
+                said: list[tuple[Kind, dict[str, int]]] = []
+                said += [(Kind.apart, {"conversations": int(last)})] if len(rows) > 1 else []
+                said += [(Kind.unrendered, missing)] if missing and last else []
+                said += [(Kind.empty, {})] if template.says_nothing(row) else []
+                kept.append((record, number if len(rows) > 1 and not last else None, said))
             rendered += rows
-            kept += [(record, None if len(rows) == 1 else (number, len(rows))) for number in range(len(rows))]
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        for (record, apart), one, encoding in zip(kept, rendered, encodings, strict=True):
-            yield record, encoding.ids, token_spans(encoding, one), apart
+        for (record, part, said), one, encoding in zip(kept, rendered, encodings, strict=True):
+            yield record, encoding.ids, token_spans(encoding, one), part, said
 
     def _plain(self, records: Sequence[Record]):
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
@@ -120,17 +128,14 @@ class Conversations:
         for i, record in enumerate(records):
             prompt, response = encoded[i].ids, encoded[len(records) + i].ids if responses[i] else []
             ids = [*prompt, *response, *(end if response else [])]
-            yield record, ids, [(len(prompt), len(ids))] if response else [], None
+            said: list[tuple[Kind, dict[str, int]]] = [] if responses[i].strip() else [(Kind.empty, {})]
+            yield record, ids, [(len(prompt), len(ids))] if response else [], None, said
 
     def _add(
-        self,
-        out: Encoded,
-        record: Record,
-        ids: list[int],
-        spans: Sequence[tuple[int, int]],
-        apart: tuple[int, int] | None,
-    ) -> None:
-        """Add a row; `apart` is its number among those that a record became, where they are several, and how many."""
+        self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]], part: int | None,
+        said: Sequence[tuple[Kind, dict[str, int]]],
+    ) -> None:  # fmt: skip
+        """Add a row; `part` is its number among those that a record became, None for the last or only one."""
         limit = self.data.max_length
         if not out.fits(len(ids), record.place, self.data):
             return
@@ -141,11 +146,8 @@ class Conversations:
             out.dropped.append(record.place + (" (its answer lies beyond the cut)" if beyond else ""))
             return
         digest = record.digest()
-        own = digest
-        if apart is not None:
-            last = apart[0] + 1 == apart[1]
-            own = digest if last else hashlib.sha256(digest + b"%d" % apart[0]).digest()
-            out.remarks.append(Remark(len(out.columns), Kind.apart, {"conversations": int(last)}))
+        own = digest if part is None else hashlib.sha256(digest + b"%d" % part).digest()
+        out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
         out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=own[:16])
         out.stops.append(any(not self.stops.isdisjoint(ids[a:b]) for a, b in kept))
         out.points.append(record.point(digest))

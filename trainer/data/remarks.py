@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from tritune.trainer.config_choices import Unrendered
+from tritune.trainer.config_data import DataConfig
+from tritune.trainer.errors import InputError
+
 PLACES = 20  # named of each kind
 
 
@@ -14,6 +18,7 @@ class Kind(StrEnum):
     """What there is to say."""
 
     apart = "apart"  # answers of one conversation in rows of their own
+    unrendered = "unrendered"  # the template does not write all that the row holds
     empty = "empty"  # an answer that trains nothing but what closes it
 
 
@@ -46,6 +51,24 @@ def joined(one: Said, other: Said) -> Said:
         for kind, tally in part.items():
             _merge(said, kind, tally)
     return said
+
+
+def require_rendered(said: Said, rows: int, data: DataConfig) -> None:
+    """Refuse rows of which the template leaves something out.
+
+    Raises:
+        InputError: it says what, how often, and names the first such row.
+    """
+    tally = said.get(Kind.unrendered)
+    if tally is not None and data.unrendered is Unrendered.refuse:
+        rule = f"the chat template leaves out what {tally['rows']:,} of {rows:,} rows hold: {named(tally['parts'])}"
+        remedy = "Give a model.chat_template=<file> that writes it, take it out of the rows, or train without: "
+        raise InputError(tally["places"][0], rule, remedy + "data.unrendered=warn")
+
+
+def named(parts: Mapping[str, int]) -> str:
+    """What there is, and how often, the most frequent first."""
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(parts.items(), key=lambda p: (-p[1], p[0])))
 
 
 def _merge(said: Said, kind: str, tally: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ which ends with it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.shown import bounded
 
 ASSISTANT = "assistant"
+FEW = 100  # characters that the longest marks of an empty answer have
 Spans = list[tuple[int, int]]
 
 
@@ -28,12 +30,22 @@ class Rendered:
 
     Attributes:
         spans: which characters are trained: `[start, stop)`, in order, disjoint.
-        turns: the numbers of the messages that are trained in it.
+        turns: by the number of each message that is trained in it, from where on the model writes it, and to where.
+        upto: how many messages it holds.
     """
 
     text: str
     spans: Spans
-    turns: tuple[int, ...]
+    turns: dict[int, tuple[int, int]]
+    upto: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a text a turn begins after its prompt, and what of it is trained."""
+
+    start: int
+    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class _Answer:
     """Turns as they are written when nothing follows them: one, or several that the template writes as one."""
 
     text: str
+    start: int
     spans: Spans
     turns: range
 
@@ -83,10 +96,12 @@ class ChatTemplate:
         Raises:
             InputError: the template fails, is stopped by a limit, or asks for a turn otherwise than it writes it.
         """
-        beginnings = Beginnings(self.program, messages, place, tools)
         left = self.trained(messages)
+        if left == [len(messages) - 1] and (row := self._last_alone(messages, place, tools)) is not None:
+            return [row]
+        beginnings = Beginnings(self.program, messages, place, tools)
         if not left:
-            return [Rendered(beginnings.text(len(messages)), [], ())]
+            return [Rendered(beginnings.text(len(messages)), [], {}, len(messages))]
         rows: list[Rendered] = []
         upto = left[-1] + 1 if self.each else len(messages)
         while left:
@@ -96,11 +111,31 @@ class ChatTemplate:
                     raise self._otherwise(beginnings, left[-1])
                 upto = left[-1] + 1
                 continue
-            spans = sorted({span for spans in found.values() for span in spans})
-            rows.append(Rendered(beginnings.text(upto), spans, tuple(sorted(found))))
+            spans = sorted({span for place in found.values() for span in place.spans})
+            regions = {n: (p.start, p.spans[-1][1] if p.spans else p.start) for n, p in sorted(found.items())}
+            rows.append(Rendered(beginnings.text(upto), spans, regions, upto))
             left = [turn for turn in left if turn not in found]
             upto = left[-1] + 1 if left else 0
         return rows[::-1]
+
+    def _last_alone(self, messages: list[dict], place: str, tools: list | None) -> Rendered | None:
+        """The row of a conversation that ends with its only trained answer, as most do: without the others' costs."""
+        if messages[-1]["role"] != ASSISTANT or not (self._tail or self.has_marks):
+            return None
+        text, marks = self.program.run(messages, place, tools)
+        try:
+            asked = self.prompt(messages[:-1], place, tools)
+        except InputError:
+            return None
+        start = len(asked)
+        if not text.startswith(asked) or (marks is None if self.has_marks else not text.endswith(self._tail or "")):
+            return None
+        if self.has_marks:
+            spans = [(max(a, start), b) for a, b in marks or [] if b > start]
+        else:
+            spans = [(start, len(text) - len(self._tail or "") + len(self._close))]
+        stop = spans[-1][1] if spans else start
+        return Rendered(text, spans, {len(messages) - 1: (start, stop)}, len(messages)) if start <= stop else None
 
     def prompt(self, messages: list[dict], place: str, tools: list | None = None) -> str:
         """Return the text up to where the assistant begins to speak.
@@ -110,52 +145,57 @@ class ChatTemplate:
         """
         return self.program.run(messages, place, tools, add_generation_prompt=True)[0]
 
-    def _fill(self, beginnings: Beginnings, turns: list[int], upto: int) -> dict[int, Spans]:
-        """By turn, the spans of those that are written in this text as they are when they are asked for.
+    def _fill(self, beginnings: Beginnings, turns: list[int], upto: int) -> dict[int, _Place]:
+        """By turn, where those are that are written in this text as they are when they are asked for.
 
         From the last on: a turn whose spans would reach into a later one's is not there.
         """
-        found: dict[int, Spans] = {}
+        found: dict[int, _Place] = {}
         bound = len(beginnings.text(upto))
         for turn in reversed(turns):
             if turn >= upto or turn in found or (found and self.each):
                 continue
-            place = self._answer if beginnings.messages[turn]["role"] == ASSISTANT else self._other
-            placed = place(beginnings, turn, upto)
+            find = self._answer if beginnings.messages[turn]["role"] == ASSISTANT else self._other
+            placed = find(beginnings, turn, upto)
             if untrained := [n for n in placed if UNTRAINED in beginnings.messages[n]]:
                 rule = f"the template writes turns {untrained[0]} and {turn} as one, and the row flags one as not to be learnt"
                 raise InputError(
                     beginnings.place, rule, "Flag both alike, or give a model.chat_template=<file> that parts them"
                 )
-            for number, spans in placed.items():
-                if number in turns and (not spans or spans[-1][1] <= bound):
-                    found[number] = spans
-            bound = min((spans[0][0] for spans in found.values() if spans), default=bound)
+            for number, place in placed.items():
+                if number in turns and (not place.spans or place.spans[-1][1] <= bound):
+                    found[number] = place
+            bound = min((place.start for place in found.values()), default=bound)
         return found
 
     # -- answers
 
-    def _answer(self, beginnings: Beginnings, turn: int, upto: int) -> dict[int, Spans]:
+    def _answer(self, beginnings: Beginnings, turn: int, upto: int) -> dict[int, _Place]:
         text = beginnings.text(upto)
         answer = self._alone(beginnings, turn) if turn + 1 == upto or beginnings.can(turn + 1) else None
-        spans = self._within(beginnings, turn, upto) if answer is None else self._placed(answer, text)
-        return {} if spans is None else dict.fromkeys([turn] if answer is None else answer.turns, spans)
+        if answer is None:
+            place, turns = self._within(beginnings, turn, upto), range(turn, turn + 1)
+        else:
+            spans, turns = self._placed(answer, text), answer.turns
+            place = None if spans is None else _Place(answer.start, spans)
+        return {} if place is None else dict.fromkeys(turns, place)
 
     def _alone(self, beginnings: Beginnings, turn: int) -> _Answer | None:
         """The answer where nothing follows it."""
         text = beginnings.text(turn + 1)
         start, first = self._start(beginnings, turn, text)
         if start < 0:
-            return _Answer(text, [], range(0))
+            return _Answer(text, start, [], range(0))
         if self.has_marks:
             marks = beginnings.marks(turn + 1)
-            return _Answer(text, [(max(a, start), b) for a, b in marks if b > start], range(first, turn + 1))
+            spans = [(max(a, start), b) for a, b in marks if b > start]
+            return _Answer(text, start, spans, range(first, turn + 1))
         written = text[start:]
         if self._tail is not None and written.endswith(self._tail):
             stop = len(text) - len(self._tail) + len(self._close)
         else:  # calls of tools are closed otherwise
             stop = start + (len(self._to_last_token(written)) or len(written))
-        return _Answer(text, [(start, stop)], range(first, turn + 1))
+        return _Answer(text, start, [(start, stop)], range(first, turn + 1))
 
     def _start(self, beginnings: Beginnings, turn: int, text: str) -> tuple[int, int]:
         """Where the prompt for a turn ends in `text`, and the first of the turns that are answered there.
@@ -200,8 +240,8 @@ class ChatTemplate:
                 return [*answer.spans[:-1], (start, len(body) + len(self._middle_close))]
         return None
 
-    def _within(self, beginnings: Beginnings, turn: int, upto: int) -> Spans | None:
-        """An answer's spans where the template refuses a conversation that ends with it: found by its content."""
+    def _within(self, beginnings: Beginnings, turn: int, upto: int) -> _Place | None:
+        """An answer's place where the template refuses a conversation that ends with it: found by its content."""
         text, content = beginnings.text(upto), beginnings.messages[turn].get("content")
         start, _ = self._start(beginnings, turn, text)
         probed = beginnings.probed(turn, upto)
@@ -214,14 +254,14 @@ class ChatTemplate:
         close = next((c for c in (self._close, self._middle_close) if c and rest.startswith(c)), "")
         spans = [(start, stop + len(close))]
         if not self.has_marks:
-            return spans
-        return [
-            (max(a, start), min(b, spans[0][1])) for a, b in beginnings.marks(upto) if b > start and a < spans[0][1]
-        ]
+            return _Place(start, spans)
+        stop = spans[0][1]
+        marks = [(max(a, start), min(b, stop)) for a, b in beginnings.marks(upto) if b > start and a < stop]
+        return _Place(start, marks)
 
     # -- turns of other roles
 
-    def _other(self, beginnings: Beginnings, turn: int, upto: int) -> dict[int, Spans]:
+    def _other(self, beginnings: Beginnings, turn: int, upto: int) -> dict[int, _Place]:
         text, content = beginnings.text(upto), beginnings.messages[turn].get("content")
         head, found, tail = (beginnings.probed(turn, turn + 1) or "").partition(PROBE)
         if not found or not isinstance(content, str) or not text.startswith(head):
@@ -231,7 +271,7 @@ class ChatTemplate:
             if text.startswith(written, start):
                 stop = start + len(written)
                 same = shared(tail, text[stop : stop + len(tail)])
-                return {turn: [(start, stop + len(self._to_last_token(tail[:same])))]}
+                return {turn: _Place(start, [(start, stop + len(self._to_last_token(tail[:same])))])}
         return {}
 
     # -- what the template writes around any answer
@@ -267,6 +307,15 @@ class ChatTemplate:
         if not middle_close.strip():  # what ends an answer is not written in the middle
             middle_close = ""
         return header, last, close, middle_close
+
+    def says_nothing(self, row: Rendered) -> bool:
+        """Whether an answer that is trained in a row is nothing but what closes it, and thoughts without a word."""
+        return any(self._is_empty(row.text[start:stop]) for start, stop in row.turns.values() if stop - start <= FEW)
+
+    def _is_empty(self, written: str) -> bool:
+        for token in (self._close.strip(), *self._added):
+            written = written.replace(token, " ") if token else written
+        return not re.sub(r"</?think(ing)?>", " ", written).strip()
 
     def _to_last_token(self, end: str) -> str:
         """Cut what follows the last added token (`<|im_end|>`, `</s>`); without one, what follows the last line end."""

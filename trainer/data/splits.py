@@ -24,6 +24,7 @@ from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
+from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.errors import InputError, UnreachableError
 from tritune.trainer.shown import shown
@@ -169,6 +170,8 @@ class Reader:
 
         found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
+        for entry in found.values():
+            require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
         if objective == "sft" and self.config.data.require_stop_token:
             require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
         return found

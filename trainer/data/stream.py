@@ -21,6 +21,7 @@ from tritune.trainer.data.examples import DataReport, Examples, joined, require_
 from tritune.trainer.data.order import epoch_order, packed_window, uniform
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
+from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import Divider, require_columns, require_supervision
 from tritune.trainer.errors import InputError
 
@@ -182,6 +183,7 @@ def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.Re
     report = divider.sinks["train"].report
     if report.dropped and source.data.unsupervised is Unsupervised.refuse:
         require_supervision({"train": report}, source.data)
+    require_rendered(report.remarks, report.rows, source.data)
     return batches, report, piece.seen
 
 

@@ -16,7 +16,7 @@ from tritune.trainer.errors import InputError
 
 UNTRAINED = "__untrained__"  # the key of a message that its row says is not to be learnt; no template reads it
 ERROR_CHARS = 500  # of what a template says
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
 
 
 class Program:
@@ -71,7 +71,7 @@ def _message(message: dict) -> dict:
     if len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str:
         return message
     message = {key: _plain(value) for key, value in message.items() if value is not None and key != UNTRAINED}
-    thought = next((message[name] for name in _THOUGHTS if name in message), None)
+    thought = next((message[name] for name in THOUGHTS if name in message), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
