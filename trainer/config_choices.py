@@ -66,6 +66,13 @@ class Unrendered(StrEnum):
     warn = "warn"
 
 
+class SpecialTokens(StrEnum):
+    """What control tokens in the data are (`<|im_end|>`, BOS): `text` like any other, or the tokens themselves."""
+
+    text = "text"
+    keep = "keep"
+
+
 class Turns(StrEnum):
     """How the trained turns of a conversation lie in rows: `auto` keeps those together that its template writes in one text as
     it does when they are asked for; `each` makes every one a row of its own, which ends with it."""

@@ -11,6 +11,7 @@ from tritune.trainer.config_choices import (
     Kind,
     Overlong,
     Packing,
+    SpecialTokens,
     TextUnit,
     Turns,
     Unrendered,
@@ -63,6 +64,7 @@ class DataConfig:
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
     unrendered: Unrendered = Unrendered.refuse  # contents, tool calls, tools, thoughts that the chat template does not write
+    special_tokens: SpecialTokens = SpecialTokens.text  # what `<|im_end|>` in a row's texts is: text, or the token itself
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
@@ -86,6 +88,7 @@ class Check(StrEnum):
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
     unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
+    control_tokens = "control_tokens"  # texts that spell tokens which frame turns
     turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length

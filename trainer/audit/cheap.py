@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, Unrendered, Unsupervised
+from tritune.trainer.config_choices import BadRows, Overlong, SpecialTokens, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check
 from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
@@ -80,6 +80,11 @@ def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
                 if severity is Severity.warning:
                     text += "; trained without it (data.unrendered=warn)"
                 yield Finding(Check.unrendered, severity, rows, text, tally["places"], details=details)
+            case Kind.control:
+                kept = config.data.special_tokens is SpecialTokens.keep
+                text = f"{name}: {counted(rows, 'row')} with control tokens in their texts: {named(tally['parts'])}; encoded as "
+                text += "the tokens that they are (data.special_tokens=keep)" if kept else "text"
+                yield Finding(Check.control_tokens, Severity.warning, rows, text, tally["places"], details=details)
             case Kind.empty:
                 text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
                 yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)

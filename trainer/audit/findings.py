@@ -69,6 +69,7 @@ REMEDIES = {
     Check.unsupervised: "Mend the rows, raise data.max_length, or data.unsupervised=drop",
     Check.empty_answers: "Mend or remove the rows",
     Check.unrendered: "Give a model.chat_template that writes it, take it out of the rows, or data.unrendered=warn",
+    Check.control_tokens: "Take them out of the rows, or data.special_tokens=keep trains them as the tokens that they are",
     Check.turns_apart: "data.last_turn_only=true trains the last answer of each conversation alone",
     Check.over_context: "Lower data.max_length",
     Check.truncation: "Raise data.max_length, or data.overlong=drop",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
+from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.spans import ASSISTANT, ChatTemplate, Rendered, shared
 from tritune.trainer.errors import InputError
 from tritune.trainer.shown import bounded
@@ -50,17 +51,29 @@ def verify(
     messages: list[dict],
     place: str,
     tools: list | None = None,
+    control: ControlTokens | None = None,
 ) -> str | None:
     """Re-tokenize a conversation's trained answers; return what is wrong, None when nothing is.
 
     Wrong is: the tokens before a trained answer are not those that inference feeds (`prompt`), so the model is trained on
     something that it will not meet; or the answer's tokens do not spell its content.
 
+    Args:
+        control: hides control tokens in the texts, as when the row is trained.
+
     Raises:
         InputError: the template fails.
     """
+    control = control or ControlTokens(tokenizer, keep=True)
+    hidden = not control.keep and bool(control.found([messages, tools]))
+    if hidden:
+        messages, tools = control.mask(messages, place), control.mask(tools, place)
+
+    def encode(text: str) -> tuple[list[int], Encoding]:
+        return control.encode([text], [hidden], specials=False)[0]
+
     for row in template.rows(messages, place, tools):
-        encoding = tokenizer(row.text, add_special_tokens=False)[0]
+        ids, encoding = encode(row.text)
         spans = [span for span in token_spans(encoding, row) if span[0] < span[1]]
         for index in row.turns:
             if messages[index]["role"] != ASSISTANT or (index and messages[index - 1]["role"] == ASSISTANT):
@@ -71,25 +84,29 @@ def verify(
                 continue
             if index == 0 and not row.text.startswith(prompt):
                 continue
-            said = _asked_otherwise(tokenizer, encoding, spans, prompt, messages[index].get("content"))
+            content = None if hidden else messages[index].get("content")
+            said = _asked_otherwise(tokenizer, ids, spans, encode(prompt)[0], content)
             if said is not None:
                 return f"turn {index}: {said}"
     return None
 
 
 def _asked_otherwise(
-    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, spans: list[tuple[int, int]], prompt: str, content: object
+    tokenizer: PreTrainedTokenizerBase,
+    trained: list[int],
+    spans: list[tuple[int, int]],
+    asked: list[int],
+    content: object,
 ) -> str | None:
-    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    same = shared(encoding.ids, asked)
+    same = shared(trained, asked)
     if same < len(asked):
-        there, here = (tokenizer.convert_ids_to_tokens(ids[same : same + 3]) for ids in (asked, encoding.ids))
+        there, here = (tokenizer.convert_ids_to_tokens(ids[same : same + 3]) for ids in (asked, trained))
         return f"token {same} before the answer is {here} in training and {there} when the model is asked"
     span = next((span for span in spans if span[0] >= same), None)
     if span is None or span[0] > same:
         found = "none is trained" if span is None else f"the first that is trained is token {span[0]}"
         return f"the model is asked for token {same}, and {found}"
-    spelt = tokenizer.decode(encoding.ids[slice(*span)], clean_up_tokenization_spaces=False)
+    spelt = tokenizer.decode(trained[slice(*span)], clean_up_tokenization_spaces=False)
     if isinstance(content, str) and content.strip() not in spelt:
         return f"its tokens spell {bounded(str(spelt), 80)!r}, and its content is {bounded(content, 80)!r}"
     return None

@@ -19,6 +19,7 @@ class Kind(StrEnum):
 
     apart = "apart"  # answers of one conversation in rows of their own
     unrendered = "unrendered"  # the template does not write all that the row holds
+    control = "control"  # its texts hold control tokens
     empty = "empty"  # an answer that trains nothing but what closes it
 
 

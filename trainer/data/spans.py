@@ -81,7 +81,8 @@ class ChatTemplate:
         self.program = Program(tokenizer)
         self.has_marks = "generation" in block_names(self.program.source)
         self._added = [token for token in tokenizer.get_added_vocab() if token]
-        self._header, self._tail, self._close, self._middle_close = self._probe()
+        self._header, self._tail, self._close, self._middle_close, frame = self._probe()
+        self.frame = [token for token in self._added if token in frame]  # what opens and closes turns
 
     def trained(self, messages: Sequence[dict]) -> list[int]:
         """The numbers of the messages that are to be trained."""
@@ -282,8 +283,8 @@ class ChatTemplate:
         head, found, _ = (probed or "").partition(PROBE)
         return head if found else None
 
-    def _probe(self) -> tuple[str, str | None, str, str]:
-        """The header of an answer, all that follows a last answer, what closes it, and what closes one in the middle.
+    def _probe(self) -> tuple[str, str | None, str, str, str]:
+        """The header of an answer, all that follows a last answer, what closes it, what closes one in the middle, and a turn.
 
         Empty where a template refuses our conversations: that is no fault of a row's.
         """
@@ -295,7 +296,7 @@ class ChatTemplate:
             if beginnings.can(len(user) + 1):
                 break
         else:
-            return "", None, "", ""
+            return "", None, "", "", ""
         asked = beginnings.prompt(len(user)) or ""
         plain = beginnings.text(len(user)) if beginnings.can(len(user)) else asked
         header = asked[shared(asked, plain) :]
@@ -306,7 +307,7 @@ class ChatTemplate:
         close, middle_close = self._to_last_token(last), self._to_last_token(last[: shared(last, middle)])
         if not middle_close.strip():  # what ends an answer is not written in the middle
             middle_close = ""
-        return header, last, close, middle_close
+        return header, last, close, middle_close, plain + close + middle_close
 
     def says_nothing(self, row: Rendered) -> bool:
         """Whether an answer that is trained in a row is nothing but what closes it, and thoughts without a word."""

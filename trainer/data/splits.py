@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
-from tritune.trainer.config_choices import Duplicates, Kind
+from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config_data import DataConfig, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -33,7 +33,7 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only", "turns")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens")  # fmt: skip
 
 
 @dataclass
@@ -113,7 +113,9 @@ def read_splits(
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
         text = DataConfig(kind=Kind.text, text_unit=data.text_unit, max_length=limit, bad_rows=data.bad_rows)
-        documents = Documents(tokenizer, separate=False, limit=limit)
+        text.special_tokens = data.special_tokens
+        keep = data.special_tokens is SpecialTokens.keep
+        documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
     return Splits(examples, labels, list(sources), reader.folders)
@@ -210,10 +212,11 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
 
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
     """The encoder of the objective, and the length of the blocks that its text is cut into."""
+    keep = config.data.special_tokens is SpecialTokens.keep
     if config.objective.name.startswith("classify"):
         return Labelled(tokenizer, config.data, config.objective), None
     if config.objective.name == "pretrain":
-        return Documents(tokenizer, separate=True), config.data.max_length
+        return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
     return Conversations(tokenizer, config.data, stops), None
 
 
