@@ -89,6 +89,7 @@ class Check(StrEnum):
     empty_answers = "empty_answers"
     unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
     control_tokens = "control_tokens"  # texts that spell tokens which frame turns
+    unspelt = "unspelt"  # characters for which the tokenizer has no token
     turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,8 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
 RATIO = 10  # of the commonest label's rows to the rarest's; BANKING77, which trains well, has 5
+UNSPELT = 1e-3  # the share of tokens from which it is a warning that they stand for characters without one
+SHOWN = 12  # characters
 PROBE = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]
 
 
@@ -85,9 +88,27 @@ def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
                 text = f"{name}: {counted(rows, 'row')} with control tokens in their texts: {named(tally['parts'])}; encoded as "
                 text += "the tokens that they are (data.special_tokens=keep)" if kept else "text"
                 yield Finding(Check.control_tokens, Severity.warning, rows, text, tally["places"], details=details)
+            case Kind.unknown | Kind.by_bytes | Kind.unknown_answers:
+                yield _unspelt(name, examples, kind, tally)
             case Kind.empty:
                 text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
                 yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)
+
+
+def _unspelt(name: str, examples: Examples, kind: str, tally: dict[str, Any]) -> Finding:
+    """Tokens that stand for characters which the tokenizer does not have; a warning from a thousandth on."""
+    report, count = examples.report, sum(tally["parts"].values())
+    answers = kind == Kind.unknown_answers
+    share = count / max(report.supervised_tokens if answers else report.tokens, 1)
+    how = "are spelt byte by byte" if kind == Kind.by_bytes else "are <unk>"
+    text = (
+        f"{name}: {share:.2%} of the {'trained ' if answers else ''}tokens {how}, in {counted(tally['rows'], 'row')}: "
+    )
+    text += named({repr(c)[1:-1] if len(c) == 1 else c: n for c, n in tally["parts"].items()}, SHOWN)
+    text += "; a model cannot learn to write these" if answers else ""
+    severity = Severity.warning if share > UNSPELT else Severity.note
+    details = {"split": name, "kind": str(kind), "share": share, "characters": tally["parts"]}
+    return Finding(Check.unspelt, severity, tally["rows"], text, tally["places"], details=details)
 
 
 def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:

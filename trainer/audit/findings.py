@@ -70,6 +70,7 @@ REMEDIES = {
     Check.empty_answers: "Mend or remove the rows",
     Check.unrendered: "Give a model.chat_template that writes it, take it out of the rows, or data.unrendered=warn",
     Check.control_tokens: "Take them out of the rows, or data.special_tokens=keep trains them as the tokens that they are",
+    Check.unspelt: "Take a model whose tokenizer has these characters, or write the rows without them",
     Check.turns_apart: "data.last_turn_only=true trains the last answer of each conversation alone",
     Check.over_context: "Lower data.max_length",
     Check.truncation: "Raise data.max_length, or data.overlong=drop",

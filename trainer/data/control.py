@@ -43,29 +43,30 @@ class ControlTokens:
         names = sorted(self._tokens, key=len, reverse=True)[:_PLANE]
         self._masks = {name: chr(_MASKS + i) * len(name) for i, name in enumerate(names)}
         self._names = {name: chr(_NAMES + i) * len(name) for i, name in enumerate(names)}
+        self._firsts = tuple({name[0] for name in names})
         self._starts = tuple({name[:2] for name in names})
         self._any = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         back = {mask: name for name, mask in self._masks.items()}
         self._unmask = re.compile("|".join(map(re.escape, back)) or r"(?!)")
         self._named = back | self._names  # of a masked text, for the twin
 
-    def found(self, value: Any) -> dict[str, int]:
-        """The control tokens in the texts of a value, and how often; mostly none, which is found out fast."""
+    def found(self, *texts: Any) -> dict[str, int]:
+        """The control tokens in texts, or values that hold some, and how often; mostly none, which is found out fast."""
         counts: Counter[str] = Counter()
-        self._count(value, counts)
-        return dict(counts)
+        for text in texts:
+            if type(text) is str:
+                for first in self._firsts:
+                    if first in text:
+                        counts.update(self._any.findall(text) if any(start in text for start in self._starts) else ())
+                        break
+            elif text:
+                counts.update(self.found(*_inside(text)))
+        return dict(counts) if counts else {}
 
-    def _count(self, value: Any, counts: Counter[str]) -> None:
-        if isinstance(value, str):
-            if any(start in value for start in self._starts):
-                counts.update(self._any.findall(value))
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                self._count(key, counts)
-                self._count(part, counts)
-        elif isinstance(value, list):
-            for part in value:
-                self._count(part, counts)
+    def found_in_turns(self, messages: Sequence[dict], tools: list | None) -> dict[str, int]:
+        """Those of a conversation; of most messages the content is all that there is to look at."""
+        texts = [m.get("content") if len(m) == 2 else m for m in messages]
+        return self.found(*texts, tools)
 
     def mask(self, value: Any, place: str) -> Any:
         """The value with every control token in its texts masked.
@@ -136,3 +137,9 @@ class ControlTokens:
         twin.encode_special_tokens = True
         ids: dict[int, int] = {twin.token_to_id(self._names[n]): self._backend.token_to_id(n) for n in self._tokens}  # type: ignore[misc]
         return twin, ids
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return (*value, *value.values())
+    return value if isinstance(value, list | tuple) else ()

@@ -20,6 +20,7 @@ from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.remarks import Kind, Remark
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.unrendered import unrendered
+from tritune.trainer.data.unspelt import Said, Unspelt
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
@@ -61,9 +62,6 @@ class Encoded:
         return False
 
 
-Said = list[tuple[Kind, dict[str, int]]]  # of one row
-
-
 class Encoder(Protocol):
     """Encodes a list of records. Forked processes inherit it."""
 
@@ -89,6 +87,7 @@ class Conversations:
             self.template = chat_template(tokenizer, data)
         frame = self.template.frame if self.template is not None else ()
         self.control = ControlTokens(tokenizer, frame, data.special_tokens is SpecialTokens.keep)
+        self.unspelt = Unspelt(tokenizer)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
@@ -108,7 +107,7 @@ class Conversations:
                     {"role": "user", "content": record.prompt or ""},
                     {"role": "assistant", "content": record.response or ""},
                 ]
-            control = self.control.found([messages, tools])
+            control = self.control.found_in_turns(messages, tools)
             hidden = bool(control) and not self.control.keep
             try:
                 if hidden:
@@ -131,13 +130,14 @@ class Conversations:
                 rendered.append(row.text)
         encoded = self.control.encode(rendered, [hidden for *_, hidden, _ in kept], specials=False)
         for (record, part, said, _, row), (ids, encoding) in zip(kept, encoded, strict=True):
-            yield record, ids, token_spans(encoding, row), part, said
+            spans = token_spans(encoding, row)
+            yield record, ids, spans, part, said + self.unspelt.said(ids, row.text, encoding, spans)
 
     def _plain(self, records: Sequence[Record], out: Encoded):
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
         kept, prompts, answers = [], [], []
         for record in records:
-            found = self.control.found([record.prompt, record.response])
+            found = self.control.found(record.prompt, record.response)
             hidden = bool(found) and not self.control.keep
             pair = (record.prompt or "", record.response or "")
             try:
@@ -152,7 +152,9 @@ class Conversations:
         encoded = self.control.encode(prompts + answers, [hidden for _, hidden, _ in kept] * 2, specials=False)
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         for i, (record, _, said) in enumerate(kept):
-            before, answer = encoded[i][0], encoded[len(kept) + i][0] if answers[i] else []
+            (before, asked), (answer, answered) = encoded[i], encoded[len(kept) + i]
+            said += self.unspelt.said(before, self.begin + (record.prompt or ""), asked)
+            said += self.unspelt.said(answer, record.response or "", answered, [(0, len(answer))])
             ids = [*before, *answer, *(end if answer else [])]
             yield record, ids, [(len(before), len(ids))] if answer else [], None, said
 
@@ -184,6 +186,7 @@ class Labelled:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, objective: ObjectiveConfig) -> None:
         self.data, self.backend = data, plain_backend(tokenizer)
         self.control = ControlTokens(tokenizer, keep=data.special_tokens is SpecialTokens.keep)
+        self.unspelt = Unspelt(tokenizer)
         prompt = objective.prompt if isinstance(objective, ClassifyTokenConfig) else "{text}"
         self.head, _, tail = prompt.partition("{text}")
         self.tail = self.backend.encode(tail, add_special_tokens=False).ids if tail else []
@@ -195,9 +198,9 @@ class Labelled:
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
-        encoded = encode_texts(self.control, records, out, self.head, specials=not self.tail)
+        encoded = encode_texts(self.control, self.unspelt, records, out, self.head, specials=not self.tail)
         room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
-        for record, found, ids, _ in encoded:
+        for record, said, ids, _ in encoded:
             if not (record.text or "").strip():
                 out.bad.append(InputError(record.place, "the text is empty", "Remove the row"))
                 continue
@@ -210,7 +213,7 @@ class Labelled:
             if not row:
                 out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
                 continue
-            out.remarks += [Remark(len(out.columns), Kind.control, found)] if found else []
+            out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
             out.columns.add(row, [], record.place, label=record.label, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
@@ -231,15 +234,16 @@ class Documents:
         self, tokenizer: PreTrainedTokenizerBase, separate: bool, limit: int | None = None, keep: bool = False
     ) -> None:
         self.backend, self.limit = plain_backend(tokenizer), limit
-        self.control = ControlTokens(tokenizer, keep=keep)
+        self.control, self.unspelt = ControlTokens(tokenizer, keep=keep), Unspelt(tokenizer)
         ends = separate and not adds_bos(tokenizer) and tokenizer.eos_token_id is not None
         self.end = [tokenizer.eos_token_id] if ends else []
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
-        for record, found, tokens, encoding in encode_texts(self.control, records, out, "", specials=True):
+        encoded = encode_texts(self.control, self.unspelt, records, out, "", specials=True)
+        for record, said, tokens, encoding in encoded:
             ids = np.array(tokens + self.end, np.int32)
-            num_bytes = _reached(record.text or "", encoding.offsets, len(self.end))
+            num_bytes = self.unspelt.spelt(ids, _reached(record.text or "", encoding.offsets, len(self.end)))
             full, digest = len(ids), record.digest()
             if self.limit is not None:
                 ids, num_bytes = ids[: self.limit], num_bytes[: self.limit]
@@ -248,7 +252,7 @@ class Documents:
                     continue
             spans = [(1, len(ids))] if len(ids) > 1 else []
             spelled = int(num_bytes[1:].sum())
-            out.remarks += [Remark(len(out.columns), Kind.control, found)] if found else []
+            out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
             out.columns.add(ids, spans, record.place, num_bytes=spelled, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
@@ -257,9 +261,9 @@ class Documents:
 
 
 def encode_texts(
-    control: ControlTokens, records: Sequence[Record], out: Encoded, head: str, specials: bool
-) -> Iterator[tuple[Record, dict[str, int], list[int], Encoding]]:
-    """Yield records with the control tokens of their texts, and the tokens of `head` and text; faults go to `out`."""
+    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, head: str, specials: bool
+) -> Iterator[tuple[Record, Said, list[int], Encoding]]:
+    """Yield records with what is said of their texts, and the tokens of `head` and text; faults go to `out`."""
     kept, texts, hidden = [], [], []
     for record in records:
         text = record.text or ""
@@ -272,7 +276,8 @@ def encode_texts(
         kept.append((record, found))
         hidden.append(bool(found) and not control.keep)
     for (record, found), (ids, encoding) in zip(kept, control.encode(texts, hidden, specials), strict=True):
-        yield record, found, ids, encoding
+        said: Said = [(Kind.control, found)] if found else []
+        yield record, said + unspelt.said(ids, head + (record.text or ""), encoding), ids, encoding
 
 
 def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def verify(
         InputError: the template fails.
     """
     control = control or ControlTokens(tokenizer, keep=True)
-    hidden = not control.keep and bool(control.found([messages, tools]))
+    hidden = not control.keep and bool(control.found_in_turns(messages, tools))
     if hidden:
         messages, tools = control.mask(messages, place), control.mask(tools, place)
 

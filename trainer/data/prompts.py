@@ -52,7 +52,7 @@ def chat_ids(
         InputError: the template fails on it.
     """
     control = ControlTokens(tokenizer, ChatTemplate(tokenizer).frame, keep)
-    hidden = not keep and bool(control.found([messages, tools]))
+    hidden = not keep and bool(control.found_in_turns(messages, tools))
     if hidden:
         messages, tools = control.mask(messages, place), control.mask(tools, place)
     text = render(tokenizer, messages, place, add_generation_prompt=True, tools=tools)

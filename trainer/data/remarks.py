@@ -12,6 +12,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.errors import InputError
 
 PLACES = 20  # named of each kind
+PARTS = 200  # told apart of each kind
 
 
 class Kind(StrEnum):
@@ -20,6 +21,9 @@ class Kind(StrEnum):
     apart = "apart"  # answers of one conversation in rows of their own
     unrendered = "unrendered"  # the template does not write all that the row holds
     control = "control"  # its texts hold control tokens
+    unknown = "unknown"  # characters that become `<unk>`
+    unknown_answers = "unknown_answers"  # such in what is trained of an answer
+    by_bytes = "by_bytes"  # characters that are spelt byte by byte
     empty = "empty"  # an answer that trains nothing but what closes it
 
 
@@ -67,9 +71,11 @@ def require_rendered(said: Said, rows: int, data: DataConfig) -> None:
         raise InputError(tally["places"][0], rule, remedy + "data.unrendered=warn")
 
 
-def named(parts: Mapping[str, int]) -> str:
+def named(parts: Mapping[str, int], most: int = PARTS) -> str:
     """What there is, and how often, the most frequent first."""
-    return ", ".join(f"{name} ({count:,})" for name, count in sorted(parts.items(), key=lambda p: (-p[1], p[0])))
+    first = sorted(parts.items(), key=lambda p: (-p[1], p[0]))
+    more = f" and {len(first) - most:,} more" if len(first) > most else ""
+    return ", ".join(f"{name} ({count:,})" for name, count in first[:most]) + more
 
 
 def _merge(said: Said, kind: str, tally: Mapping[str, Any]) -> None:
@@ -77,4 +83,5 @@ def _merge(said: Said, kind: str, tally: Mapping[str, Any]) -> None:
     mine["rows"] += tally["rows"]
     mine["places"] += tally["places"][: PLACES - len(mine["places"])]
     for name, count in tally["parts"].items():
+        name = name if name in mine["parts"] or len(mine["parts"]) < PARTS else "others"
         mine["parts"][name] = mine["parts"].get(name, 0) + count
