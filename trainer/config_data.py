@@ -11,8 +11,11 @@ from tritune.trainer.config_choices import (
     Kind,
     Overlong,
     Packing,
+    SpecialTokens,
     SystemTurn,
     TextUnit,
+    Turns,
+    Unrendered,
     Unsupervised,
 )
 
@@ -70,9 +73,16 @@ class DataConfig:
     similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
+    unrendered: Unrendered = (
+        Unrendered.refuse
+    )  # contents, tool calls, tools, thoughts that the chat template does not write
+    special_tokens: SpecialTokens = (
+        SpecialTokens.text
+    )  # what `<|im_end|>` in a row's texts is: text, or the token itself
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
+    turns: Turns = Turns.auto  # which of them share a row: templates may write an answer otherwise once another follows
     labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
 
 
@@ -92,6 +102,10 @@ class Check(StrEnum):
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
     empty_prompts = "empty_prompts"  # rows that ask nothing
+    unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
+    control_tokens = "control_tokens"  # texts that spell tokens which frame turns
+    unspelt = "unspelt"  # characters for which the tokenizer has no token
+    turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
@@ -116,7 +130,7 @@ class Check(StrEnum):
 
 # Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
 FAIL_ON = (Check.unreadable, Check.bad_rows, Check.unsupervised, Check.over_context, Check.no_stop_token,
-           Check.double_bos, Check.template_mismatch, Check.split_leaked, Check.unknown_labels)  # fmt: skip
+           Check.double_bos, Check.template_mismatch, Check.unrendered, Check.split_leaked, Check.unknown_labels)  # fmt: skip
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tritune.trainer.data import remarks
 from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError
 
@@ -42,6 +43,7 @@ class DataReport:
         columns: our name -> the file's, as the first row was read; `others` has, by our name, columns that could have been it.
         unread, unread_texts: what rows hold and nothing reads, by `column name` or `message key name`: in how many, and in how
             many it is words, lists or objects.
+        remarks: what is said of rows that are kept, by kind (`remarks.Said`).
     """
 
     rows: int = 0
@@ -60,6 +62,7 @@ class DataReport:
     others: dict[str, list[str]] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     unread_texts: dict[str, int] = field(default_factory=dict)
+    remarks: remarks.Said = field(default_factory=dict)
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -85,13 +88,13 @@ def joined(reports: Sequence[DataReport]) -> DataReport:
     whole = DataReport()
     for report in reports:
         for one in fields(DataReport):
-            value = getattr(report, one.name)
+            mine, value = getattr(whole, one.name), getattr(report, one.name)
             if one.name in ("columns", "others"):
-                getattr(whole, one.name).update(value)
-            elif isinstance(value, dict):
-                add_counts(getattr(whole, one.name), value)
+                mine.update(value)
+            elif one.name in ("unread", "unread_texts"):
+                add_counts(mine, value)
             else:
-                setattr(whole, one.name, getattr(whole, one.name) + value)
+                setattr(whole, one.name, remarks.joined(mine, value) if one.name == "remarks" else mine + value)
     return whole
 
 

@@ -16,6 +16,7 @@ from tritune.trainer.data.columns import Layout
 from tritune.trainer.data.encode import Encoded, Encoder
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
+from tritune.trainer.data.remarks import Remark
 from tritune.trainer.data.unread import KeyReader, Unread
 from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
@@ -31,6 +32,7 @@ class Piece:
         token_bytes: of each token, one list a row; empty unless the objective reads text.
         seen: columns named in the config that some row had.
         unread: what rows hold and nothing reads.
+        remarks: of rows of the batch.
     """
 
     batch: pa.RecordBatch
@@ -42,6 +44,7 @@ class Piece:
     too_long: list[str]
     seen: set[str]
     unread: Unread
+    remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass
@@ -104,6 +107,7 @@ def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str], unread: 
     return Piece(
         encoded.columns.batch(), np.array(encoded.points, np.float64), np.array(encoded.stops, bool),
         encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen, unread,
+        encoded.remarks,
     )  # fmt: skip
 
 

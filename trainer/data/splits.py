@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
-from tritune.trainer.config_choices import Duplicates, Kind
+from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config_data import DataConfig, data_of, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -24,6 +24,7 @@ from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
+from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.data.unread import KeyReader
 from tritune.trainer.errors import InputError, UnreachableError, some_names
@@ -33,7 +34,7 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only", "ignore", "system_turn")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn")  # fmt: skip
 
 
 @dataclass
@@ -115,7 +116,8 @@ def read_splits(
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
         text = replace(retention_data(data), max_length=limit, bad_rows=data.bad_rows)
-        documents = Documents(tokenizer, separate=False, limit=limit)
+        keep = data.special_tokens is SpecialTokens.keep
+        documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
     return Splits(examples, labels, list(sources), reader.folders)
@@ -174,6 +176,8 @@ class Reader:
 
         found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
+        for entry in found.values():
+            require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
         if objective == "sft" and self.config.data.require_stop_token:
             require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
         return found
@@ -212,10 +216,11 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
 
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
     """The encoder of the objective, and the length of the blocks that its text is cut into."""
+    keep = config.data.special_tokens is SpecialTokens.keep
     if config.objective.name.startswith("classify"):
         return Labelled(tokenizer, config.data, config.objective), None
     if config.objective.name == "pretrain":
-        return Documents(tokenizer, separate=True), config.data.max_length
+        return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
     return Conversations(tokenizer, config.data, stops), None
 
 
@@ -229,7 +234,13 @@ def retention_data(data: DataConfig) -> DataConfig:
     """How the retention text is read: as text, with a mapping of its own."""
     columns = data.split_columns.get("retention", {})
     mapping = {"retention": columns} if columns else {}
-    return DataConfig(kind=Kind.text, text_unit=data.text_unit, columns=columns, split_columns=mapping)
+    return DataConfig(
+        kind=Kind.text,
+        text_unit=data.text_unit,
+        columns=columns,
+        split_columns=mapping,
+        special_tokens=data.special_tokens,
+    )
 
 
 def _examples(entries: list[Entry], labels: list[str]) -> Examples:
