@@ -175,7 +175,7 @@ def ours(rows: str, tokenizer_path: str, cache: str, length: str, objective: str
 def bare(rows: str, tokenizer_path: str) -> dict[str, Any]:
     from tritune.trainer.config import ModelConfig
     from tritune.trainer.data.encode import plain_backend
-    from tritune.trainer.data.templates import ChatTemplate
+    from tritune.trainer.data.spans import ChatTemplate
     from tritune.trainer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(tokenizer=tokenizer_path))
@@ -184,7 +184,7 @@ def bare(rows: str, tokenizer_path: str) -> dict[str, Any]:
         for line, _ in zip(file, range(BARE_ROWS), strict=False):
             row = json.loads(line)
             turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-            texts.append(template.render(turns, "row").text)
+            texts.append(template.rows(turns, "row")[0].text)
     backend = plain_backend(tokenizer)
     backend.encode_batch(texts[:100], add_special_tokens=False)
     began = time.perf_counter()

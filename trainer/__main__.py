@@ -98,7 +98,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     rank, limits = int(os.environ.get("RANK", "0")), config.launch
     pulse = Pulse(rank, limits.quiet_seconds, limits.hang_factor, limits.hang_seconds)
     directory, world, owned, built = RunDir(path, overrides), None, False, None
-    state, code, culprit = "failed", EXIT_FAILED, None
+    state, code, culprit, refused = "failed", EXIT_FAILED, None, False
 
     def abandon(why: str, asked: bool) -> None:
         """On the guard's thread, while the main one is out of reach; the newest checkpoint is what the next start has."""
@@ -186,13 +186,16 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
-            _write_end(directory, state, step, code, culprit, refused=code == EXIT_INPUT and built is None)
+            refused = code == EXIT_INPUT and built is None
+            _write_end(directory, state, step, code, culprit, refused)
             pulse.phase(CLOSING)
             for sink in built.sinks if built else []:
                 sink.close(code)
         if built is not None:
             built.loader.close()
         progress.close()
+        if refused:
+            directory.discard()
         directory.close()
         distributed.end()
         pulse.phase("ended")

@@ -21,7 +21,7 @@ from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Form, Packing
-from tritune.trainer.config_data import training_sources
+from tritune.trainer.config_data import Check, training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.records import require_sources
@@ -121,7 +121,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     for finding in findings:
-        if finding.severity is Severity.warning:
+        if finding.severity is Severity.warning or finding.name is Check.unread:
             say(f"data      {finding.name}: {finding.text}")
     say(f"data      read in {time.perf_counter() - began:.1f} s; padding token {pad}")
 

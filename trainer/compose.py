@@ -196,7 +196,8 @@ def _apply_to_source(composed: Any, override: Override) -> str | None:
     """Set a key of a source of `data.sources`, which the first key that names it makes."""
     name, _, key = override.key_or_group.removeprefix(SOURCES).partition(".")
     keys = [f.name for f in dataclasses.fields(SourceConfig)]
-    if key not in keys:
+    whole, _, column = key.partition(".")
+    if key not in keys and (whole != "columns" or not column or "." in column):
         known = nearest(f"{SOURCES}{name}.{key or 'path'}", [f"{SOURCES}{name}.{k}" for k in keys])
         return f"{override.input_line}: there is no such key. {known}"
     unresolved = _unresolved(override.value(), f"{SOURCES}{name}.{key}.")
@@ -204,14 +205,17 @@ def _apply_to_source(composed: Any, override: Override) -> str | None:
         return unresolved[0]
     probe = OmegaConf.structured(SourceConfig)
     try:
-        OmegaConf.update(probe, key, override.value())
+        OmegaConf.update(probe, key, override.value(), force_add=True)
     except OmegaConfBaseException as error:
         return f"{override.input_line}: {conversion(error, probe, key)}"
     sources = composed.data.sources
     with open_dict(sources):
         if name not in sources:
             sources[name] = SourceConfig()
-        sources[name][key] = probe[key]
+        if column:
+            sources[name][whole][column] = probe[whole][column]
+        else:
+            sources[name][key] = probe[key]
     return None
 
 

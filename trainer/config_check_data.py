@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Duplicates, Packing
-from tritune.trainer.config_data import COLUMNS, ROLES, Check
+from tritune.trainer.config_data import COLUMNS, ROLES, SPLIT_FILES, Check
 
 
 def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[str]) -> None:
@@ -27,9 +27,16 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
         "data.validation_share",
         "with data.test_share nothing is left to train on. Their sum must stay below 1",
     )
-    for name in d.columns:
-        if name not in COLUMNS:
-            faults.append(f"data.columns.{name}: there is no such column here. Map one of {', '.join(COLUMNS)}")
+    mappings = {"data.columns": d.columns} | {f"data.split_columns.{n}": m for n, m in d.split_columns.items()}
+    mappings |= {f"data.sources.{name}.columns": source.columns for name, source in d.sources.items()}
+    faults += [
+        f"{key}.{name}: there is no such column here. Map one of {', '.join(COLUMNS)}"
+        for key, mapping in mappings.items() for name in mapping if name not in COLUMNS
+    ]  # fmt: skip
+    faults += [
+        f"data.split_columns.{name}: no such split has a file of its own. Use {', '.join(SPLIT_FILES)}; to train, data.columns"
+        for name in d.split_columns if name not in SPLIT_FILES
+    ]  # fmt: skip
     rule(not (d.train and d.sources), "data.train", "data.sources names the training rows as well. Give one of the two")
     rule(d.temperature > 0, "data.temperature", "weights are taken to the power 1 / temperature. Use a positive value")
     for name, source in d.sources.items():

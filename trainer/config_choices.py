@@ -58,6 +58,29 @@ class Overlong(StrEnum):
     refuse = "refuse"
 
 
+class Unrendered(StrEnum):
+    """What happens where the chat template leaves out something that a row holds: it ends the run, or is said and trained
+    without."""
+
+    refuse = "refuse"
+    warn = "warn"
+
+
+class SpecialTokens(StrEnum):
+    """What control tokens in the data are (`<|im_end|>`, BOS): `text` like any other, or the tokens themselves."""
+
+    text = "text"
+    keep = "keep"
+
+
+class Turns(StrEnum):
+    """How the trained turns of a conversation lie in rows: `auto` keeps those together that its template writes in one text as
+    it does when they are asked for; `each` makes every one a row of its own, which ends with it."""
+
+    auto = "auto"
+    each = "each"
+
+
 class Duplicates(StrEnum):
     """What happens to a row that stands in the same source before: `drop` takes out those with equal content and label,
     `drop_near` also those that are nearly the same (`data.similarity`)."""
@@ -72,6 +95,14 @@ class Packing(StrEnum):
 
     none = "none"
     best_fit = "best_fit"
+
+
+class SystemTurn(StrEnum):
+    """What happens to a conversation's system turns: they stay, or are put before the words of the user's next turn, for
+    templates that know no such role."""
+
+    keep = "keep"
+    merge = "merge"
 
 
 class Schedule(StrEnum):

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Packing, TextUnit, Unsupervised
+from tritune.trainer.config_choices import (
+    BadRows,
+    Duplicates,
+    Kind,
+    Overlong,
+    Packing,
+    SpecialTokens,
+    SystemTurn,
+    TextUnit,
+    Turns,
+    Unrendered,
+    Unsupervised,
+)
 
 # Who speaks in a conversation.
 ROLES = ("system", "user", "assistant", "tool")
 
 # Our names of a row's columns, which data.columns maps to a file's.
-COLUMNS = ("messages", "tools", "prompt", "input", "response", "text", "label")
+COLUMNS = ("messages", "tools", "system", "history", "prompt", "input", "response", "text", "label")
+
+# Splits that have a file of their own beside the training rows.
+SPLIT_FILES = ("validation", "test", "retention")
 
 
 @dataclass
@@ -22,6 +37,7 @@ class SourceConfig:
     weight: float | None = None  # share of the rows of an epoch, relative; default: how many rows it has
     epochs: float | None = None  # instead: how often its rows come in an epoch of the mixture
     loss_weight: float = 1.0  # of each of its tokens or rows in the loss
+    columns: dict[str, str] = field(default_factory=dict)  # instead of data.columns, for this source
 
 
 @dataclass
@@ -40,7 +56,12 @@ class DataConfig:
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name -> the file's: prompt: instruction, label: category
+    )  # our name -> the file's: prompt: instruction, label: category; several of a row are joined: text: title+body
+    split_columns: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # the same for validation, test or retention alone: test: {prompt: question}
+    ignore: list[str] = field(default_factory=list)  # columns and message keys that are not read, nor said to be unread
+    system_turn: SystemTurn = SystemTurn.keep
     text_unit: TextUnit = TextUnit.paragraph
     max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
     overlong: Overlong = Overlong.cut  # rows above max_length
@@ -52,9 +73,16 @@ class DataConfig:
     similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
+    unrendered: Unrendered = (
+        Unrendered.refuse
+    )  # contents, tool calls, tools, thoughts that the chat template does not write
+    special_tokens: SpecialTokens = (
+        SpecialTokens.text
+    )  # what `<|im_end|>` in a row's texts is: text, or the token itself
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
+    turns: Turns = Turns.auto  # which of them share a row: templates may write an answer otherwise once another follows
     labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
 
 
@@ -74,6 +102,10 @@ class Check(StrEnum):
     unsupervised = "unsupervised"  # rows without a token to train on
     empty_answers = "empty_answers"
     empty_prompts = "empty_prompts"  # rows that ask nothing
+    unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
+    control_tokens = "control_tokens"  # texts that spell tokens which frame turns
+    unspelt = "unspelt"  # characters for which the tokenizer has no token
+    turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
@@ -90,13 +122,15 @@ class Check(StrEnum):
     unknown_labels = "unknown_labels"  # labels that the label set does not have
     label_balance = "label_balance"
     personal = "personal"
+    unread = "unread"  # columns and message keys that hold something, and that nothing reads
+    similar_labels = "similar_labels"  # labels that differ by case, space or Unicode form alone
     credentials = "credentials"  # keys and passwords
     mojibake = "mojibake"  # text that was decoded wrongly: U+FFFD, UTF-8 read as Windows-1252
 
 
 # Always a fault, and nothing that an honest data set has: repeated rows and single leaks do occur in those.
 FAIL_ON = (Check.unreadable, Check.bad_rows, Check.unsupervised, Check.over_context, Check.no_stop_token,
-           Check.double_bos, Check.template_mismatch, Check.split_leaked, Check.unknown_labels)  # fmt: skip
+           Check.double_bos, Check.template_mismatch, Check.unrendered, Check.split_leaked, Check.unknown_labels)  # fmt: skip
 
 
 @dataclass
@@ -114,3 +148,25 @@ def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
     if data.sources:
         return {name: (source.path or "", f"data.sources.{name}.path") for name, source in data.sources.items()}
     return {"train": (data.train, "data.train")} if data.train is not None else {}
+
+
+def columns_key(data: DataConfig, key: str) -> str:
+    """The config key of the mapping that a source has: its own, its split's or that of all.
+
+    Args:
+        key: of the source: `data.train`, `data.sources.chat.path`, `data.test`.
+    """
+    parts = key.split(".")
+    if len(parts) > 2 and parts[1] == "sources" and data.sources[parts[2]].columns:
+        return f"data.sources.{parts[2]}.columns"
+    return f"data.split_columns.{parts[-1]}" if data.split_columns.get(parts[-1]) else "data.columns"
+
+
+def data_of(data: DataConfig, key: str) -> DataConfig:
+    """The settings of one source: those of all, with its own mapping of columns."""
+    match columns_key(data, key).split("."):
+        case [_, "sources", name, _]:
+            return replace(data, columns=data.sources[name].columns)
+        case [_, "split_columns", split]:
+            return replace(data, columns=data.split_columns[split])
+    return data

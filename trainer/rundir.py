@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ LOCK = "lock.json"
 STATUS_SECONDS = 2.0
 STOP_FILE = "STOP"  # `touch RUN/STOP` asks a run to stop, also where no signal arrives
 INHERIT_SECONDS = 120.0
+OF_A_START = ("status.json", "train.log", "startup.json", STOP_FILE)  # written before anything is read
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "safetensors", "tokenizers", "hydra-core", "numpy")
 
 
@@ -41,6 +43,7 @@ class RunDir:
         self._lock: IO[str] | None = None
         self._logs: dict[str, IO[str]] = {}
         self._touched = 0.0
+        self._made = False  # by this start
         self.save_seconds: float | None = (
             None  # what the last checkpoint took; kept in the status from one start to the next
         )
@@ -52,6 +55,7 @@ class RunDir:
             InputError: a live run has it, or something in it that is no file has the name of one.
         """
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             require_files(self.path)
             lock = (self.path / LOCK).open("a+")
@@ -195,6 +199,14 @@ class RunDir:
                     f"resume    {self.path / name} is spoilt: {spoilt:,} of its lines are no rows, and are left out"
                 )
         return said
+
+    def discard(self) -> None:
+        """Remove the directory of a start that was refused, if this start made it: there is nothing in it but the refusal."""
+        if self._made:
+            for name in (LOCK, *OF_A_START):
+                (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody put something there meanwhile
+                self.path.rmdir()
 
     def close(self) -> None:
         for log in self._logs.values():

@@ -13,10 +13,11 @@ from tritune.trainer.config_choices import Kind, TextUnit
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data import kinds, templates
 from tritune.trainer.data.chunks import Row
-from tritune.trainer.data.kinds import DEPTH, Reading, Record, as_records
+from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import hub_version, read_rows, require_source
-from tritune.trainer.data.sandbox import compile_template
+from tritune.trainer.data.row_limits import DEPTH
 from tritune.trainer.errors import InputError
+from tritune.trainer.tokenizer import byte_tokenizer
 
 ROWS = [
     {"text": "plain", "label": "a"},
@@ -329,7 +330,9 @@ def test_the_deepest_row_that_is_read_renders_and_hashes():
     source = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
     row = {**talk(x=nested(DEPTH - 1)), "tools": nested(DEPTH)}
     record = Reading(DataConfig(), "sft").record(Row(row, "f:1"))
-    text, _ = templates._run(compile_template(source), "it", {}, record.messages or [], "f:1", tools=record.tools)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    text = templates.render(tokenizer, record.messages or [], "f:1", tools=record.tools)
     assert text.count("[") == 2 * DEPTH - 1
     assert len(record.digest()) == 32
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from tritune.trainer.data import isolated, sandbox, sandbox_limits
-from tritune.trainer.data.templates import ChatTemplate, render
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import byte_tokenizer
 
@@ -254,7 +255,7 @@ def test_the_limits_hold_in_every_thread_and_leave_the_others_alone(monkeypatch)
 
     def works() -> None:
         template = ChatTemplate(honest)
-        results["honest"] = {template.render(MESSAGES, "here").text for _ in range(300)}
+        results["honest"] = {template.rows(MESSAGES, "here")[0].text for _ in range(300)}
 
     threads = [threading.Thread(target=stopped, args=(str(i),), daemon=True) for i in range(2)]
     threads.append(threading.Thread(target=works, daemon=True))

@@ -48,7 +48,7 @@ def test_what_decides_the_tokens_decides_the_entry(tmp_path):
         read_splits(config(tmp_path, train=str(path), **changed), tokenizer, None)
         assert len(entries(tmp_path) - before) == 1, changed
     before = entries(tmp_path)
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n' -}}", "assistant: ' -}}")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
     read_splits(config(tmp_path, train=str(path)), tokenizer, None)
     assert len(entries(tmp_path) - before) == 1, "another template"
     before = entries(tmp_path)

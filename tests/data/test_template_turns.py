@@ -18,7 +18,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 from tritune.trainer.data import isolated
-from tritune.trainer.data.templates import ChatTemplate, render, token_spans
+from tritune.trainer.data.confined_rows import ConfinedRows
+from tritune.trainer.data.masks import token_spans
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import CHATML, byte_tokenizer
 
@@ -82,7 +85,7 @@ def words(template: str) -> PreTrainedTokenizerFast:
 
 
 def shown(tokenizer, messages, tools=None, **options) -> str:
-    rendered = ChatTemplate(tokenizer, **options).render(messages, "here", tools)
+    [rendered] = ChatTemplate(tokenizer, **options).rows(messages, "here", tools)
     assert rendered.text == tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     assert all(a < b for a, b in rendered.spans)
     encoding = tokenizer(rendered.text, add_special_tokens=False)[0]
@@ -136,7 +139,7 @@ def test_gemma():
         "<start_of_turn> user $ [ user ~ two <end_of_turn> ] $ <start_of_turn> model $ [ dos <end_of_turn> ] $"
     )
     with pytest.raises(InputError, match=r"rows:9.*no system turns here"):
-        ChatTemplate(words(GEMMA)).render(TALK, "rows:9")
+        ChatTemplate(words(GEMMA)).rows(TALK, "rows:9")
 
 
 def test_tools():
@@ -162,7 +165,7 @@ def test_tools():
 
 def test_phi_3(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "phi-3-mini")
-    rendered = ChatTemplate(tokenizer).render(TALK, "here")
+    [rendered] = ChatTemplate(tokenizer).rows(TALK, "here")
     encoding = tokenizer(rendered.text, add_special_tokens=False)[0]
     trained = [encoding.tokens[a:b] for a, b in token_spans(encoding, rendered)]
     assert trained == [["uno", "▁!", "<|end|>\n"], ["d", "os", "<|end|>\n", "<|endoftext|>"]]
@@ -191,7 +194,7 @@ def test_marks_are_transformers_own_spans(contents, name):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = WITH_MARKS[name]
     messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    rendered = ChatTemplate(tokenizer).render(messages, "here")
+    [rendered] = ChatTemplate(tokenizer).rows(messages, "here")
     text, marks = _render_with_assistant_indices(
         _compile_jinja_template(tokenizer.chat_template), messages, None, None, False, **tokenizer.special_tokens_map
     )
@@ -210,7 +213,7 @@ def test_marks_inside_a_macro_are_refused():
         "{% macro m(x) %}{% generation %}{{ x }}{% endgeneration %}{% endmacro %}{{ m(messages[0].content) }}"
     )
     with pytest.raises(InputError, match=r"rows:4.*in a macro"):
-        ChatTemplate(tokenizer).render(TALK, "rows:4")
+        ChatTemplate(tokenizer).rows(TALK, "rows:4")
     assert ChatTemplate(tokenizer).prompt(TALK, "rows:4") == "be kind"
 
 
@@ -251,8 +254,9 @@ def test_a_row_costs_less_than_transformers_takes_for_its_text_alone(shared, mon
         ChatTemplate(tokenizer),
         [{"role": "user", "content": "word " * 50}, {"role": "assistant", "content": "so " * 80}],
     )
+    render_all = ConfinedRows(template)
     ours, theirs = [], []
     for _ in range(7):
-        ours.append(timeit.timeit(lambda: template.render_all([(row, "here", None)] * 200), number=1))
+        ours.append(timeit.timeit(lambda: render_all([(row, "here", None)] * 200), number=1))
         theirs.append(timeit.timeit(lambda: tokenizer.apply_chat_template(row, tokenize=False), number=200))
     assert min(ours) < 1.3 * min(theirs)

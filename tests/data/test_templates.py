@@ -11,8 +11,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.data.templates import ChatTemplate, double_bos, token_spans, verify
-from tritune.trainer.data.turns import _block_names
+from tritune.trainer.data.masks import double_bos, token_spans, verify
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.templates import block_names
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import CHATML, byte_tokenizer, load_tokenizer, stop_token_ids
 
@@ -87,7 +88,7 @@ def bytes_with(template: str):
 
 def encode(tokenizer, messages) -> tuple[list[int], list[bool]]:
     """Token ids and, for each, whether it is trained."""
-    rendered = ChatTemplate(tokenizer).render(messages, "here")
+    [rendered] = ChatTemplate(tokenizer).rows(messages, "here")
     out = tokenizer(rendered.text, add_special_tokens=False)
     mask = [False] * len(out["input_ids"])
     for start, stop in token_spans(out[0], rendered):
@@ -153,7 +154,7 @@ def test_built_in_chatml_on_a_real_tokenizer(shared):
     ],
 )
 def test_recognizing_marks(template, expected):
-    assert ("generation" in _block_names(template)) is expected
+    assert ("generation" in block_names(template)) is expected
 
 
 def test_marks_written_tightly_still_give_the_exact_mask():
@@ -286,8 +287,8 @@ def test_phi3_tokenizer(name, shared):
         assert "".join(answer.split()) in "".join(span.split())
 
 
-def test_a_template_that_rewrites_history_is_refused():
-    """Earlier answers are shortened once another turn follows: spans cannot be found, and that is said."""
+def test_a_template_that_rewrites_history_gives_rows_of_their_own():
+    """Earlier answers are shortened once another turn follows: each is trained where it is the last."""
     rewriting = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
         "{% if message['role'] == 'assistant' and not loop.last %}{{ '...' }}"
@@ -295,10 +296,25 @@ def test_a_template_that_rewrites_history_is_refused():
         "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     template = ChatTemplate(bytes_with(rewriting))
-    template.render(turns("a", "bcd"), "here")
-    with pytest.raises(InputError, match=r"rows.jsonl:7") as error:
-        template.render(turns("a", "bcd", "e", "fgh"), "rows.jsonl:7")
-    assert "generation" in error.value.remedy
+    rows = template.rows(turns("a", "bcd", "e", "fgh"), "here")
+    assert [[row.text[a:b] for a, b in row.spans] for row in rows] == [["bcd<|im_end|>"], ["fgh<|im_end|>"]]
+    assert "bcd" not in rows[1].text
+    last = ChatTemplate(bytes_with(rewriting), last_only=True).rows(turns("a", "bcd", "e", "fgh"), "here")
+    assert last == rows[1:]
+
+
+def test_a_template_that_asks_otherwise_than_it_writes_is_refused():
+    """The system's text stands in a question that is the last turn, and nowhere else: no row shows what the model is asked."""
+    body = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.last %}{{ messages[0].content + ' ' }}{% endif %}"
+        "{{ m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    messages = turns("question", "answer", system="Be brief.")
+    with pytest.raises(InputError, match=r"rows.jsonl:7: .* turn 2 .*asked, it has .*Be brief") as error:
+        ChatTemplate(bytes_with(body)).rows(messages, "rows.jsonl:7")
+    assert "model.chat_template=chatml" in error.value.remedy
+    assert ChatTemplate(bytes_with(CHATML)).rows(messages, "rows.jsonl:7")
 
 
 def test_a_template_that_fails_names_the_row():
@@ -307,7 +323,7 @@ def test_a_template_that_fails_names_the_row():
     )
     template = ChatTemplate(bytes_with(alternating))
     with pytest.raises(InputError, match=r"rows\.jsonl:3.*System role not supported"):
-        template.render(turns("a", "b", system="s"), "rows.jsonl:3")
+        template.rows(turns("a", "b", system="s"), "rows.jsonl:3")
 
 
 def test_no_template_is_refused():
@@ -367,6 +383,5 @@ def test_verify_says_what_is_wrong():
     dated = bytes_with(
         "{% if add_generation_prompt %}{{ 'now ' }}{% endif %}" + head + faults["its tokens spell 'REPLY"] + tail
     )
-    complaint = verify(dated, ChatTemplate(dated), turns("a", "reply"), "here")
-    assert complaint is not None
-    assert "in training and" in complaint
+    with pytest.raises(InputError, match="asked, it has 'now "):
+        verify(dated, ChatTemplate(dated), turns("a", "reply"), "here")

@@ -10,10 +10,12 @@ import pytest
 from harness import children
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data import isolated
+from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.encode import Conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.pipeline import encode_records
-from tritune.trainer.data.templates import ChatTemplate, render
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.templates import render
 from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import byte_tokenizer
@@ -87,8 +89,8 @@ def test_rows_are_the_same_wherever_they_are_rendered():
     here = encoder(records)
     assert made.columns.batch().equals(here.columns.batch())
     template = ChatTemplate(tokenizer)
-    assert template.render_all([(r.messages, r.place, None) for r in records]) == [
-        template.render(r.messages, r.place) for r in records
+    assert ConfinedRows(template)([(r.messages, r.place, None) for r in records]) == [
+        template.rows(r.messages, r.place) for r in records
     ]
 
 

@@ -199,7 +199,7 @@ def test_missing_column(refused, write):
 @pytest.mark.usefixtures("unloaded")
 def test_column_missing_further_down(refused, write):
     path = write([ROW, ROW, {"prompt": "a"}])
-    refused(f"data.train={path}", words=[f"{path}:3", "column response is missing", "data.columns.response="])
+    refused(f"data.train={path}", words=[f"{path}:3", "column response is missing", "data.bad_rows=skip"])
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -342,8 +342,8 @@ def test_truncation_that_cuts_every_stop_token(refused, write):
 
 @pytest.mark.usefixtures("unloaded")
 def test_unknown_role(refused, write):
-    path = write([{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}])
-    refused(f"data.train={path}", words=[f"{path}:1", "human", "assistant", "Roles are"])
+    path = write([{"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    refused(f"data.train={path}", words=[f"{path}:1", "robot", "assistant", "Roles are"])
 
 
 @pytest.mark.usefixtures("unloaded")

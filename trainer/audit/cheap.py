@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
+from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Overlong, SpecialTokens, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check
+from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
+from tritune.trainer.data.masks import verify
+from tritune.trainer.data.remarks import Kind, named
+from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import Splits
-from tritune.trainer.data.templates import ChatTemplate, verify
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
 RATIO = 10  # of the commonest label's rows to the rarest's; BANKING77, which trains well, has 5
+UNSPELT = 1e-3  # the share of tokens from which it is a warning that they stand for characters without one
+SHOWN = 12  # characters
 PROBE = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]
 
 
@@ -34,15 +41,17 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
     findings: list[Finding] = []
     for name, examples in splits.examples.items():
         findings += [*_left_out(config, name, examples), *_cut(config, name, examples)]
+        findings += unread(name, examples.report)
         findings += _double_bos(config, name, examples, tokenizer)
         if config.objective.name == "sft" and name != "retention" and len(examples) and not examples.report.stop_rows:
             severity = Severity.fault if config.data.require_stop_token else Severity.note
             text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
             findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
+        findings += _said(config, name, examples)
     findings += _template(config, tokenizer)
     findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
     if "train" in splits.examples and splits.labels:
-        findings += label_balance(splits)
+        findings += [*label_balance(splits), *similar_labels(splits)]
     return findings
 
 
@@ -57,6 +66,51 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
         places = list(report.dropped_places)
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
+
+
+def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+    """What was said of rows when they were encoded."""
+    for kind, tally in examples.report.remarks.items():
+        rows, details = tally["rows"], {"split": name, **tally["parts"]}
+        match kind:
+            case Kind.apart:
+                text = (
+                    f"{name}: {counted(tally['parts']['conversations'], 'conversation')} in {counted(rows, 'row')}: the"
+                )
+                text += " template writes earlier answers otherwise once another turn follows"
+                yield Finding(Check.turns_apart, Severity.note, rows, text, tally["places"], details=details)
+            case Kind.unrendered:
+                text = f"{name}: {counted(rows, 'row')} of which the chat template leaves something out: {named(tally['parts'])}"
+                severity = Severity.fault if config.data.unrendered is Unrendered.refuse else Severity.warning
+                if severity is Severity.warning:
+                    text += "; trained without it (data.unrendered=warn)"
+                yield Finding(Check.unrendered, severity, rows, text, tally["places"], details=details)
+            case Kind.control:
+                kept = config.data.special_tokens is SpecialTokens.keep
+                text = f"{name}: {counted(rows, 'row')} with control tokens in their texts: {named(tally['parts'])}; encoded as "
+                text += "the tokens that they are (data.special_tokens=keep)" if kept else "text"
+                yield Finding(Check.control_tokens, Severity.warning, rows, text, tally["places"], details=details)
+            case Kind.unknown | Kind.by_bytes | Kind.unknown_answers:
+                yield _unspelt(name, examples, kind, tally)
+            case Kind.empty:
+                text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
+                yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)
+
+
+def _unspelt(name: str, examples: Examples, kind: str, tally: dict[str, Any]) -> Finding:
+    """Tokens that stand for characters which the tokenizer does not have; a warning from a thousandth on."""
+    report, count = examples.report, sum(tally["parts"].values())
+    answers = kind == Kind.unknown_answers
+    share = count / max(report.supervised_tokens if answers else report.tokens, 1)
+    how = "are spelt byte by byte" if kind == Kind.by_bytes else "are <unk>"
+    text = (
+        f"{name}: {share:.2%} of the {'trained ' if answers else ''}tokens {how}, in {counted(tally['rows'], 'row')}: "
+    )
+    text += named({repr(c)[1:-1] if len(c) == 1 else c: n for c, n in tally["parts"].items()}, SHOWN)
+    text += "; a model cannot learn to write these" if answers else ""
+    severity = Severity.warning if share > UNSPELT else Severity.note
+    details = {"split": name, "kind": str(kind), "share": share, "characters": tally["parts"]}
+    return Finding(Check.unspelt, severity, tally["rows"], text, tally["places"], details=details)
 
 
 def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
@@ -121,7 +175,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Fi
     """The chat template on a conversation of ours; one that it refuses shows nothing."""
     if config.objective.name != "sft" or not tokenizer.chat_template or "assistant" not in config.data.train_on:
         return
-    template = ChatTemplate(tokenizer, config.data.train_on, config.data.last_turn_only)
+    template = chat_template(tokenizer, config.data)
     try:
         said = verify(tokenizer, template, PROBE, "a probe conversation")
     except InputError as error:

@@ -12,7 +12,7 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.review import review
 from tritune.trainer.audit.texts import Part, Texts, hide, parts_of, read_texts
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check, training_sources
 from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.splits import Splits, Watch, read_splits
@@ -74,6 +74,8 @@ def read_audit(config: Config, watch: Watch) -> Audit:
     reviewed = review(config, texts, labels, tokenizer)
     if any(f.name is Check.bad_rows for f in findings):  # the rows of the sample among them
         reviewed = [f for f in reviewed if f.name is not Check.bad_rows]
+    if any(f.name is Check.empty_answers for f in findings):  # the same, and those of calls that are not written
+        reviewed = [f for f in reviewed if f.name is not Check.empty_answers]
     findings = _without_less(findings, reviewed) + reviewed
     findings = [_expected(config, finding) for finding in findings]
     findings.sort(key=lambda f: (_ORDER[f.severity], list(Check).index(f.name)))
@@ -101,7 +103,7 @@ def _others(texts: Texts, labels: list[str]) -> list[str]:
 
 def _lenient(config: Config, labels: list[str]) -> Config:
     data = replace(
-        config.data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False,
+        config.data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False, unrendered=Unrendered.warn,
         overlong=Overlong.cut, duplicates=Duplicates.keep, labels=labels,
     )  # fmt: skip
     return replace(config, data=data)

@@ -11,11 +11,16 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, beside, co
 from tritune.trainer.audit.repeats import Contents, repeats
 from tritune.trainer.audit.texts import Texts, hide
 from tritune.trainer.config import Config
+from tritune.trainer.config_choices import SpecialTokens
 from tritune.trainer.config_data import Check
 from tritune.trainer.data.clean import turns_of
 from tritune.trainer.data.contradictions import contradictory
+from tritune.trainer.data.control import ControlTokens
+from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.templates import ChatTemplate, render, verify
+from tritune.trainer.data.masks import verify
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
 
 COMPARED = 64  # training rows of a group that a row of another split is compared with
@@ -159,13 +164,14 @@ def _rendering(config: Config, sample: Sequence[Record], tokenizer: PreTrainedTo
     """Whether sampled rows are trained on as the model will be asked; rows that the template fails on are bad rows."""
     if not sample or not tokenizer.chat_template or "assistant" not in config.data.train_on:
         return
-    template = ChatTemplate(tokenizer, config.data.train_on, config.data.last_turn_only)
+    template = chat_template(tokenizer, config.data)
+    control = ControlTokens(tokenizer, template.frame, config.data.special_tokens is SpecialTokens.keep)
     found: list[tuple[str, str]] = []
     spelt: list[tuple[str, str]] = []
     failed: list[tuple[str, str]] = []
     for record in sample:
         try:
-            said = verify(tokenizer, template, turns_of(record), record.place, record.tools)
+            said = verify(tokenizer, template, turns_of(record), record.place, record.tools, control)
         except InputError as error:
             said = error.rule if _asked_otherwise(tokenizer, template, record) else None
             if said is None:

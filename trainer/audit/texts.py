@@ -12,13 +12,12 @@ import numpy as np
 from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Kind
-from tritune.trainer.config_data import Check, DataConfig
+from tritune.trainer.config_data import Check, DataConfig, data_of
 from tritune.trainer.data.clean import compared_text, said, turns_of
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all
-from tritune.trainer.data.splits import training_sources
+from tritune.trainer.data.splits import retention_data, training_sources
 from tritune.trainer.errors import InputError
 
 FIRST, SPREAD = 64, 64  # rows for the chat template: the first, and at least half as many as this over all of them
@@ -45,13 +44,15 @@ def parts_of(config: Config) -> list[Part]:
     """Every source, those of training first, the retention text last."""
     data, objective = config.data, config.objective.name
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
-    parts = [Part("train", path, key, data, objective, shares) for path, key in training_sources(data).values()]
+    parts = [
+        Part("train", path, key, data_of(data, key), objective, shares) for path, key in training_sources(data).values()
+    ]
     for name in ("validation", "test"):
         path = getattr(data, name)
         if path is not None:
-            parts.append(Part(name, path, f"data.{name}", data, objective))
+            parts.append(Part(name, path, f"data.{name}", data_of(data, f"data.{name}"), objective))
     if data.retention is not None:
-        text = DataConfig(kind=Kind.text, text_unit=data.text_unit)
+        text = retention_data(data)
         parts.append(Part("retention", data.retention, "data.retention", text, "pretrain"))
     return parts
 
@@ -62,7 +63,9 @@ def records_of(part: Part) -> Iterator[Record | InputError]:
     Raises:
         InputError: nothing is there, or it does not read on.
     """
-    return as_records(read_all(part.path, part.key, part.data.text_unit), Reading(part.data, part.objective))
+    return as_records(
+        read_all(part.path, part.key, part.data.text_unit), Reading(part.data, part.objective, key=part.key)
+    )
 
 
 def question_of(record: Record) -> tuple[str, str]:

@@ -11,8 +11,9 @@ from tritune.trainer.data.files import not_utf8
 from tritune.trainer.errors import InputError, reason
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import RecordBatch, Schema
 
+_SAID = {",": "commas", "\t": "tabs", ";": "semicolons"}
 BLANK = " \t\r"  # JSON's white space within a line
 
 
@@ -38,6 +39,14 @@ class Cells:
 
     header: list[str]
     rows: list[tuple[int, list[str]]]
+    delimiter: str = ","
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A JSON array: the text of each row with its line."""
+
+    rows: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Chunk:
 
     path: str
     num_rows: int
-    body: Lines | Cells | Texts | Batch | InputError
+    body: Lines | Elements | Cells | Texts | Batch | InputError
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:
@@ -73,6 +82,8 @@ def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:
     match chunk.body:
         case Lines():
             return _parse_lines(chunk.path, chunk.body)
+        case Elements():
+            return (_parse_line(f"{chunk.path}:{line}", text) for line, text in chunk.body.rows)
         case Cells():
             return _parse_cells(chunk.path, chunk.body)
         case Texts():
@@ -84,7 +95,7 @@ def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:
 
 def after(chunk: Chunk, rows: int) -> Chunk:
     """A chunk without its first rows."""
-    body: Lines | Cells | Texts | Batch
+    body: Lines | Elements | Cells | Texts | Batch
     match chunk.body:
         case Lines(data, first):
             start = 0
@@ -95,8 +106,10 @@ def after(chunk: Chunk, rows: int) -> Chunk:
                     blank = not data[start:end].strip(BLANK.encode() + b"\n")
                     start, first = end, first + 1
             body = Lines(data[start:], first)
-        case Cells(header, cells):
-            body = Cells(header, cells[rows:])
+        case Elements(elements):
+            body = Elements(elements[rows:])
+        case Cells(header, cells, delimiter):
+            body = Cells(header, cells[rows:], delimiter)
         case Texts(texts):
             body = Texts(texts[rows:])
         case Batch(_, first, decode):
@@ -153,6 +166,8 @@ def _parse_line(place: str, line: str) -> Row | InputError:
         )
     if isinstance(fields, dict):
         return Row(fields, place)
+    if isinstance(fields, list) and fields and all(isinstance(part, dict) for part in fields):
+        return Row({"messages": fields}, place)  # a conversation a line, without a name
     rule = f"this line is a JSON {type(fields).__name__}, and a row is an object"
     return InputError(place, rule, 'Write {"prompt": ..., "response": ...} or the like')
 
@@ -175,7 +190,8 @@ def _parse_cells(path: str, body: Cells) -> Iterator[Row | InputError]:
     for line, cells in body.rows:
         if len(cells) != len(body.header):
             rule = f"this row has {len(cells)} cells, and the header {len(body.header)}"
-            yield InputError(f"{path}:{line}", rule, "Quote cells that contain commas or line ends")
+            remedy = f"Quote cells that contain {_SAID.get(body.delimiter, body.delimiter)} or line ends"
+            yield InputError(f"{path}:{line}", rule, remedy)
         elif "\0" in (joined := ",".join(cells)):
             yield _nul(f"{path}:{line}", joined.index("\0"))
         else:
@@ -195,18 +211,55 @@ def _parse_batch(path: str, body: Batch) -> Iterator[Row | InputError]:
 
     batch = _batch(body)
     features = _features(batch) if body.decode else None
+    names = class_names(batch.schema)
+    nested = [field.name for field in batch.schema if pyarrow.types.is_nested(field.type)]
     faults = (ValueError, OverflowError, pyarrow.ArrowException)  # text that is not UTF-8, a time out of Python's range
     try:
-        rows = batch.to_pylist()
+        rows = batch.to_pylist(maps_as_pydicts="strict")
     except faults:
         rows = None
     for index in range(batch.num_rows):
         place = f"{path}:row {body.first + index}"
         try:
-            fields = batch.slice(index, 1).to_pylist()[0] if rows is None else rows[index]
-            yield Row(fields if features is None else features.decode_example(fields), place)
+            fields = batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0] if rows is None else rows[index]
+            fields = fields if features is None else features.decode_example(fields)
+            for name in nested:
+                fields[name] = without_nulls(fields[name])
+            for name, words in names.items():
+                fields[name] = _named(fields[name], words, name, place)
+            yield Row(fields, place)
+        except InputError as error:
+            yield error
         except faults as error:
             yield InputError(place, f"the row does not read: {reason(error)}", "Write it again, or remove it")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of Arrow's without the nulls in its objects: it fills them in where other rows have a key that this has not."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) if isinstance(v, dict | list) else v for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(v) if isinstance(v, dict | list) else v for v in value]
+    return value
+
+
+def class_names(schema: Schema) -> dict[str, list[str]]:
+    """Column -> the names of its classes, of what `datasets` saved as numbers with names (`ClassLabel`)."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        known = {n: f["names"] for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {n: words for n, words in known.items() if n in schema.names and isinstance(words, list)}
+
+
+def _named(value: Any, words: list[str], column: str, place: str) -> Any:
+    if not isinstance(value, int) or value == -1:  # what `datasets` writes where a label is not known
+        return None if value == -1 else value
+    if not 0 <= value < len(words):
+        rule = f"column {column} is {value}, and it has names for 0 to {len(words) - 1}"
+        raise InputError(place, rule, "Mend the row, or skip such rows with data.bad_rows=skip")
+    return words[value]
 
 
 def _features(batch: RecordBatch) -> Any:

@@ -39,7 +39,7 @@ def near_groups(source: Source, similarity: float, beat: Callable[[], None]) -> 
 
     A reading of its own, in this process: rows are compared by their text, of which only hashes are kept.
     """
-    reading = Reading(source.data, source.objective, source.kind)
+    reading = Reading(source.data, source.objective, source.kind, source.key)
     places: dict[str | None, list[str]] = {}
     texts: dict[str | None, NearDuplicates] = {}
     for record in as_records(read_all(source.path, source.key, source.data.text_unit), reading):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
-from tritune.trainer.config_choices import Overlong
+from tritune.trainer.config_choices import Overlong, SpecialTokens, Turns
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.confined_rows import ConfinedRows
+from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.examples import Columns
 from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.templates import ChatTemplate, token_spans
-from tritune.trainer.errors import InputError, is_panic, reason
+from tritune.trainer.data.masks import token_spans
+from tritune.trainer.data.remarks import Kind, Remark
+from tritune.trainer.data.spans import ChatTemplate
+from tritune.trainer.data.tokenizing import plain_backend
+from tritune.trainer.data.unrendered import unrendered
+from tritune.trainer.data.unspelt import Said, Unspelt
+from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
 
@@ -29,6 +37,7 @@ class Encoded:
         token_bytes: one array a row: how many bytes of the text each token is the first to reach the end of; text only.
         bad: faults of rows that are left out. dropped: places of rows without a supervised token, with why.
         too_long: places of rows left out above `data.max_length`.
+        remarks: what is said of rows in `columns`, which number them.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -38,6 +47,7 @@ class Encoded:
     bad: list[InputError] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
     def fits(self, length: int, place: str, data: DataConfig) -> bool:
         """Whether a row is kept, cut or not; notes it otherwise.
@@ -60,6 +70,17 @@ class Encoder(Protocol):
     def __call__(self, records: Sequence[Record]) -> Encoded: ...
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a template is asked to render: a record's conversation, whose control tokens may be hidden."""
+
+    record: Record
+    messages: list[dict]
+    tools: list | None
+    control: dict[str, int]
+    hidden: bool
+
+
 class Conversations:
     """Messages, or prompt and response, with the loss on the responses.
 
@@ -76,43 +97,99 @@ class Conversations:
         self.begin = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         self.template = None
         if tokenizer.chat_template:
-            self.template = ChatTemplate(tokenizer, data.train_on, data.last_turn_only)
+            self.template = chat_template(tokenizer, data)
+            self.render_all = ConfinedRows(self.template)
+        frame = self.template.frame if self.template is not None else ()
+        self.control = ControlTokens(tokenizer, frame, data.special_tokens is SpecialTokens.keep)
+        self.unspelt = Unspelt(tokenizer)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
         if self.template is None and any(r.messages is not None for r in records):
             ChatTemplate(self.tokenizer)  # says that there is none
-        rows = self._plain(records) if self.template is None else self._rendered(records, self.template, out)
-        for record, ids, spans in rows:
-            self._add(out, record, ids, spans)
+        rows = self._plain(records, out) if self.template is None else self._rendered(records, self.template, out)
+        for record, ids, spans, part, said in rows:
+            self._add(out, record, ids, spans, part, said)
         return out
 
     def _rendered(self, records: Sequence[Record], template: ChatTemplate, out: Encoded):
+        asked: list[_Asked] = []
+        for record in records:
+            try:
+                asked.append(self._asked(record))
+            except InputError as error:
+                out.bad.append(error)
         rendered, kept = [], []
-        rows = [(_messages(record), record.place, record.tools) for record in records]
-        for record, one in zip(records, template.render_all(rows), strict=True):
-            if isinstance(one, InputError):
-                out.bad.append(one)
-            else:
-                rendered.append(one)
-                kept.append(record)
-        places = [record.place for record in kept]
-        encodings = encode_texts(self.backend, [r.text for r in rendered], places, specials=False)
-        for record, one, encoding in zip(kept, rendered, encodings, strict=True):
-            yield record, encoding.ids, token_spans(encoding, one)
+        answers = self.render_all([(one.messages, one.record.place, one.tools) for one in asked])
+        for one, rows in zip(asked, answers, strict=True):
+            record, place = one.record, one.record.place
+            try:
+                if isinstance(rows, InputError):
+                    raise rows
+                texts = [self.control.unmask(row.text, place) if one.hidden else row.text for row in rows]
+            except InputError as error:
+                out.bad.append(error)
+                continue
+            missing = unrendered(one.messages, one.tools, rows)
+            for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                last = number + 1 == len(rows)
+                said: Said = [(Kind.apart, {"conversations": int(last)})] if len(rows) > 1 else []
+                said += [(Kind.unrendered, missing)] if missing and last else []
+                said += [(Kind.control, one.control)] if one.control and last else []
+                said += [(Kind.empty, {})] if template.says_nothing(row) else []
+                shown = replace(row, text=text) if one.hidden else row
+                kept.append((record, None if last else number, said, one.hidden, shown))
+                rendered.append(row.text)
+        places = [record.place for record, *_ in kept]
+        encoded = self.control.encode(rendered, [hidden for *_, hidden, _ in kept], places, specials=False)
+        for (record, part, said, _, row), (ids, encoding) in zip(kept, encoded, strict=True):
+            spans = token_spans(encoding, row)
+            yield record, ids, spans, part, said + self.unspelt.said(ids, row.text, encoding, spans)
 
-    def _plain(self, records: Sequence[Record]):
+    def _asked(self, record: Record) -> _Asked:
+        messages, tools = record.messages, record.tools
+        if messages is None:
+            messages = [
+                {"role": "user", "content": record.prompt or ""},
+                {"role": "assistant", "content": record.response or ""},
+            ]
+        control = self.control.found_in_turns(messages, tools)
+        hidden = bool(control) and not self.control.keep
+        if hidden:
+            messages, tools = self.control.mask(messages, record.place), self.control.mask(tools, record.place)
+        return _Asked(record, messages, tools, control, hidden)
+
+    def _plain(self, records: Sequence[Record], out: Encoded):
         # As one text with BOS written out: what `prompts.plain_template` renders when the model is asked.
-        prompts = [f"{self.begin}{r.prompt or ''}\n" for r in records]
-        responses = [r.response or "" for r in records]
-        encoded = encode_texts(self.backend, prompts + responses, [r.place for r in records] * 2, specials=False)
+        kept, prompts, answers = [], [], []
+        for record in records:
+            found = self.control.found(record.prompt, record.response)
+            hidden = bool(found) and not self.control.keep
+            pair = (record.prompt or "", record.response or "")
+            try:
+                prompt, response = self.control.mask(pair, record.place) if hidden else pair
+            except InputError as error:
+                out.bad.append(error)
+                continue
+            said: Said = [(Kind.control, found)] if found else []
+            kept.append((record, hidden, said + ([] if response.strip() else [(Kind.empty, {})])))
+            prompts.append(f"{self.begin}{prompt}\n")
+            answers.append(response)
+        hidden_ones, places = [hidden for _, hidden, _ in kept] * 2, [record.place for record, *_ in kept] * 2
+        encoded = self.control.encode(prompts + answers, hidden_ones, places, specials=False)
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        for i, record in enumerate(records):
-            prompt, response = encoded[i].ids, encoded[len(records) + i].ids if responses[i] else []
-            ids = [*prompt, *response, *(end if response else [])]
-            yield record, ids, [(len(prompt), len(ids))] if response else []
+        for i, (record, _, said) in enumerate(kept):
+            (before, asked), (answer, answered) = encoded[i], encoded[len(kept) + i]
+            said += self.unspelt.said(before, self.begin + (record.prompt or ""), asked)
+            said += self.unspelt.said(answer, record.response or "", answered, [(0, len(answer))])
+            ids = [*before, *answer, *(end if answer else [])]
+            yield record, ids, [(len(before), len(ids))] if answer else [], None, said
 
-    def _add(self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]]) -> None:
+    def _add(
+        self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]], part: int | None,
+        said: Said,
+    ) -> None:  # fmt: skip
+        """Add a row; `part` is its number among those that a record became, None for the last or only one."""
         limit = self.data.max_length
         if not out.fits(len(ids), record.place, self.data):
             return
@@ -123,18 +200,11 @@ class Conversations:
             out.dropped.append(record.place + (" (its answer lies beyond the cut)" if beyond else ""))
             return
         digest = record.digest()
-        out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=digest[:16])
+        own = digest if part is None else hashlib.sha256(digest + b"%d" % part).digest()
+        out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
+        out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=own[:16])
         out.stops.append(any(not self.stops.isdisjoint(ids[a:b]) for a, b in kept))
         out.points.append(record.point(digest))
-
-
-def _messages(record: Record) -> list[dict]:
-    if record.messages is not None:
-        return record.messages
-    return [
-        {"role": "user", "content": record.prompt or ""},
-        {"role": "assistant", "content": record.response or ""},
-    ]
 
 
 class Labelled:
@@ -142,6 +212,8 @@ class Labelled:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, objective: ObjectiveConfig) -> None:
         self.data, self.backend = data, plain_backend(tokenizer)
+        self.control = ControlTokens(tokenizer, keep=data.special_tokens is SpecialTokens.keep)
+        self.unspelt = Unspelt(tokenizer)
         prompt = objective.prompt if isinstance(objective, ClassifyTokenConfig) else "{text}"
         self.head, _, tail = prompt.partition("{text}")
         self.tail = self.backend.encode(tail, add_special_tokens=False).ids if tail else []
@@ -152,14 +224,14 @@ class Labelled:
             raise InputError(f"data.max_length={data.max_length}", "the prompt leaves no room for the text", remedy)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        out, texts = Encoded(), [self.head + (r.text or "") for r in records]
-        encoded = encode_texts(self.backend, texts, [r.place for r in records], specials=not self.tail)
+        out = Encoded()
+        encoded = encode_texts(self.control, self.unspelt, records, out, self.head, specials=not self.tail)
         room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
-        for record, encoding in zip(records, encoded, strict=True):
+        for record, said, ids, _ in encoded:
             if not (record.text or "").strip():
                 out.bad.append(InputError(record.place, "the text is empty", "Remove the row"))
                 continue
-            ids = self.begin + encoding.ids
+            ids = self.begin + ids
             full = len(ids) + len(self.tail)
             if not out.fits(full, record.place, self.data):
                 continue
@@ -168,6 +240,7 @@ class Labelled:
             if not row:
                 out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
                 continue
+            out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
             out.columns.add(row, [], record.place, label=record.label, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
@@ -180,20 +253,24 @@ class Documents:
     Args:
         separate: close each document with the end-of-text token where the tokenizer does not begin one with BOS: what keeps
             documents apart that are joined later.
+        keep: take control tokens in the texts for what they are.
         limit: cut documents here, and leave out those without a token to predict; None keeps them whole.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, separate: bool, limit: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, separate: bool, limit: int | None = None, keep: bool = False
+    ) -> None:
         self.backend, self.limit = plain_backend(tokenizer), limit
+        self.control, self.unspelt = ControlTokens(tokenizer, keep=keep), Unspelt(tokenizer)
         ends = separate and not adds_bos(tokenizer) and tokenizer.eos_token_id is not None
         self.end = [tokenizer.eos_token_id] if ends else []
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        out, texts = Encoded(), [r.text or "" for r in records]
-        encoded = encode_texts(self.backend, texts, [r.place for r in records], specials=True)
-        for record, text, encoding in zip(records, texts, encoded, strict=True):
-            ids = np.array(encoding.ids + self.end, np.int32)
-            num_bytes = _reached(text, encoding.offsets, len(self.end))
+        out = Encoded()
+        encoded = encode_texts(self.control, self.unspelt, records, out, "", specials=True)
+        for record, said, tokens, encoding in encoded:
+            ids = np.array(tokens + self.end, np.int32)
+            num_bytes = self.unspelt.spelt(ids, _reached(record.text or "", encoding.offsets, len(self.end)))
             full, digest = len(ids), record.digest()
             if self.limit is not None:
                 ids, num_bytes = ids[: self.limit], num_bytes[: self.limit]
@@ -202,11 +279,33 @@ class Documents:
                     continue
             spans = [(1, len(ids))] if len(ids) > 1 else []
             spelled = int(num_bytes[1:].sum())
+            out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
             out.columns.add(ids, spans, record.place, num_bytes=spelled, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
             out.token_bytes.append(num_bytes)
         return out
+
+
+def encode_texts(
+    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, head: str, specials: bool
+) -> Iterator[tuple[Record, Said, list[int], Encoding]]:
+    """Yield records with what is said of their texts, and the tokens of `head` and text; faults go to `out`."""
+    kept, texts, hidden = [], [], []
+    for record in records:
+        text = record.text or ""
+        found = control.found(text)
+        try:
+            texts.append(head + (control.mask(text, record.place) if found and not control.keep else text))
+        except InputError as error:
+            out.bad.append(error)
+            continue
+        kept.append((record, found))
+        hidden.append(bool(found) and not control.keep)
+    places = [record.place for record, _ in kept]
+    for (record, found), (ids, encoding) in zip(kept, control.encode(texts, hidden, places, specials), strict=True):
+        said: Said = [(Kind.control, found)] if found else []
+        yield record, said + unspelt.said(ids, head + (record.text or ""), encoding), ids, encoding
 
 
 def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarray:
@@ -220,39 +319,10 @@ def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarra
     return np.concatenate([reached, np.zeros(extra, np.int64)]).astype(np.int32)
 
 
-def encode_texts(backend: Tokenizer, texts: list[str], places: list[str], specials: bool) -> list[Encoding]:
-    """Encode texts, each of the row at its place, with or without the special tokens that the tokenizer itself adds.
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
+    """The tokenizer's template, for what the config trains.
 
     Raises:
-        InputError: the tokenizer fails on a text: a pattern of it that goes back without an end, an unknown word.
+        InputError: there is none, or it is not valid.
     """
-    try:
-        return backend.encode_batch(texts, add_special_tokens=specials)
-    except BaseException as error:
-        _require_tokenizers(error)
-        for text, place in zip(texts, places, strict=True):
-            _encode_one(backend, text, place, specials)
-        raise
-
-
-def _encode_one(backend: Tokenizer, text: str, place: str, specials: bool) -> None:
-    try:
-        backend.encode(text, add_special_tokens=specials)
-    except BaseException as error:  # noqa: BLE001  looked at by the next line
-        _require_tokenizers(error)
-        rule = f"the tokenizer fails on this row ({reason(error)})"
-        raise InputError(place, rule, "Remove the row, or give another model.tokenizer") from None
-
-
-def _require_tokenizers(error: BaseException) -> None:
-    """Raise what is no fault of the tokenizer's again."""
-    if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
-        raise error
-
-
-def plain_backend(tokenizer: PreTrainedTokenizerBase):
-    """The tokenizer's Rust half, neither cutting nor padding."""
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    return ChatTemplate(tokenizer, data.train_on, data.last_turn_only, each=data.turns is Turns.each)

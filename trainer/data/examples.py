@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tritune.trainer.data import remarks
 from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError
 
@@ -39,6 +40,10 @@ class DataReport:
             first few, each with why.
         duplicates, too_long: rows left out by `data.duplicates` and `data.overlong`.
         stop_rows: rows in which a stop token is trained.
+        columns: our name -> the file's, as the first row was read; `others` has, by our name, columns that could have been it.
+        unread, unread_texts: what rows hold and nothing reads, by `column name` or `message key name`: in how many, and in how
+            many it is words, lists or objects.
+        remarks: what is said of rows that are kept, by kind (`remarks.Said`).
     """
 
     rows: int = 0
@@ -53,6 +58,11 @@ class DataReport:
     duplicates: int = 0
     too_long: int = 0
     stop_rows: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    unread_texts: dict[str, int] = field(default_factory=dict)
+    remarks: remarks.Said = field(default_factory=dict)
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -78,8 +88,20 @@ def joined(reports: Sequence[DataReport]) -> DataReport:
     whole = DataReport()
     for report in reports:
         for one in fields(DataReport):
-            setattr(whole, one.name, getattr(whole, one.name) + getattr(report, one.name))
+            mine, value = getattr(whole, one.name), getattr(report, one.name)
+            if one.name in ("columns", "others"):
+                mine.update(value)
+            elif one.name in ("unread", "unread_texts"):
+                add_counts(mine, value)
+            else:
+                setattr(whole, one.name, remarks.joined(mine, value) if one.name == "remarks" else mine + value)
     return whole
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add counts by name to others, in place."""
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
 
 
 def name_places(places: Sequence[str], count: int) -> str:

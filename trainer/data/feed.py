@@ -15,9 +15,8 @@ from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
 from tritune.trainer.data.opening import open_regular
 from tritune.trainer.data.order import Order, draws_of, softened
-from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import hub_version
-from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, tokenizer_key
+from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, source_of, tokenizer_key
 from tritune.trainer.data.stream import Stream
 from tritune.trainer.data.stream_loader import StreamLoader
 from tritune.trainer.state import TrainState
@@ -59,12 +58,13 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
     data = config.data
     encoder, _ = encoder_of(config, tokenizer, stops)
     named = training_sources(data)
-    sources = [Source(path, key, data, config.objective.name, encoder) for path, key in named.values()]
+    sources = [source_of(path, key, data, config.objective.name, encoder) for path, key in named.values()]
     for source in sources:
         source.settle()
     weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)
     files = [_versions(path, key) for path, key in named.values()]
-    digest = key_of([files, tokenizer_key(tokenizer), {name: str(getattr(data, name)) for name in DECIDES}])
+    mapped = [s.data.columns for s in sources]
+    digest = key_of([files, tokenizer_key(tokenizer), mapped, {name: str(getattr(data, name)) for name in DECIDES}])
     shares = (weights / weights.sum()).tolist()
     return Stream(sources, shares, data.labels, config.seed, data.pack_window), digest
 

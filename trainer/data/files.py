@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tritune.trainer.config_data import DataConfig, training_sources
+from tritune.trainer.data.encodings import as_utf8, remedy_for
 from tritune.trainer.data.opening import cannot_open, open_regular, what_is
 from tritune.trainer.errors import InputError, reason
 
@@ -20,11 +21,12 @@ LINE_BYTES = 32 << 20  # no line, cell or paragraph is held beyond this; also bo
 # Costs 1.2 ns a byte over pieces of 64 KiB.
 _ZSTD_BYTES = 512
 ENDINGS = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "txt", ".md": "txt",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "txt", ".md": "txt",
 }  # fmt: skip
 FORMATS = (
-    ".jsonl, .json (lines), .csv, .tsv, .txt (each also as .gz or .zst), .parquet, a folder or a glob of such files, "
-    "a folder saved by datasets, or hf://name[@config]:split"
+    ".jsonl, .json (lines or one array), .csv, .tsv, .txt (each also as .gz or .zst), .parquet, a folder or a glob "
+    "of such files, a folder saved by datasets, or hf://name[@config]:split"
 )
 
 
@@ -84,7 +86,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_blocks(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, in blocks of `size` but for the last, without a byte order mark.
+    """The bytes of a file, decompressed, as UTF-8, in blocks of `size` but for the last, without a byte order mark.
 
     Raises:
         InputError: a compressed stream is cut off or broken; all that was read before comes first.
@@ -92,7 +94,7 @@ def read_blocks(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
     held: list[bytes] = []
     length, begun, damage = 0, False, None
     try:
-        for piece in _pieces(path, size):
+        for piece in as_utf8(_pieces(path, size), path):
             held.append(piece)
             length += len(piece)
             if length >= max(size, 3):  # a byte order mark has three, and is not cut
@@ -170,7 +172,7 @@ def too_long(place: str, size: int) -> InputError:
 
 def not_utf8(place: str, error: UnicodeDecodeError) -> InputError:
     rule = f"byte {error.object[error.start]:#04x} is not UTF-8"
-    return InputError(place, rule, "Convert it: iconv -f latin1 -t utf-8")
+    return InputError(place, rule, remedy_for(place.rpartition(":")[0], error.object))
 
 
 def _joined(pieces: list[bytes], begun: bool) -> bytes:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
+from tritune.trainer.data.columns import Layout
 from tritune.trainer.data.encode import Encoded, Encoder
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
+from tritune.trainer.data.remarks import Remark
+from tritune.trainer.data.unread import KeyReader, Unread
 from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
 
@@ -28,6 +31,8 @@ class Piece:
         points, stops: float64 and bool, one a row.
         token_bytes: of each token, one list a row; empty unless the objective reads text.
         seen: columns named in the config that some row had.
+        unread: what rows hold and nothing reads.
+        remarks: of rows of the batch.
     """
 
     batch: pa.RecordBatch
@@ -38,6 +43,8 @@ class Piece:
     dropped: list[str]
     too_long: list[str]
     seen: set[str]
+    unread: Unread
+    remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass
@@ -46,7 +53,9 @@ class Source:
 
     Attributes:
         path, key: as in the config, for messages.
-        kind, names: settled by `settle`, before any process is forked: of its rows, and the columns of the first.
+        kind, names, layout: settled by `settle`, before any process is forked: of its rows, the columns of the first and how
+            they are read.
+        keys: finds out which keys of messages the chat template reads; None where nothing is rendered.
     """
 
     path: str
@@ -56,6 +65,8 @@ class Source:
     encoder: Encoder
     kind: Kind | None = None
     names: tuple[str, ...] = ()
+    layout: Layout = field(default_factory=Layout)
+    keys: KeyReader | None = None
 
     def settle(self) -> None:
         """Find out what kind of rows the source has, from its first good one.
@@ -65,12 +76,8 @@ class Source:
         """
         for row in read_all(self.path, self.key, self.data.text_unit):
             if not isinstance(row, InputError):
-                reading = Reading(self.data, self.objective)
-                try:
-                    reading.record(row)
-                except InputError:
-                    if reading.kind is None:
-                        raise
+                reading = Reading(self.data, self.objective, key=self.key)
+                self.layout = reading.layout(row)
                 self.kind, self.names = reading.kind, tuple(row.fields)
                 return
 
@@ -84,26 +91,29 @@ class Source:
 
     def encoded(self, rows: Iterable[Row | InputError]) -> Piece:
         """Encode rows; faults, and rows that are no records, are kept apart."""
-        reading = Reading(self.data, self.objective, self.kind)
+        reading = Reading(self.data, self.objective, self.kind, self.key)
         records, bad = [], []
         for record in as_records(rows, reading):
             if isinstance(record, InputError):
                 bad.append(record)
             else:
                 records.append(record)
-        return pack_piece(self.encoder(records), bad, reading.seen)
+        if self.keys is not None:
+            self.keys.count(records, reading.unread)
+        return pack_piece(self.encoder(records), bad, reading.seen, reading.unread)
 
 
-def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str]) -> Piece:
+def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str], unread: Unread) -> Piece:
     return Piece(
         encoded.columns.batch(), np.array(encoded.points, np.float64), np.array(encoded.stops, bool),
-        encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen,
+        encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen, unread,
+        encoded.remarks,
     )  # fmt: skip
 
 
 def encode_records(records: Sequence[Record], encoder: Encoder) -> Piece:
     """Records that are in memory already."""
-    return pack_piece(encoder(records), [], set())
+    return pack_piece(encoder(records), [], set(), Unread())
 
 
 def pieces(source: Source, num_procs: int) -> Iterator[Piece | InputError]:

@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config_choices import SpecialTokens, TextUnit
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.kinds import columns_of, messages_of, tools_of
+from tritune.trainer.data.columns import columns_of, how_to_map
+from tritune.trainer.data.control import ControlTokens
+from tritune.trainer.data.forms import asked, conversation, merged, tools_of
 from tritune.trainer.data.records import Row, read_rows
+from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.tokenizer import adds_bos
 
 # How prompt and response are rendered where a tokenizer has no chat template (`encode.Conversations`), as a template: an
@@ -24,6 +27,9 @@ PLAIN_TEMPLATE = (
     "{%- else -%}{{- BOS + message['content'] + '\\n' -}}{%- endif -%}"
     "{%- endfor -%}"
 )
+
+
+ASKED = "the prompt"
 
 
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -38,15 +44,23 @@ def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfi
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, tools: list[Any] | None = None
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, tools: list[Any] | None = None,
+    keep: bool = False,
+) -> list[int]:  # fmt: skip
     """Token ids of a conversation up to where the assistant begins to speak.
+
+    Args:
+        keep: take control tokens in its texts for what they are (`data.special_tokens`).
 
     Raises:
         InputError: the template fails on it.
     """
+    control = ControlTokens(tokenizer, ChatTemplate(tokenizer).frame, keep)
+    hidden = not keep and bool(control.found_in_turns(messages, tools))
+    if hidden:
+        messages, tools = control.mask(messages, place), control.mask(tools, place)
     text = render(tokenizer, messages, place, add_generation_prompt=True, tools=tools)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return control.encode([text], [hidden], [place], specials=False)[0][0]
 
 
 @dataclass(frozen=True)
@@ -76,42 +90,60 @@ def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedToke
 
 
 def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    columns = columns_of(row, data)
+    columns = columns_of(row.fields.keys(), data)
+    keep = config.data.special_tokens is SpecialTokens.keep
     chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.name == "sft"
     if "messages" in columns:
-        turns = messages_of(row, columns["messages"])
-        if not tokenizer.chat_template:
-            rule = "it is a conversation and there is no chat template"
-            raise InputError(row.place, rule, "Give model.chat_template=<file>")
+        turns = conversation(row, columns, data)
+        _require_template(tokenizer, row)
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         if not turns:
             raise InputError(row.place, "nothing stands before the answer", "Write what is to be answered")
     else:
-        text = row.fields.get(columns.get("prompt", columns.get("text", "")))
-        if not isinstance(text, str):
-            rule = f"it has {', '.join(row.fields)}, and a prompt is a text in messages, prompt or text"
-            raise InputError(row.place, rule, "Map it: data.columns.prompt=<name in the file>")
-        extra = row.fields.get(columns.get("input", ""))
-        text += f"\n\n{extra}" if extra else ""
-        if not chat:
-            return Prompt(row.fields, text_ids(tokenizer, text, config.objective), row.place)
-        turns = [{"role": "user", "content": text}]
+        said = asked(row, _text_columns(row, columns, config), data)
+        if isinstance(said, str) and not chat:
+            return Prompt(row.fields, text_ids(tokenizer, said, config.objective, keep), row.place)
+        if not isinstance(said, str):
+            _require_template(tokenizer, row)
+        turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if config.generate.system is not None:
         turns = [{"role": "system", "content": config.generate.system}, *turns]
+    turns = merged(turns, data)
     tools = tools_of(row, columns["tools"]) if "tools" in columns else None
-    return Prompt(row.fields, chat_ids(tokenizer, turns, row.place, tools), row.place)
+    return Prompt(row.fields, chat_ids(tokenizer, turns, row.place, tools, keep), row.place)
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None) -> list[int]:
+def _text_columns(row: Row, columns: dict[str, str], config: Config) -> dict[str, str]:
+    """The columns of a row that is no conversation: its prompt with what belongs to it, or its text."""
+    if "text" in columns and ("prompt" not in columns or config.objective.name != "sft"):
+        return {"prompt": columns["text"]}
+    if "prompt" not in columns:
+        rule = f"it has {some_names(row.fields)}, and a prompt is a text in messages, prompt or text"
+        raise InputError(row.place, rule, how_to_map(["prompt"], row.fields, columns, "data.columns"))
+    return columns
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    if not tokenizer.chat_template:
+        rule = "it is a conversation and there is no chat template"
+        raise InputError(row.place, rule, "Give model.chat_template=<file>")
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, objective: ObjectiveConfig | None = None, keep: bool = False
+) -> list[int]:
     """Token ids of a text to go on from; for classification by token, of the question whose answer is the label."""
+    control = ControlTokens(tokenizer, keep=keep)
+    hidden = not keep and bool(control.found(text))
+    text = control.mask(text, ASKED) if hidden else text
     if isinstance(objective, ClassifyTokenConfig):
         head, _, tail = objective.prompt.partition("{text}")
         begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
         return (
             begin
-            + tokenizer(head + text, add_special_tokens=not tail)["input_ids"]
+            + control.encode([head + text], [hidden], [ASKED], specials=not tail)[0][0]
             + (tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else [])
         )
-    ids = list(tokenizer(text)["input_ids"])
+    ids = control.encode([text], [hidden], [ASKED], specials=True)[0][0]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some end every text

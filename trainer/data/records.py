@@ -5,22 +5,21 @@ Reading cuts files into chunks of raw rows, which any process can parse. One row
 
 from __future__ import annotations
 
-import csv
-import io
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config_choices import TextUnit
-from tritune.trainer.data.chunks import BLANK, Batch, Cells, Chunk, Lines, Row, Texts, after, parse_chunk, stream_of
+from tritune.trainer.data.chunks import BLANK, Batch, Chunk, Lines, Row, Texts, after, parse_chunk, stream_of
+from tritune.trainer.data.delimited import read_csv, read_tsv
 from tritune.trainer.data.files import (
     CHUNK_BYTES,
     LINE_BYTES,
     format_of,
     is_saved,
     line_blocks,
+    read_blocks,
     source_files,
     text_blocks,
     too_long,
@@ -28,7 +27,8 @@ from tritune.trainer.data.files import (
 from tritune.trainer.data.files import FORMATS as FORMATS
 from tritune.trainer.data.files import require_source as require_source
 from tritune.trainer.data.files import require_sources as require_sources
-from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason, some_names
+from tritune.trainer.data.json_array import is_array, read_array
+from tritune.trainer.errors import InputError, LostConnectionError, UnreachableError, reason
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -101,7 +101,16 @@ def read_rows(source: str, key: str, text_unit: TextUnit) -> Iterator[Row]:
 # -- reading: an int stands for rows that were passed over ----------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, _: TextUnit, __: int) -> Iterator[Chunk]:
+def _read_json(path: Path, _: TextUnit, __: int) -> Iterator[Chunk]:
+    """Rows of one line each, or one array: whatever the file is called, its beginning says which."""
+    try:
+        head = next(read_blocks(path), b"").decode(errors="replace")
+    except InputError:  # which comes again, at its line
+        head = ""
+    return read_array(path) if is_array(head) else _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Chunk]:
     blank = BLANK.encode()
     for number, data in line_blocks(path):
         if isinstance(data, int):
@@ -111,50 +120,6 @@ def _read_jsonl(path: Path, _: TextUnit, __: int) -> Iterator[Chunk]:
         rows = sum(1 for line in data.split(b"\n") if line.strip(blank)) if some else 0
         if rows:
             yield Chunk(str(path), rows, Lines(data, number))
-
-
-def _read_csv(path: Path, _: TextUnit, __: int, delimiter: str = ",") -> Iterator[Chunk]:
-    csv.field_size_limit(LINE_BYTES)  # whole documents stand in cells, and an unclosed quote swallows no more than this
-    lines = (line for _, text in text_blocks(path) for line in io.StringIO(text, newline=""))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    rows: list[tuple[int, list[str]]] = []
-    header: list[str] | None = None
-    first, size = 1, 0
-    try:
-        for cells in reader:
-            line, first = first, reader.line_num + 1  # a quoted cell may run over several lines
-            if not cells:
-                continue
-            if header is None:
-                header = _header(cells, f"{path}:{line}")
-                continue
-            rows.append((line, cells))
-            size += sum(map(len, cells)) + len(cells)
-            if size >= CHUNK_BYTES:
-                yield Chunk(str(path), len(rows), Cells(header, rows))
-                rows, size = [], 0
-    except (csv.Error, InputError) as error:
-        if rows and header:
-            yield Chunk(str(path), len(rows), Cells(header, rows))
-        if isinstance(error, InputError):
-            raise
-        rule = f"the row that begins here does not read as CSV, at line {reader.line_num}: {error}"
-        raise InputError(f"{path}:{first}", rule, "Close its quotes, and double those within a cell") from None
-    if rows and header:
-        yield Chunk(str(path), len(rows), Cells(header, rows))
-
-
-def _read_tsv(path: Path, unit: TextUnit, skip: int) -> Iterator[Chunk]:
-    return _read_csv(path, unit, skip, "\t")
-
-
-def _header(cells: list[str], place: str) -> list[str]:
-    if len(set(cells)) != len(cells):
-        twice = sorted(name for name, count in Counter(cells).items() if count > 1)
-        raise InputError(place, f"the column {some_names(twice)} stands twice in the header", "Rename one")
-    if any("\0" in name for name in cells):
-        raise InputError(place, "a column's name holds a NUL byte", "Remove it")
-    return cells
 
 
 def _read_txt(path: Path, unit: TextUnit, _: int) -> Iterator[Chunk]:
@@ -340,9 +305,9 @@ def _batches(path: str, batch: RecordBatch, first: int, decode: bool) -> Iterato
 
 
 _READERS: dict[str, Callable[[Path, TextUnit, int], Iterator[Chunk | int]]] = {
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
+    "jsonl": _read_json,
+    "csv": read_csv,
+    "tsv": read_tsv,
     "parquet": _read_parquet,
     "txt": _read_txt,
 }

@@ -13,10 +13,11 @@ import jinja2
 from tritune.trainer.data import isolated, sandbox
 from tritune.trainer.data.confined import Confined, Ended, EndedTooOftenError
 from tritune.trainer.data.sandbox_limits import Refused
+from tritune.trainer.data.turns import UNTRAINED
 from tritune.trainer.errors import InputError
 
 ERROR_CHARS = 500  # of what a template says
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
 _REMEDY = "Mend the row, or give another model.chat_template"
 
 
@@ -80,21 +81,27 @@ def _run_here(program: jinja2.Template, name: str, special: dict, messages: list
         return sandbox.run(program, values)
     except Refused as error:
         rule = f"{name} was stopped on this row: {error}"
-        raise InputError(place, rule, _REMEDY) from None
+        raise InputError(place, rule, _remedy(messages)) from None
     except Exception as error:  # a template is a program and can raise anything
         if isolated.ran_out(error):
             raise  # which ends the process, and is said by the one that asked
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         rule = f"the chat template fails on this row: {said[:ERROR_CHARS]}"
-        raise InputError(place, rule, _REMEDY) from None
+        raise InputError(place, rule, _remedy(messages)) from None
+
+
+def _remedy(messages: list[dict]) -> str:
+    if any(message.get("role") == "system" for message in messages):
+        return f"Where it knows no system role, data.system_turn=merge. Else {_REMEDY[0].lower()}{_REMEDY[1:]}"
+    return _REMEDY
 
 
 def _message(message: dict) -> dict:
     """A message as transformers hands it on: without None, its reasoning under both names, plain data only."""
     if len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str:
         return message
-    message = {key: _plain(value) for key, value in message.items() if value is not None}
-    thought = next((message[name] for name in _THOUGHTS if name in message), None)
+    message = {key: _plain(value) for key, value in message.items() if value is not None and key != UNTRAINED}
+    thought = next((message[name] for name in THOUGHTS if name in message), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 

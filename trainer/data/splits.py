@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,27 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
-from tritune.trainer.config_choices import Duplicates, Kind
-from tritune.trainer.config_data import DataConfig, training_sources
+from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
+from tritune.trainer.config_data import DataConfig, data_of, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
-from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled, plain_backend
+from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled
 from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
+from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
-from tritune.trainer.errors import InputError, UnreachableError
+from tritune.trainer.data.tokenizing import plain_backend
+from tritune.trainer.data.unread import KeyReader
+from tritune.trainer.errors import InputError, UnreachableError, some_names
 from tritune.trainer.shown import shown
 from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn")  # fmt: skip
 
 
 @dataclass
@@ -99,20 +102,23 @@ def read_splits(
     found: dict[str, list[Entry]] = {}
     if not data.streaming and ("train" in names or any(n in names for n in shares)):
         for path, key in sources.values():
-            for name, entry in reader.entries(path, key, data, objective, encoder, shares, block).items():
+            for name, entry in reader.entries(path, key, data_of(data, key), objective, encoder, shares, block).items():
                 found.setdefault(name, []).append(entry)
     for name in ("validation", "test"):
         path = getattr(data, name)
         if path is not None and name in names:
-            found[name] = [reader.entries(path, f"data.{name}", data, objective, encoder, {}, block)["train"]]
+            key = f"data.{name}"
+            found[name] = [reader.entries(path, key, data_of(data, key), objective, encoder, {}, block)["train"]]
     labels = _labels(config, found.get("train"))
+    _say_target(found.get("train", []), labels, reader.watch)
     examples: dict[str, Examples] = {
         n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names
     }
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
-        text = DataConfig(kind=Kind.text, text_unit=data.text_unit, max_length=limit, bad_rows=data.bad_rows)
-        documents = Documents(tokenizer, separate=False, limit=limit)
+        text = replace(retention_data(data), max_length=limit, bad_rows=data.bad_rows)
+        keep = data.special_tokens is SpecialTokens.keep
+        documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
     return Splits(examples, labels, list(sources), reader.folders)
@@ -135,7 +141,7 @@ class Reader:
     ) -> dict[str, Entry]:  # fmt: skip
         """The splits of one source, from the cache or built into it."""
         root = cache_root(self.config.cache.dir)
-        source = Source(path, key, data, objective, encoder)
+        source = source_of(path, key, data, objective, encoder)
         parts = {
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
@@ -164,11 +170,15 @@ class Reader:
                 divider.end()
                 if fingerprint(path, key, root, self.watch) != parts["source"]:
                     raise InputError(f"{key}={path}", "it changed while it was read", "Start again once it is whole")
+                report, layout = divider.sinks["train"].report, source.layout
+                report.columns, report.others = layout.columns, {n: list(o) for n, o in layout.others.items()}
                 require_rows(source, seen, {n: sink.report for n, sink in divider.sinks.items()}, shares)
                 return {"made_of": parts, "tables": files.finish(divider.sinks)}
 
         found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
+        for entry in found.values():
+            require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
         if objective == "sft" and self.config.data.require_stop_token:
             require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
         return found
@@ -207,11 +217,31 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
 
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
     """The encoder of the objective, and the length of the blocks that its text is cut into."""
+    keep = config.data.special_tokens is SpecialTokens.keep
     if config.objective.name.startswith("classify"):
         return Labelled(tokenizer, config.data, config.objective), None
     if config.objective.name == "pretrain":
-        return Documents(tokenizer, separate=True), config.data.max_length
+        return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
     return Conversations(tokenizer, config.data, stops), None
+
+
+def source_of(path: str, key: str, data: DataConfig, objective: str, encoder: Encoder) -> Source:
+    """A source with its encoder, and with what finds out which keys of messages are rendered."""
+    template = encoder.template if isinstance(encoder, Conversations) else None
+    return Source(path, key, data, objective, encoder, keys=None if template is None else KeyReader(template))
+
+
+def retention_data(data: DataConfig) -> DataConfig:
+    """How the retention text is read: as text, with a mapping of its own."""
+    columns = data.split_columns.get("retention", {})
+    mapping = {"retention": columns} if columns else {}
+    return DataConfig(
+        kind=Kind.text,
+        text_unit=data.text_unit,
+        columns=columns,
+        split_columns=mapping,
+        special_tokens=data.special_tokens,
+    )
 
 
 def _examples(entries: list[Entry], labels: list[str]) -> Examples:
@@ -235,6 +265,16 @@ def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     if len(labels) < 2:
         raise InputError(f"labels {labels}", "classification needs at least two", "Check data.columns.label")
     return list(labels)
+
+
+def _say_target(entries: list[Entry], labels: list[str], watch: Watch) -> None:
+    """Which column the classes are read from, where others could have been meant."""
+    report = joined([entry.report for entry in entries])
+    if labels and (others := report.others.get("label")):
+        named = f"data.columns.label={others[0]} reads {'that' if len(others) == 1 else 'another'}"
+        watch.say(
+            f"data      labels: {len(labels):,} classes in column {report.columns['label']}, beside {some_names(others)}; {named}"
+        )
 
 
 def fingerprint(path: str, key: str, root: Path, watch: Watch) -> list[Any]:

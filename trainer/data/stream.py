@@ -21,6 +21,7 @@ from tritune.trainer.data.examples import DataReport, Examples, joined, require_
 from tritune.trainer.data.order import epoch_order, packed_window, uniform
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
+from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import Divider, require_columns, require_supervision
 from tritune.trainer.errors import InputError
 
@@ -83,6 +84,11 @@ class Stream:
             self._ahead = (number + 1, self._pool.submit(self._make, number + 1, window.after))
         return window
 
+    def _numbers(self, number: int, count: int) -> np.ndarray:
+        """Of a window's rows; turns that became rows of their own can make them more than were read."""
+        places = np.arange(count)
+        return np.where(places < self.window, number * self.window + places, (1 << 40) + (number << 20) + places)
+
     def close(self) -> None:
         """Make no more. What is being made is not waited for: a read may hang."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -103,7 +109,7 @@ class Stream:
             reports.append(report)
         examples = Examples(
             [pa.Table.from_batches(batches)] if batches else [], self.labels, [""], joined(reports),
-            np.array(owners, np.int64), first + np.arange(len(owners)),
+            np.array(owners, np.int64), self._numbers(number, len(owners)),
         )  # fmt: skip
         require_known_labels(examples, self.labels)
         if number == 0:
@@ -177,6 +183,7 @@ def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.Re
     report = divider.sinks["train"].report
     if report.dropped and source.data.unsupervised is Unsupervised.refuse:
         require_supervision({"train": report}, source.data)
+    require_rendered(report.remarks, report.rows, source.data)
     return batches, report, piece.seen
 
 

@@ -9,6 +9,7 @@ from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Dealer
 from tritune.trainer.data.stream import Stream, Window
+from tritune.trainer.data.unread import listed
 from tritune.trainer.state import TrainState
 
 
@@ -104,7 +105,8 @@ class StreamLoader:
     def describe(self) -> list[str]:
         window = self.window
         packed = f" in {len(window.sequences):,} sequences" if len(window.sequences) < len(window.examples) else ""
-        return [
+        unread = window.examples.report.unread
+        return [f"stream    not read there: {listed(unread)}"] * bool(unread) + [
             f"stream    {len(self.stream.sources)} source(s), shuffled within windows of {self.stream.window:,} rows; the "
             f"{'first' if window.number == 0 else 'next'}: {window.examples.report.line()}{packed}"
         ]

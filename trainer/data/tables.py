@@ -14,19 +14,21 @@ import numpy as np
 import pyarrow as pa
 from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data import remarks
+from tritune.trainer.data.columns import named_columns
 from tritune.trainer.data.examples import (
     NAMED,
     SCHEMA,
     Columns,
     DataReport,
     TableDigest,
+    add_counts,
     as_numpy,
     describe,
     name_places,
 )
-from tritune.trainer.data.kinds import named_columns
 from tritune.trainer.data.pipeline import Piece, Source
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.redact import redact_tree
 
 REJECTS = "rejects.jsonl"
@@ -139,6 +141,10 @@ class Divider:
                 mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink.report)
             batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
             sink.report.stop_rows += int(piece.stops[mine].sum())
+            for remark in piece.remarks:
+                if mine[remark.row]:
+                    place = piece.batch["place"][remark.row].as_py()
+                    remarks.add(sink.report.remarks, remark.kind, place, remark.parts)
             token_bytes = [piece.token_bytes[i] for i in np.flatnonzero(mine)] if piece.token_bytes else []
             self._pass_on(name, sink.take(batch, token_bytes))
 
@@ -157,7 +163,11 @@ class Divider:
         columns = [batch[name].to_pylist() for name in ("digest", "label", "place")]
         for i, (digest, label, place) in enumerate(zip(*columns, strict=True)):
             group = self._groups.get(place)
-            if (digest, label) in self._seen:
+            if i and place == columns[2][i - 1]:  # turns of one conversation stay together
+                first[i] = first[i - 1]
+                if not first[i]:
+                    self._reject(place, "duplicate", "the row that it was made of is left out")
+            elif (digest, label) in self._seen:
                 self._reject(place, "duplicate", "its content and label stand earlier in the source")
                 first[i] = False
             elif group in self._seen_groups:
@@ -188,6 +198,8 @@ class Divider:
         report.dropped += len(piece.dropped)
         report.dropped_places += piece.dropped[: NAMED - len(report.dropped_places)]
         report.too_long += len(piece.too_long)
+        add_counts(report.unread, piece.unread.rows)
+        add_counts(report.unread_texts, piece.unread.texts)
 
 
 def require_columns(source: Source, seen: set[str]) -> None:
@@ -196,10 +208,10 @@ def require_columns(source: Source, seen: set[str]) -> None:
     Raises:
         InputError: it names the column.
     """
-    for key, column in named_columns(source.data).items():
+    for key, column in named_columns(source.data, source.key).items():
         if column not in seen:
             rule = f"no row of {source.path} has the column {column}"
-            raise InputError(f"{key}={column}", rule, f"The first row has {', '.join(source.names)}")
+            raise InputError(f"{key}={column}", rule, f"Name one of the first row's: {some_names(source.names)}")
 
 
 def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> None:

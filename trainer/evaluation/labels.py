@@ -10,12 +10,14 @@ import pyarrow as pa
 import torch
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Overlong, TextUnit
+from tritune.trainer.data.columns import columns_of
 from tritune.trainer.data.encode import Labelled
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.data.kinds import Record, columns_of
+from tritune.trainer.data.forms import value_of
+from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import evaluation_batches
 from tritune.trainer.data.records import Row, read_rows
-from tritune.trainer.errors import InputError
+from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.objectives import Objective
 from tritune.trainer.open import Opened
 from tritune.trainer.scorer import TokenScorer
@@ -31,13 +33,15 @@ def read_texts(given: Sequence[str], config: Config) -> list[tuple[Row, str | In
     ]
     if config.generate.file is not None:
         for row in read_rows(config.generate.file, "generate.file", TextUnit.line):
-            columns = columns_of(row, config.data)
-            text = row.fields.get(columns.get("text", columns.get("prompt", "")))
-            if isinstance(text, str):
-                found.append((row, text))
-            else:
-                rule = f"it has {', '.join(row.fields)}, and a classifier reads a text in text or prompt"
-                found.append((row, InputError(row.place, rule, "Map it: data.columns.text=<name in the file>")))
+            columns = columns_of(row.fields.keys(), config.data)
+            column = columns.get("text", columns.get("prompt"))
+            try:
+                if column is None:
+                    rule = f"it has {some_names(row.fields)}, and a classifier reads a text in text or prompt"
+                    raise InputError(row.place, rule, "Map it: data.columns.text=<name in the file>")
+                found.append((row, value_of(row, column)))
+            except InputError as fault:
+                found.append((row, fault))
     return found
 
 
