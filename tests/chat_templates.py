@@ -13,7 +13,9 @@ from tritune.trainer.tokenizer import byte_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-CALLS = "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' }}{{ c.function | tojson }}{{ '</tool_call>' }}{% endfor %}"
+CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' }}{{ c.function | tojson }}{{ '</tool_call>' }}{% endfor %}"
+)
 TOOLS = "{% if tools %}{{ '<|im_start|>system\nTools: ' }}{{ tools | tojson }}{{ '<|im_end|>\n' }}{% endif %}"
 # Thoughts of a turn, from its own key or from its content, and what is left.
 THOUGHT = (
@@ -157,7 +159,21 @@ FAMILIES = {
 }  # fmt: skip
 
 ADDED = [START, END, "<|channel|>", "<|message|>", "<|return|>"]
-_POOL = ["yes", "Yes.", "a", "\n", "", " x ", "assistant\n", "user", "<|im_end", "think", "y\n\nz ", "größer 😀", "[/INST]"]
+_POOL = [
+    "yes",
+    "Yes.",
+    "a",
+    "\n",
+    "",
+    " x ",
+    "assistant\n",
+    "user",
+    "<|im_end",
+    "think",
+    "y\n\nz ",
+    "größer 😀",
+    "[/INST]",
+]
 _TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}}
 
 
@@ -181,7 +197,10 @@ def conversation(rng: random.Random) -> tuple[list[dict[str, Any]], list[dict[st
         messages.append({"role": "user", "content": rng.choice(pool)})
         if with_tools and rng.random() < 0.5:
             for _ in range(rng.randint(1, 2)):
-                call = {"type": "function", "function": {"name": "add", "arguments": {"a": rng.choice([1, "yes", "é\n"])}}}
+                call = {
+                    "type": "function",
+                    "function": {"name": "add", "arguments": {"a": rng.choice([1, "yes", "é\n"])}},
+                }
                 messages.append({"role": "assistant", "content": rng.choice(["", "so", None]), "tool_calls": [call]})
                 messages.append({"role": "tool", "content": rng.choice(["1", "yes"])})
         said, thought = rng.choice(pool), rng.choice(["parity", "yes"])
