@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -95,20 +95,20 @@ class ControlTokens:
                 raise InputError(place, rule, "Take it out of the row, or data.special_tokens=keep")
         return self._unmask.sub(lambda match: self._named[match[0]], text)
 
-    def encode(self, texts: list[str], masked: Sequence[bool], specials: bool) -> list[tuple[list[int], Encoding]]:
-        """Token ids of texts, and their encodings, of which all but the ids hold; masked ones by the twin.
+    def encode(self, texts: list[str], masked: Sequence[bool], specials: bool) -> Iterator[tuple[list[int], Encoding]]:
+        """Yield the token ids of texts, and their encodings, of which all but the ids hold; masked ones by the twin.
 
         Args:
             specials: add those that the tokenizer itself adds.
         """
-        if not any(masked):
-            return [(one.ids, one) for one in self._backend.encode_batch(texts, add_special_tokens=specials)]
         plain = [text for text, hidden in zip(texts, masked, strict=True) if not hidden]
         encoded = iter(self._backend.encode_batch(plain, add_special_tokens=specials))
-        return [
-            self._apart(text, specials) if hidden else ((one := next(encoded)).ids, one)
-            for text, hidden in zip(texts, masked, strict=True)
-        ]
+        for text, hidden in zip(texts, masked, strict=True):
+            if hidden:
+                yield self._apart(text, specials)
+            else:
+                one = next(encoded)
+                yield one.ids, one
 
     def _apart(self, text: str, specials: bool) -> tuple[list[int], Encoding]:
         twin, numbers = self._twin

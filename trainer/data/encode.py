@@ -149,7 +149,7 @@ class Conversations:
             kept.append((record, hidden, said + ([] if response.strip() else [(Kind.empty, {})])))
             prompts.append(f"{self.begin}{prompt}\n")
             answers.append(response)
-        encoded = self.control.encode(prompts + answers, [hidden for _, hidden, _ in kept] * 2, specials=False)
+        encoded = list(self.control.encode(prompts + answers, [hidden for _, hidden, _ in kept] * 2, specials=False))
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         for i, (record, _, said) in enumerate(kept):
             (before, asked), (answer, answered) = encoded[i], encoded[len(kept) + i]

@@ -58,4 +58,5 @@ class Unspelt:
 
     def spelt(self, ids: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
         """`num_bytes` of tokens, without those of `<unk>`: they are not spelled."""
-        return num_bytes if self.unknown is None else np.where(ids == self.unknown, 0, num_bytes).astype(np.int32)
+        unknown = ids == self.unknown if self.unknown is not None else None
+        return num_bytes if unknown is None or not unknown.any() else np.where(unknown, 0, num_bytes).astype(np.int32)
