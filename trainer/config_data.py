@@ -73,12 +73,8 @@ class DataConfig:
     similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
     unsupervised: Unsupervised = Unsupervised.refuse
-    unrendered: Unrendered = (
-        Unrendered.refuse
-    )  # contents, tool calls, tools, thoughts that the chat template does not write
-    special_tokens: SpecialTokens = (
-        SpecialTokens.text
-    )  # what `<|im_end|>` in a row's texts is: text, or the token itself
+    unrendered: Unrendered = Unrendered.refuse  # what the chat template does not write of a row
+    special_tokens: SpecialTokens = SpecialTokens.text  # what `<eos>` in a row says
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last

@@ -111,17 +111,22 @@ def test_a_second_bos_is_found(audit, tmp_path):
     rows[11]["prompt"] = "<bos>" + rows[11]["prompt"]
     rows[12]["prompt"] += "<bos><bos>"  # within a text it is the text's
     path = corpus.write(tmp_path / "train.jsonl", rows)
-    result = audit(*SFT, f"data.train={path}", f"model.chat_template={template}")
+    options = [*SFT, f"data.train={path}", f"model.chat_template={template}"]
+    assert audit(*options).names() == {"control_tokens"}, "in the rows it is text"
+    options.append("data.special_tokens=keep")
+    result = audit(*options)
     assert result.lines("double_bos") == {"train.jsonl": {12}}
-    assert result.names() == {"double_bos"}
+    assert result.names() == {"double_bos", "control_tokens"}
     assert result.code == 2
-    assert audit(*SFT, f"data.train={path}", f"model.chat_template={template}", "audit.fail_on=[]").code == 0
+    assert audit(*options, "audit.fail_on=[]").code == 0
 
 
 def test_a_second_bos_is_found_within_blocks_of_text(audit, tmp_path):
     path = tmp_path / "train.txt"
     path.write_text("\n\n".join(["one two three four", "<bos>five six seven eight", "nine ten eleven twelve"]))
-    result = audit("objective=pretrain", "model=tiny", "data.max_length=500", f"data.train={path}")
+    result = audit(
+        "objective=pretrain", "model=tiny", "data.max_length=500", f"data.train={path}", "data.special_tokens=keep"
+    )
     assert result.severity("double_bos") == {"fault"}
     path.write_text("\n\n".join(["one two three four", "five six seven eight", "nine ten eleven twelve"]))
     assert (
@@ -265,7 +270,7 @@ def test_banking77_is_stopped_by_nothing(audit, shared):
     files = [f"data.{n}={shared}/intent/banking77_{n}.csv" for n in ("train", "test")]
     result = audit("objective=classify", f"model.path={shared}/models/stories260K", "data.max_length=128", *files)
     assert result.code == 0
-    assert result.names() == {"truncation", "duplicates_near", "leakage_near"}
+    assert result.names() == {"truncation", "duplicates_near", "leakage_near", "unspelt"}
     assert result.report["splits"]["train"]["rows"] == 10003
     assert min(result.report["splits"]["train"]["labels"].values()) == 35
 

@@ -65,7 +65,7 @@ def test_the_twin_is_the_tokenizer_but_for_control_tokens(name, shared):
             assert encoding.offsets == theirs[0].offsets
         masked = "".join(control.mask(part, "here") if part == own else part for part in parts)
         assert control.unmask(masked, "here") == "".join(parts)
-        [(ids, encoding)] = control.encode([masked], [True], False)
+        [(ids, encoding)] = control.encode([masked], [True], ["here"], False)
         if own != tokenizer.unk_token:
             assert number not in ids, "the data's are text"
         covered = {i for a, b in encoding.offsets for i in range(a, b)}

@@ -229,7 +229,8 @@ def test_the_plain_template_gives_what_training_read(shared, tmp_path, name):
     tokenizer.save_pretrained(tmp_path)
     elsewhere = AutoTokenizer.from_pretrained(tmp_path)
     said = [elsewhere.apply_chat_template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks]
-    assert said == trained
+    ours = [text for text, a, b in zip(texts, said, trained, strict=True) if a != b]
+    assert set(ours) <= {"<s>x"}, "which is text to us where others take it for the token"
 
 
 def test_rows_that_are_no_prompt(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -98,8 +98,8 @@ class ControlTokens:
 
     def encode(
         self, texts: list[str], masked: Sequence[bool], places: Sequence[str], specials: bool
-    ) -> list[tuple[list[int], Encoding]]:
-        """Token ids of texts, and their encodings, of which all but the ids hold; masked ones by the twin.
+    ) -> Iterator[tuple[list[int], Encoding]]:
+        """Yield the token ids of texts, and their encodings, of which all but the ids hold; masked ones by the twin.
 
         Args:
             places: of the rows that the texts are of.
@@ -108,14 +108,14 @@ class ControlTokens:
         Raises:
             InputError: the tokenizer fails on a text.
         """
-        if not any(masked):
-            return [(one.ids, one) for one in encode_batch(self._backend, texts, places, specials)]
         plain = [(text, place) for text, place, hidden in zip(texts, places, masked, strict=True) if not hidden]
         encoded = iter(encode_batch(self._backend, [text for text, _ in plain], [p for _, p in plain], specials))
-        return [
-            self._apart(text, place, specials) if hidden else ((one := next(encoded)).ids, one)
-            for text, place, hidden in zip(texts, places, masked, strict=True)
-        ]
+        for text, place, hidden in zip(texts, places, masked, strict=True):
+            if hidden:
+                yield self._apart(text, place, specials)
+            else:
+                one = next(encoded)
+                yield one.ids, one
 
     def _apart(self, text: str, place: str, specials: bool) -> tuple[list[int], Encoding]:
         twin, numbers = self._twin

@@ -176,7 +176,7 @@ class Conversations:
             prompts.append(f"{self.begin}{prompt}\n")
             answers.append(response)
         hidden_ones, places = [hidden for _, hidden, _ in kept] * 2, [record.place for record, *_ in kept] * 2
-        encoded = self.control.encode(prompts + answers, hidden_ones, places, specials=False)
+        encoded = list(self.control.encode(prompts + answers, hidden_ones, places, specials=False))
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         for i, (record, _, said) in enumerate(kept):
             (before, asked), (answer, answered) = encoded[i], encoded[len(kept) + i]

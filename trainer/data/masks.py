@@ -70,7 +70,7 @@ def verify(
         messages, tools = control.mask(messages, place), control.mask(tools, place)
 
     def encode(text: str) -> tuple[list[int], Encoding]:
-        return control.encode([text], [hidden], [place], specials=False)[0]
+        return next(control.encode([text], [hidden], [place], specials=False))
 
     for row in template.rows(messages, place, tools):
         ids, encoding = encode(row.text)

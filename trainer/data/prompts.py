@@ -60,7 +60,7 @@ def chat_ids(
     if hidden:
         messages, tools = control.mask(messages, place), control.mask(tools, place)
     text = render(tokenizer, messages, place, add_generation_prompt=True, tools=tools)
-    return control.encode([text], [hidden], [place], specials=False)[0][0]
+    return next(control.encode([text], [hidden], [place], specials=False))[0]
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def text_ids(
         begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
         return (
             begin
-            + control.encode([head + text], [hidden], [ASKED], specials=not tail)[0][0]
+            + next(control.encode([head + text], [hidden], [ASKED], specials=not tail))[0]
             + (tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else [])
         )
-    ids = control.encode([text], [hidden], [ASKED], specials=True)[0][0]
+    ids = next(control.encode([text], [hidden], [ASKED], specials=True))[0]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some end every text

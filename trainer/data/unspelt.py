@@ -34,6 +34,8 @@ class Unspelt:
         bytes_of = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256) if byte not in _LINES)
         self._bytes = frozenset(i for i in bytes_of if i is not None)
         self._any = self._bytes | ({self.unknown} if self.unknown is not None else frozenset())
+        seen = backend.encode_batch([f"a{chr(code)}a" for code in range(0x20, 0x7F)], add_special_tokens=False)
+        self._has_ascii = all(self._any.isdisjoint(one.ids) for one in seen)
 
     def said(self, ids: Sequence[int], text: str, encoding: Encoding, spans: Sequence[tuple[int, int]] = ()) -> Said:
         """What there is to say of a text: by kind, characters and how many tokens stand for them; mostly nothing.
@@ -41,7 +43,8 @@ class Unspelt:
         Args:
             spans: of tokens that are trained as answers.
         """
-        if self._any.isdisjoint(ids):
+        # Most texts need no look at their tokens; of ASCII's control characters, where the rest is there, nothing is said.
+        if (self._has_ascii and text.isascii()) or self._any.isdisjoint(ids):
             return []
         counts = {kind: Counter[str]() for kind in (Kind.unknown, Kind.unknown_answers, Kind.by_bytes)}
         offsets = encoding.offsets
@@ -55,4 +58,5 @@ class Unspelt:
 
     def spelt(self, ids: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
         """`num_bytes` of tokens, without those of `<unk>`: they are not spelled."""
-        return num_bytes if self.unknown is None else np.where(ids == self.unknown, 0, num_bytes).astype(np.int32)
+        unknown = ids == self.unknown if self.unknown is not None else None
+        return num_bytes if unknown is None or not unknown.any() else np.where(unknown, 0, num_bytes).astype(np.int32)
