@@ -19,13 +19,16 @@ from tritune.trainer.errors import (
     INPUT_ERRORS,
     DamagedRows,
     ExportError,
+    InputError,
     PeerError,
     StopRequested,
 )
-from tritune.trainer.pulse import begin, end_with_parent, launch_time
+from tritune.trainer.peers import Peers, open_peers
+from tritune.trainer.pulse import begin, end_with_parent, launch_time, note_error
 from tritune.trainer.shown import shown
 
 CLOSING = "closing"  # the phase after the end is written down
+LOSS_SECONDS = 0.5  # word of a rank's death may come a moment after the error that a collective makes of it
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -38,21 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     leader = int(os.environ.get("RANK", "0")) == 0
     begin("config")
-    from tritune.trainer.compose import load_config, split_argv
-
     given = list(argv)
-    config_dir, argv = split_argv(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    peers = Peers()
     try:
+        peers = open_peers(os.environ, _end_without)
+        from tritune.trainer.compose import load_config, split_argv
+
+        config_dir, argv = split_argv(argv)
         # Several look for the files together, in build: one may be missing on one machine alone.
         config = (load_config if processes > 1 else checked_config)(argv, config_dir, processes)
     except INPUT_ERRORS as error:
         if leader:
             print(f"tritune: {shown(str(error))}", file=sys.stderr)
+        peers.close(_last_word(EXIT_INPUT, str(error)))
         return EXIT_INPUT
     from tritune.trainer.rundir import run_path
 
-    return run(config, run_path(config, argv), leader, given)
+    return run(config, run_path(config, argv), leader, given, peers)
 
 
 def checked_config(overrides: list[str], config_dir: str | None, processes: int | None) -> Config:
@@ -71,11 +77,12 @@ def checked_config(overrides: list[str], config_dir: str | None, processes: int 
     return config
 
 
-def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
+def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: Peers) -> int:
     """Build, train, finish; write down in `status.json` how it ended.
 
     Args:
         overrides: what the user gave, for the record of how to run it again.
+        peers: the other ranks.
     """
     begin("imports")
     from tritune.trainer import distributed
@@ -85,7 +92,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     from tritune.trainer.guard import Guard
     from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
-    from tritune.trainer.pulse import Pulse, note_error
+    from tritune.trainer.pulse import Pulse
     from tritune.trainer.rundir import RunDir
     from tritune.trainer.stop import Stop
 
@@ -108,11 +115,29 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             elif owned:
                 directory.write_refusal(why, EXIT_INPUT)
             progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
+        peers.close(_last_word(EXIT_STOPPED if asked else EXIT_INPUT, why))
         _end_process(EXIT_STOPPED if asked else EXIT_INPUT)
 
+    def end_without(lost: str) -> None:
+        """On the thread of the peers, while the main one waits for a rank that is no more."""
+        if pulse.where() == CLOSING:
+            _end_process(code)
+        status = _status_of(lost)
+        note_error(rank, PeerError(lost))
+        with suppress(OSError):
+            if owned:
+                step = built.state.step if built else newest_step(directory.path / "checkpoints")
+                _write_end(directory, "failed", step, status, lost, refused=status == EXIT_INPUT and built is None)
+            progress.say(f"tritune: {lost}; the same command goes on from the newest checkpoint")
+            _tell_without(lost, None if owned else directory.path)
+        _end_process(status)
+
     guard = Guard(stop, pulse.where, abandon, _limits(config))
+    join_seconds = config.backend.join_seconds if "TORCHELASTIC_RUN_ID" in os.environ else None
+    peers.watch(join_seconds, lambda: pulse.where() == CLOSING, end_without)
     try:
         world = distributed.start(config.backend, config.train.deterministic)
+        unseen = peers.joined()
         directory = RunDir(
             Path(world.gather(str(path))[0]), overrides
         )  # clocks differ, and a name may be made from the time
@@ -126,6 +151,10 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         if not leader:  # after the leader removed a file from before
             stop.watch(directory.path, launch_time(), leads=False)
         progress.say(f"run       {directory.path}")
+        if unseen:
+            progress.say(
+                f"peers     {len(unseen)} rank(s) did not reach rank 0, and only collectives see them die: {unseen[:8]}"
+            )
         built = build(config, world, directory, progress, stop, pulse)
         warn_of_slow_save(built)
         if leader:
@@ -170,10 +199,14 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
-        note_error(rank, error)
+        lost = peers.lost(LOSS_SECONDS)
+        note_error(rank, error if lost is None else PeerError(lost))
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
-        progress.say(f"tritune: {type(error).__name__}: {error}")
-        culprit = f"{type(error).__name__}: {error}"
+        culprit = f"{type(error).__name__}: {error}" if lost is None else lost
+        progress.say(f"tritune: {culprit}")
+        if lost is not None:
+            code = _status_of(lost)
+            _tell_without(lost, None if owned else directory.path)
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
@@ -186,9 +219,42 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         progress.close()
         directory.close()
         distributed.end()
+        peers.close(_last_word(code, culprit))
         pulse.phase("ended")
         guard.close()
     return code
+
+
+def _last_word(code: int, culprit: str | None) -> str | None:
+    """What the other ranks are told of this one's end: None where it is no failure."""
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        return None
+    return f"{InputError.__name__ + ': ' if code == EXIT_INPUT else ''}{culprit or 'it ended'}"
+
+
+def _status_of(lost: str) -> int:
+    """A rank that was lost to wrong input ends the others with its status."""
+    return EXIT_INPUT if InputError.__name__ in lost else EXIT_FAILED
+
+
+def _tell_without(lost: str, run: Path | None) -> None:
+    """Say, once on each machine but the first, who was lost; and in the status of `run`, if the one who writes it was."""
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
+        print(f"tritune: rank {os.environ['RANK']}: {shown(lost)}", file=sys.stderr)
+    if run is not None:
+        from tritune.trainer.checkpoint.names import newest_step
+        from tritune.trainer.rundir import is_owned, note_death
+
+        with suppress(OSError):
+            if not is_owned(run):
+                note_death(run, newest_step(run / "checkpoints"), _status_of(lost), lost)
+
+
+def _end_without(lost: str) -> None:
+    """On the thread of the peers, before there is a run to write down anything of."""
+    note_error(int(os.environ.get("RANK", "0")), PeerError(lost))
+    print(f"tritune: {shown(lost)}", file=sys.stderr)
+    _end_process(_status_of(lost))
 
 
 def _limits(config: Config) -> dict[str, Limit]:
