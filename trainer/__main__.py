@@ -253,7 +253,7 @@ def _tell_without(lost: str, run: Path | None) -> None:
 def _end_without(lost: str) -> None:
     """On the thread of the peers, before there is a run to write down anything of."""
     note_error(int(os.environ.get("RANK", "0")), PeerError(lost))
-    print(f"tritune: {shown(lost)}", file=sys.stderr)
+    print(f"tritune: {shown(lost)}; the same command starts again", file=sys.stderr)
     _end_process(_status_of(lost))
 
 

@@ -82,7 +82,8 @@ class _Watched(Peers):
         self, me: Peer, size: int, key: str, address: str, ports: list[int], end: Callable[[str], None]
     ) -> None:
         self._me, self._size, self._key, self._address, self._ports = me, size, key, address, ports
-        self._end, self._closing, self._limit = end, lambda: False, None
+        self._end, self._closing = end, lambda: False
+        self._limit: float | None = None
         self._text: str | None = None
         self._known, self._closed, self._met, self._absent = threading.Event(), threading.Event(), False, False
         self._selector = selectors.DefaultSelector()
@@ -194,9 +195,12 @@ class _First(_Watched):
             else:
                 self._hear(key.data, died, failed)
         for text in [*died, *failed][:1]:  # who died goes before those that failed of it
-            for line in self._lines():
-                line.send({"lost": text})
             self._lose(text)
+
+    def _lose(self, text: str) -> None:
+        for line in self._lines():
+            line.send({"lost": text})
+        super()._lose(text)
 
     def _accept(self) -> None:
         with suppress(OSError):
