@@ -19,10 +19,10 @@ from tritune.trainer.errors import (
     INPUT_ERRORS,
     DamagedRows,
     ExportError,
-    InputError,
     PeerError,
     StopRequested,
 )
+from tritune.trainer.last_word import last_word, status_of, tell_without
 from tritune.trainer.peers import Peers, open_peers
 from tritune.trainer.pulse import begin, end_with_parent, launch_time, note_error
 from tritune.trainer.shown import shown
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         if leader:
             print(f"tritune: {shown(str(error))}", file=sys.stderr)
-        peers.close(_last_word(EXIT_INPUT, str(error)))
+        peers.close(last_word(EXIT_INPUT, str(error)))
         return EXIT_INPUT
     from tritune.trainer.rundir import run_path
 
@@ -106,6 +106,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         """On the guard's thread, while the main one is out of reach; the newest checkpoint is what the next start has."""
         if pulse.where() == CLOSING:  # how it ended is written down; only a tracker is still waited for
             _end_process(code)
+        lost = peers.lost(0.0)
+        if asked and lost is not None:  # by torchrun, which ends all when one has died
+            end_without(lost)
         saved = newest_step(directory.path / "checkpoints") if owned else 0
         after = f"; the same command goes on from {f'step {saved}' if saved else 'the start'}"
         doing = pulse.where()
@@ -115,21 +118,28 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
             elif owned:
                 directory.write_refusal(why, EXIT_INPUT)
             progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
-        peers.close(_last_word(EXIT_STOPPED if asked else EXIT_INPUT, why))
+        peers.close(last_word(EXIT_STOPPED if asked else EXIT_INPUT, why))
         _end_process(EXIT_STOPPED if asked else EXIT_INPUT)
+
+    def lose(lost: str) -> int:
+        """Say who was lost; return the status to end with."""
+        status = status_of(lost)
+        if status == EXIT_FAILED:
+            note_error(rank, PeerError(lost))
+        progress.say(f"tritune: {lost}; the same command goes on from the newest checkpoint")
+        tell_without(lost, None if owned else directory.path)
+        return status
 
     def end_without(lost: str) -> None:
         """On the thread of the peers, while the main one waits for a rank that is no more."""
         if pulse.where() == CLOSING:
             _end_process(code)
-        status = _status_of(lost)
-        note_error(rank, PeerError(lost))
+        status = status_of(lost)
         with suppress(OSError):
+            lose(lost)
             if owned:
                 step = built.state.step if built else newest_step(directory.path / "checkpoints")
                 _write_end(directory, "failed", step, status, lost, refused=status == EXIT_INPUT and built is None)
-            progress.say(f"tritune: {lost}; the same command goes on from the newest checkpoint")
-            _tell_without(lost, None if owned else directory.path)
         _end_process(status)
 
     guard = Guard(stop, pulse.where, abandon, _limits(config))
@@ -152,9 +162,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
             stop.watch(directory.path, launch_time(), leads=False)
         progress.say(f"run       {directory.path}")
         if unseen:
-            progress.say(
-                f"peers     {len(unseen)} rank(s) did not reach rank 0, and only collectives see them die: {unseen[:8]}"
-            )
+            progress.say(f"peers     {unseen[:8]} did not reach rank 0: only collectives see these ranks die")
         built = build(config, world, directory, progress, stop, pulse)
         warn_of_slow_save(built)
         if leader:
@@ -185,9 +193,13 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
             print(f"tritune: rank {os.environ['RANK']}: {shown(str(error))}", file=sys.stderr)
     except StopRequested as error:
         stop.forget()
-        saved = newest_step(directory.path / "checkpoints")
-        progress.say(f"stopped   by {error}; the same command goes on from {f'step {saved}' if saved else 'the start'}")
-        state, code, culprit = "stopped", EXIT_STOPPED, str(error)
+        saved, lost = newest_step(directory.path / "checkpoints"), peers.lost(0.0)
+        if lost is not None:  # then torchrun asked, which ends all when one has died
+            code, culprit = lose(lost), lost
+        else:
+            after = f"step {saved}" if saved else "the start"
+            progress.say(f"stopped   by {error}; the same command goes on from {after}")
+            state, code, culprit = "stopped", EXIT_STOPPED, str(error)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
@@ -200,13 +212,13 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
         lost = peers.lost(LOSS_SECONDS)
-        note_error(rank, error if lost is None else PeerError(lost))
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
-        culprit = f"{type(error).__name__}: {error}" if lost is None else lost
-        progress.say(f"tritune: {culprit}")
         if lost is not None:
-            code = _status_of(lost)
-            _tell_without(lost, None if owned else directory.path)
+            code, culprit = lose(lost), lost
+        else:
+            note_error(rank, error)
+            culprit = f"{type(error).__name__}: {error}"
+            progress.say(f"tritune: {culprit}")
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
@@ -219,42 +231,18 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         progress.close()
         directory.close()
         distributed.end()
-        peers.close(_last_word(code, culprit))
+        peers.close(last_word(code, culprit))
         pulse.phase("ended")
         guard.close()
     return code
 
 
-def _last_word(code: int, culprit: str | None) -> str | None:
-    """What the other ranks are told of this one's end: None where it is no failure."""
-    if code in (EXIT_DONE, EXIT_STOPPED):
-        return None
-    return f"{InputError.__name__ + ': ' if code == EXIT_INPUT else ''}{culprit or 'it ended'}"
-
-
-def _status_of(lost: str) -> int:
-    """A rank that was lost to wrong input ends the others with its status."""
-    return EXIT_INPUT if InputError.__name__ in lost else EXIT_FAILED
-
-
-def _tell_without(lost: str, run: Path | None) -> None:
-    """Say, once on each machine but the first, who was lost; and in the status of `run`, if the one who writes it was."""
-    if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
-        print(f"tritune: rank {os.environ['RANK']}: {shown(lost)}", file=sys.stderr)
-    if run is not None:
-        from tritune.trainer.checkpoint.names import newest_step
-        from tritune.trainer.rundir import is_owned, note_death
-
-        with suppress(OSError):
-            if not is_owned(run):
-                note_death(run, newest_step(run / "checkpoints"), _status_of(lost), lost)
-
-
 def _end_without(lost: str) -> None:
     """On the thread of the peers, before there is a run to write down anything of."""
-    note_error(int(os.environ.get("RANK", "0")), PeerError(lost))
+    if status_of(lost) == EXIT_FAILED:
+        note_error(int(os.environ.get("RANK", "0")), PeerError(lost))
     print(f"tritune: {shown(lost)}; the same command starts again", file=sys.stderr)
-    _end_process(_status_of(lost))
+    _end_process(status_of(lost))
 
 
 def _limits(config: Config) -> dict[str, Limit]:
