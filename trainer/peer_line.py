@@ -16,6 +16,7 @@ from tritune.trainer.errors import InputError
 MOST_BYTES = 1 << 16  # of messages that were not read: no rank says so much
 # Where systems take their passing ports from: no service has one of these for its own.
 FIRST_PORT, PORTS, TRIES = 32768, 28000, 4
+BACKLOG = 1024  # ranks that come while the first one has no time for them
 # A machine that is gone answers none of so many probes, the first after so many seconds and each as long after the last: 25 s.
 PROBE_SECONDS, PROBES = 5, 4
 
@@ -120,18 +121,22 @@ def listen(address: str, ports: list[int]) -> socket.socket:
     """
     for port in ports:
         with suppress(OSError):
-            inside = _loopback(address)
-            if inside is not None:
-                family = socket.AF_INET6 if ":" in inside else socket.AF_INET
-                server = socket.create_server((inside, port), family=family, backlog=1024)
-            elif socket.has_dualstack_ipv6():
-                server = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-            else:
-                server = socket.create_server(("", port), backlog=1024)
+            server = _server(address, port)
             server.setblocking(False)
             return server
     rule = f"its ranks tell one another who died at one of the ports {', '.join(map(str, ports))}, and none is free"
     raise InputError("MASTER_PORT", rule, "Start with another --master-port, which makes other ports")
+
+
+def _server(address: str, port: int) -> socket.socket:
+    inside = _loopback(address)
+    if inside is not None:
+        family = socket.AF_INET6 if ":" in inside else socket.AF_INET
+        return socket.create_server((inside, port), family=family, backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):  # it may be there and switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=BACKLOG)
 
 
 def _loopback(address: str) -> str | None:

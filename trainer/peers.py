@@ -203,10 +203,13 @@ class _First(_Watched):
         super()._lose(text)
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             line = Line(self._server.accept()[0])
-            self._strangers.add(line)
-            self._selector.register(line.socket, selectors.EVENT_READ, line)
+        except OSError:  # who came is gone; or there are as many open files as a process may have, and more wait
+            time.sleep(LOOK_SECONDS)
+            return
+        self._strangers.add(line)
+        self._selector.register(line.socket, selectors.EVENT_READ, line)
 
     def _hear(self, line: Line, died: list[str], failed: list[str]) -> None:
         messages, end = line.receive()

@@ -267,6 +267,22 @@ def test_no_free_port_is_said_with_a_way_out():
         peer_line.listen("127.0.0.1", [taken.getsockname()[1]])
 
 
+@pytest.mark.parametrize("given", ["127.0.0.1", "localhost"])
+def test_a_run_of_one_machine_is_not_reached_from_elsewhere(given):
+    port = _free_port()
+    with peer_line.listen(given, [port]):
+        assert peer_line.connect(given, port, 1.0) is not None
+        assert peer_line.connect("127.0.0.2", port, 1.0) is None
+
+
+def test_by_a_name_all_of_a_machine_s_addresses_are_reached():
+    """One machine may have its own name on the loopback while the others reach it from outside."""
+    port = _free_port()
+    with peer_line.listen(socket.gethostname(), [port]):
+        assert peer_line.connect("127.0.0.1", port, 1.0) is not None
+        assert peer_line.connect("127.0.0.2", port, 1.0) is not None
+
+
 def test_a_run_of_one_opens_nothing():
     assert type(peers.open_peers({}, lambda text: None)) is peers.Peers
     assert type(peers.open_peers({"WORLD_SIZE": "2"}, lambda text: None)) is peers.Peers  # met by a store of its own
