@@ -85,6 +85,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         peers: the other ranks.
     """
     begin("imports")
+    peers.expect(config.backend.join_seconds if "TORCHELASTIC_RUN_ID" in os.environ else None)
     from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.checkpoint.names import newest_step
@@ -143,8 +144,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         _end_process(status)
 
     guard = Guard(stop, pulse.where, abandon, _limits(config))
-    join_seconds = config.backend.join_seconds if "TORCHELASTIC_RUN_ID" in os.environ else None
-    peers.watch(join_seconds, lambda: pulse.where() == CLOSING, end_without)
+    peers.watch(lambda: pulse.where() == CLOSING, end_without)
     try:
         world = distributed.start(config.backend, config.train.deterministic)
         unseen = peers.joined()

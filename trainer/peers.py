@@ -35,11 +35,13 @@ CLOSE_SECONDS = 20.0  # for one that has written down its end, and waits for a t
 class Peers:
     """The other ranks of this run. As it stands, of a run of one rank, which has nobody to lose."""
 
-    def watch(self, join_seconds: float | None, closing: Callable[[], bool], end: Callable[[str], None]) -> None:
+    def expect(self, join_seconds: float | None) -> None:
+        """How long a rank may stay away from the start on, before all have met; None for ever."""
+
+    def watch(self, closing: Callable[[], bool], end: Callable[[str], None]) -> None:
         """Say what is known from now on.
 
         Args:
-            join_seconds: how long a rank may stay away before all have met; None for ever.
             closing: whether this rank has written down how it ended.
             end: called on the thread with who was lost, where this rank did not end by itself; it is to end the process.
         """
@@ -94,8 +96,11 @@ class _Watched(Peers):
         self._thread = threading.Thread(target=self._run, name="tritune-peers", daemon=True)
         self._thread.start()
 
-    def watch(self, join_seconds: float | None, closing: Callable[[], bool], end: Callable[[str], None]) -> None:
-        self._closing, self._end, self._limit = closing, end, join_seconds
+    def expect(self, join_seconds: float | None) -> None:
+        self._limit = join_seconds
+
+    def watch(self, closing: Callable[[], bool], end: Callable[[str], None]) -> None:
+        self._closing, self._end = closing, end
 
     def joined(self) -> list[int]:
         self._met = True

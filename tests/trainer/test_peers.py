@@ -32,7 +32,8 @@ def rank(number: int, variables: dict[str, str], orders: str, join_seconds: floa
         os._exit(LOST)
 
     mine = peers.open_peers({**variables, "RANK": str(number)}, end)
-    mine.watch(join_seconds, lambda: False, end)
+    mine.expect(join_seconds)
+    mine.watch(lambda: False, end)
     (place / f"here-{number}").write_text(str(os.getpid()))
     done: set[str] = set()
     while True:
