@@ -149,8 +149,8 @@ class _Watched(Peers):
         if missing:
             self._absent = True
             who = ", ".join(str(rank) for rank in missing[:8]) + (", ..." if len(missing) > 8 else "")
-            self._lose(f"rank {who} did not come to rank 0 within {seconds:g} s (backend.join_seconds): it died at once, or "
-                       f"{self._address} cannot be reached from its machine at port {self._ports[0]}")  # fmt: skip
+            self._lose(f"rank {who} did not come to {self._address}:{self._ports[0]} within {seconds:g} s: it died at once, or "
+                       "its machine does not reach that port. Start again; backend.join_seconds=300 waits longer")  # fmt: skip
 
     def _begin(self) -> None:
         raise NotImplementedError
