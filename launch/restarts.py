@@ -11,9 +11,8 @@ from typing import Any
 
 from tritune.trainer.checkpoint.names import newest_step
 from tritune.trainer.config_launch import LaunchConfig
-from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError
-from tritune.trainer.rundir import now, write_whole_json
-from tritune.trainer.runfiles import read_json
+from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED
+from tritune.trainer.rundir import note_death, now
 from tritune.trainer.shown import shown
 
 LOG = "attempts.jsonl"
@@ -63,21 +62,10 @@ def record(run: Path, attempt: str, outcome: Outcome, limits: LaunchConfig) -> f
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if outcome.crashed:
-            _note_death(run, saved, outcome)
+            note_death(run, saved, outcome.code, outcome.culprit)
     except OSError as error:  # a full disk may be what ended the attempt
         print(f"tritune: {error.filename or path} could not be written: {error.strerror}", file=sys.stderr)
     return wait
-
-
-def _note_death(run: Path, saved: int, outcome: Outcome) -> None:
-    """A rank that was killed could not say so: its last status is that it trains."""
-    path = run / "status.json"
-    status: dict[str, Any] = {"step": saved}
-    with suppress(InputError):
-        status |= read_json(path, dict, "") or {}
-    if status.get("state") in (None, "training"):
-        end = {"state": "failed", "exit_code": outcome.code, "culprit": outcome.culprit, "time": now()}
-        write_whole_json(path, {**status, **end})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

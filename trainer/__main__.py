@@ -25,11 +25,14 @@ from tritune.trainer.errors import (
     PeerError,
     StopRequested,
 )
-from tritune.trainer.pulse import begin, end_with_parent, launch_time
+from tritune.trainer.last_word import last_word, status_of, tell_without
+from tritune.trainer.peers import Peers, open_peers
+from tritune.trainer.pulse import begin, end_with_parent, launch_time, note_error
 from tritune.trainer.shown import shown
 from tritune.trainer.threads import wait_asleep
 
 CLOSING = "closing"  # the phase after the end is written down
+LOSS_SECONDS = 0.5  # word of a rank's death may come a moment after the error that a collective makes of it
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
@@ -43,21 +46,24 @@ def main(argv: list[str] | None = None) -> int:
     leader = int(os.environ.get("RANK", "0")) == 0
     wait_asleep()
     begin("config")
-    from tritune.trainer.compose import load_config, split_argv
-
     given = list(argv)
-    config_dir, argv = split_argv(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    peers = Peers()
     try:
+        peers = open_peers(os.environ, _end_without)
+        from tritune.trainer.compose import load_config, split_argv
+
+        config_dir, argv = split_argv(argv)
         # Several look for the files together, in build: one may be missing on one machine alone.
         config = (load_config if processes > 1 else checked_config)(argv, config_dir, processes)
     except INPUT_ERRORS as error:
         if leader:
             print(f"tritune: {shown(str(error))}", file=sys.stderr)
+        peers.close(last_word(EXIT_INPUT, str(error)))
         return EXIT_INPUT
     from tritune.trainer.rundir import run_path
 
-    return run(config, run_path(config, argv), leader, given)
+    return run(config, run_path(config, argv), leader, given, peers)
 
 
 def checked_config(overrides: list[str], config_dir: str | None, processes: int | None) -> Config:
@@ -76,13 +82,15 @@ def checked_config(overrides: list[str], config_dir: str | None, processes: int 
     return config
 
 
-def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
+def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: Peers) -> int:
     """Build, train, finish; write down in `status.json` how it ended.
 
     Args:
         overrides: what the user gave, for the record of how to run it again.
+        peers: the other ranks.
     """
     begin("imports")
+    peers.expect(config.backend.join_seconds if "TORCHELASTIC_RUN_ID" in os.environ else None)
     from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.checkpoint.names import newest_step
@@ -90,7 +98,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     from tritune.trainer.guard import Guard
     from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
-    from tritune.trainer.pulse import Pulse, note_error
+    from tritune.trainer.pulse import Pulse
     from tritune.trainer.rundir import RunDir
     from tritune.trainer.stop import Stop
 
@@ -104,6 +112,9 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         """On the guard's thread, while the main one is out of reach; the newest checkpoint is what the next start has."""
         if pulse.where() == CLOSING:  # how it ended is written down; only a tracker is still waited for
             _end_process(code)
+        lost = peers.lost(0.0)
+        if asked and lost is not None:  # by torchrun, which ends all when one has died
+            end_without(lost)
         saved = newest_step(directory.path / "checkpoints") if owned else 0
         after = f"; the same command goes on from {f'step {saved}' if saved else 'the start'}"
         doing = pulse.where()
@@ -113,11 +124,35 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             elif owned:
                 directory.write_refusal(why, EXIT_INPUT)
             progress.say(f"stopped   by {why} while in {doing!r}{after}" if asked else f"tritune: {why}")
+        peers.close(last_word(EXIT_STOPPED if asked else EXIT_INPUT, why))
         _end_process(EXIT_STOPPED if asked else EXIT_INPUT)
 
+    def lose(lost: str) -> int:
+        """Say who was lost; return the status to end with."""
+        status = status_of(lost)
+        if status == EXIT_FAILED:
+            note_error(rank, PeerError(lost))
+        progress.say(f"tritune: {lost}; the same command goes on from the newest checkpoint")
+        tell_without(lost, None if owned else directory.path)
+        return status
+
+    def end_without(lost: str) -> None:
+        """On the thread of the peers, while the main one waits for a rank that is no more."""
+        if pulse.where() == CLOSING:
+            _end_process(code)
+        status = status_of(lost)
+        with suppress(OSError):
+            lose(lost)
+            if owned:
+                step = built.state.step if built else newest_step(directory.path / "checkpoints")
+                _write_end(directory, "failed", step, status, lost, refused=status == EXIT_INPUT and built is None)
+        _end_process(status)
+
     guard = Guard(stop, pulse.where, abandon, _limits(config))
+    peers.watch(lambda: pulse.where() == CLOSING, end_without)
     try:
         world = distributed.start(config.backend, config.train.deterministic)
+        unseen = peers.joined()
         directory = RunDir(
             Path(world.gather(str(path))[0]), overrides
         )  # clocks differ, and a name may be made from the time
@@ -131,6 +166,8 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
         if not leader:  # after the leader removed a file from before
             stop.watch(directory.path, launch_time(), leads=False)
         progress.say(f"run       {directory.path}")
+        if unseen:
+            progress.say(f"peers     {unseen[:8]} did not reach rank 0: only collectives see these ranks die")
         built = build(config, world, directory, progress, stop, pulse)
         warn_of_slow_save(built)
         if leader:
@@ -161,9 +198,13 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             print(f"tritune: rank {os.environ['RANK']}: {shown(str(error))}", file=sys.stderr)
     except StopRequested as error:
         stop.forget()
-        saved = newest_step(directory.path / "checkpoints")
-        progress.say(f"stopped   by {error}; the same command goes on from {f'step {saved}' if saved else 'the start'}")
-        state, code, culprit = "stopped", EXIT_STOPPED, str(error)
+        saved, lost = newest_step(directory.path / "checkpoints"), peers.lost(0.0)
+        if lost is not None:  # then torchrun asked, which ends all when one has died
+            code, culprit = lose(lost), lost
+        else:
+            after = f"step {saved}" if saved else "the start"
+            progress.say(f"stopped   by {error}; the same command goes on from {after}")
+            state, code, culprit = "stopped", EXIT_STOPPED, str(error)
     except PeerError as error:
         code, culprit = (EXIT_INPUT if "InputError" in str(error) else EXIT_FAILED), str(error)
         if code == EXIT_FAILED:
@@ -179,10 +220,14 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
-        note_error(rank, error)
+        lost = peers.lost(LOSS_SECONDS)
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
-        progress.say(f"tritune: {type(error).__name__}: {error}")
-        culprit = f"{type(error).__name__}: {error}"
+        if lost is not None:
+            code, culprit = lose(lost), lost
+        else:
+            note_error(rank, error)
+            culprit = f"{type(error).__name__}: {error}"
+            progress.say(f"tritune: {culprit}")
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")
@@ -198,9 +243,18 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str]) -> int:
             directory.discard()
         directory.close()
         distributed.end()
+        peers.close(last_word(code, culprit))
         pulse.phase("ended")
         guard.close()
     return code
+
+
+def _end_without(lost: str) -> None:
+    """On the thread of the peers, before there is a run to write down anything of."""
+    if status_of(lost) == EXIT_FAILED:
+        note_error(int(os.environ.get("RANK", "0")), PeerError(lost))
+    print(f"tritune: {shown(lost)}; the same command starts again", file=sys.stderr)
+    _end_process(status_of(lost))
 
 
 def _limits(config: Config) -> dict[str, Limit]:

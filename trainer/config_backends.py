@@ -33,6 +33,7 @@ class BackendConfig:
     name: str = "auto"
     device: Device = Device.auto
     timeout_seconds: int = 1800  # a collective that waits longer fails the run
+    join_seconds: float = 20.0  # torchrun starts all ranks at once: one that has not come by then has died
 
 
 @dataclass

@@ -110,6 +110,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(c.train.compile_seconds > 0, "train.compile_seconds", "compiling takes some time. Use e.g. 900")
     rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
     rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
+    rule(c.backend.join_seconds > 0, "backend.join_seconds", "a process needs some time to begin. Use e.g. 20")
     check_launch(c.launch, rule)
     metrics = METRICS.get(c.objective.name, ()) + (CHOICE_METRICS if c.evaluation.choices else ())
     rule(

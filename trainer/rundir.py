@@ -215,6 +215,27 @@ class RunDir:
             self._lock.close()
 
 
+def note_death(run: Path, saved: int, exit_code: int, culprit: str | None) -> None:
+    """Say in the status that the run failed, where the one who writes it was killed: its last word is that it trains."""
+    path = run / "status.json"
+    status: dict[str, Any] = {"step": saved}
+    with suppress(InputError):
+        status |= read_json(path, dict, "") or {}
+    if status.get("state") in (None, "training"):
+        end = {"state": "failed", "exit_code": exit_code, "culprit": culprit, "time": now()}
+        write_whole_json(path, {**status, **end})
+
+
+def is_owned(run: Path) -> bool:
+    """Whether a live process has the directory, or it cannot be known."""
+    try:
+        with (run / LOCK).open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
