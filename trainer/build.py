@@ -117,7 +117,6 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if world.rank == 0:
             directory.write_rejects(splits.rejects())
     stop.heed(world)
-    config = settle_rate(config, world, directory, architecture.get_text_config().hidden_size, say)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
     for finding in findings:
@@ -156,6 +155,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     say(
         f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
     )
+
+    config = settle_rate(config, world, directory, architecture.get_text_config().hidden_size, say)
 
     if config.data.packing is not Packing.none:
         say(f"attention {choose_attention(model, world.device)}: packed rows do not see one another")

@@ -190,10 +190,11 @@ def test_what_would_run_long_or_grow_large_is_refused(name):
     assert took < 12
 
 
-def test_the_limit_is_five_seconds(five_seconds):
+def test_the_limit_is_two_seconds_of_the_processor_and_five_of_the_clock(five_seconds):
     said, took = outcome(*five_seconds, 5)
-    assert "the chat template of evil/model was stopped on this row: it ran for more than 5 s" in said
-    assert 4.9 < took < 15
+    limits = "(it ran for more than 5 s|it takes more than 2 s of the processor)"  # a busy machine comes to the first
+    assert re.search(f"the chat template of evil/model was stopped on this row: {limits}", said), said
+    assert 1.9 < took < 15
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

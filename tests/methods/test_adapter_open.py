@@ -236,9 +236,9 @@ def test_other_kinds_of_adapter_are_refused(bases, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ("{", "does not read"), ("[]", "no settings"), ({"peft_type": None}, "None adapter"), ({"r": "four"}, "does not fit"),
-        ({"r": 0}, "does not fit"), ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"), ({"target_modules": 3}, "does not fit"),
-        ({"lora_alpha": [1]}, "does not fit"), ({"target_modules": ["absent"]}, "absent"), ({"bias": "some"}, "some"),
+        ("{", "does not read"), ("[]", "no settings"), ({"peft_type": None}, "None adapter"), ({"r": "four"}, "r=four"),
+        ({"r": 0}, "r=0"), ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"), ({"target_modules": 3}, "does not fit"),
+        ({"lora_alpha": [1]}, "lora_alpha"), ({"target_modules": ["absent"]}, "absent"), ({"bias": "some"}, "some"),
         ({"target_modules": "("}, "does not fit"), ({"base_model_name_or_path": 7}, "is no text"), ("\xff", "does not read"),
         ({"task_type": []}, "is no text"), ({"of_a_later_peft": True}, "of_a_later_peft"),
         ({"modules_to_save": 5}, "does not fit"),

@@ -385,7 +385,7 @@ def test_chat_template_that_refuses_a_row(refused, write):
     )  # fmt: skip
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write([{"messages": turns}, {"messages": [{"role": "system", "content": "be kind"}, *turns]}])
-    words = [f"{path}:2", "no system prompt here", "Mend the row", "model.chat_template"]
+    words = [f"{path}:2", "no system prompt here", "data.system_turn=merge", "mend the row", "model.chat_template"]
     refused(f"data.train={path}", f"model.chat_template={template}", words=words)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.data.remarks import Kind
+from tritune.trainer.data.tokenizing import encode_batch
+from tritune.trainer.errors import InputError
 
 _LINES = (0x09, 0x0A, 0x0D, 0x20)  # that models with bytes have seen everywhere
 Said = list[tuple[Kind, dict[str, int]]]
@@ -34,8 +36,12 @@ class Unspelt:
         bytes_of = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256) if byte not in _LINES)
         self._bytes = frozenset(i for i in bytes_of if i is not None)
         self._any = self._bytes | ({self.unknown} if self.unknown is not None else frozenset())
-        seen = backend.encode_batch([f"a{chr(code)}a" for code in range(0x20, 0x7F)], add_special_tokens=False)
-        self._has_ascii = all(self._any.isdisjoint(one.ids) for one in seen)
+        ascii_texts = [f"a{chr(code)}a" for code in range(0x20, 0x7F)]
+        try:
+            seen = encode_batch(backend, ascii_texts, ["ASCII"] * len(ascii_texts), specials=False)
+            self._has_ascii = all(self._any.isdisjoint(one.ids) for one in seen)
+        except InputError:  # it has no token for one of them, and none for what is unknown: rows show which
+            self._has_ascii = False
 
     def said(self, ids: Sequence[int], text: str, encoding: Encoding, spans: Sequence[tuple[int, int]] = ()) -> Said:
         """What there is to say of a text: by kind, characters and how many tokens stand for them; mostly nothing.
