@@ -77,9 +77,8 @@ def test_base_on_its_own_domain(tritune, shared, tmp_path, name, perplexity):
         with torch.no_grad():
             nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         num_bytes += len(story.encode())
-        for token, (start, stop) in zip(
-            ids[0].tolist(), tokenizer(story, return_offsets_mapping=True)["offset_mapping"]
-        ):
+        places = tokenizer(story, return_offsets_mapping=True)["offset_mapping"]
+        for token, (start, stop) in zip(ids[0].tolist(), places, strict=True):
             num_bytes -= len(story[start:stop].encode()) if token == tokenizer.unk_token_id else 0  # nothing is spelled
     assert base["bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-5)
 
