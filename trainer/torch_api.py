@@ -53,10 +53,6 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
         Use("torch.nn.attention.varlen.varlen_attn", "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=",
             "2.11 computes grouped heads only where keys and values are repeated", "2.12"),
     ),
-    "trainer/layers.py": (
-        Use("torch._dynamo.config", None, "private: `torch.compile` has no option for it"),
-        Use("torch._dynamo.config.specialize_float", None, "private: `torch.compile` has no option for it"),
-    ),
     "trainer/scorer.py": (
         Use("torch.overrides.TorchFunctionMode.__torch_function__", "self, func, types, args, kwargs", _SUB, ours=True),
     ),
@@ -71,6 +67,8 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
     ),
     "trainer/layers.py": (
         Use("torch.nn.Module.compile", "self, dynamic=", _NEW),
+        Use("torch._dynamo.config", None, "private: `torch.compile` has no option for it"),
+        Use("torch._dynamo.config.specialize_float", None, "private: `torch.compile` has no option for it"),
     ),
     "trainer/distributed.py": (
         Use("torch.distributed.distributed_c10d._get_default_store", "",
