@@ -208,6 +208,12 @@ def test_rows_of_an_array_stand_at_their_lines(tmp_path):
         assert [row.fields["a"] for chunk in chunks for row in parse_chunk(chunk)] == list(range(skip, 4))
 
 
+def test_rows_of_an_array_on_one_line_have_numbers(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"a": i} for i in range(4)]))
+    assert [row.place for row in read(path)] == [f"{path}:{i}" for i in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [

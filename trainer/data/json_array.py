@@ -43,16 +43,17 @@ def is_array(head: str) -> bool:
 
 
 def read_array(path: Path) -> Iterator[Chunk]:
-    """The rows of a file of which `is_array` is true, as texts with their lines.
+    """The rows of a file of which `is_array` is true, as texts with their lines; with their numbers where several share a line.
 
     Raises:
         InputError: it does not read on as JSON; the rows before come first.
     """
     rows: list[tuple[int, str]] = []
-    size = 0
+    size = before = 0
     try:
-        for line, text in _elements(path):
-            rows.append((line, text))
+        for number, (line, text) in enumerate(_elements(path), 1):
+            rows.append((number if line == before else line, text))
+            before = line
             size += len(text)
             if size >= CHUNK_BYTES:
                 yield Chunk(str(path), len(rows), Elements(rows))

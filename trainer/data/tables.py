@@ -222,11 +222,15 @@ def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> Non
     """
     kept, lost = sum(r.rows for r in reports.values()), reports["train"]
     if lost.dropped and (data.unsupervised is Unsupervised.refuse or not kept):
-        count = "every row" if not kept else f"{lost.dropped:,} of {lost.dropped + kept:,} rows"
+        count = (
+            "every row has"
+            if not kept
+            else f"{lost.dropped:,} of {lost.dropped + kept:,} rows {'has' if lost.dropped == 1 else 'have'}"
+        )
         remedy = f"Mend them, raise data.max_length={data.max_length}"
         remedy += ", or drop them: data.unsupervised=drop" if kept else ", or check the chat template"
         places = name_places(lost.dropped_places, lost.dropped)
-        raise InputError(places, f"{count} has no token to train on", remedy)
+        raise InputError(places, f"{count} no token to train on", remedy)
 
 
 class TableFiles:
