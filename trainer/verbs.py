@@ -162,7 +162,7 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
 def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import generate as answer
-    from tritune.trainer.evaluation.generate import require_room
+    from tritune.trainer.evaluation.generate import lack_of_room
     from tritune.trainer.model import context_length
 
     settings = config.generate
@@ -170,12 +170,12 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
     if speak is None:
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
-    require_room(
-        [r.ids for r in rows], [r.place for r in rows], settings.max_new_tokens, context_length(opened.model.config)
-    )
-    said = answer(opened.model, speak, opened.tokenizer, [r.ids for r in rows], settings, opened.stops,
-                  world.device, config.seed, config.model.dtype.value == "float64")  # fmt: skip
-    return [(row.fields, [vars(a) for a in answers]) for row, answers in zip(rows, said, strict=True)]
+    context = context_length(opened.model.config)
+    faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
+    ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
+    said = iter(answer(opened.model, speak, opened.tokenizer, ids, settings, opened.stops, world.device, config.seed,
+                       config.model.dtype.value == "float64"))  # fmt: skip
+    return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]
 
 
 def _labels(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:

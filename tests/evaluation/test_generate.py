@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,7 @@ from tritune.trainer.config import Config, GenerateConfig, ModelConfig
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts
-from tritune.trainer.errors import InputError
-from tritune.trainer.evaluation.generate import generate, require_room
+from tritune.trainer.evaluation.generate import generate, lack_of_room
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -148,12 +148,10 @@ def test_samples_follow_the_seed():
 
 
 def test_room_in_the_context():
-    require_room([[1] * 28], ["a:1"], 100, 128)
-    require_room([[1] * 500], ["a:1"], 100, None)
-    with pytest.raises(InputError, match=r"a:2.*29 tokens.*max_new_tokens=100.*128"):
-        require_room([[1] * 28, [1] * 29], ["a:1", "a:2"], 100, 128)
-    with pytest.raises(InputError, match="no token"):
-        require_room([[]], ["a:1"], 100, 128)
+    assert lack_of_room([1] * 28, "a:1", 100, 128) is None
+    assert lack_of_room([1] * 500, "a:1", 100, None) is None
+    assert re.search(r"a:2.*29 tokens.*max_new_tokens=100.*128", str(lack_of_room([1] * 29, "a:2", 100, 128)))
+    assert "no token" in str(lack_of_room([], "a:1", 100, 128))
 
 
 # -- prompts are what training put before the answers ---------------------------------------------------
@@ -240,12 +238,13 @@ def test_rows_that_are_no_prompt(tmp_path):
     talks = [[], ["hello"], [{"content": "no role"}], [{"role": "assistant", "content": "only this"}]]
     for row in ({"question_text": "x"}, {"prompt": None}, {"prompt": 5.5}, *({"messages": t} for t in talks)):
         path.write_text(json.dumps({"prompt": "good"}) + "\n" + json.dumps(row) + "\n")
-        with pytest.raises(InputError, match=r"p\.jsonl:2"):
-            read_prompts([], config, tokenizer)
+        good, bad = read_prompts([], config, tokenizer)
+        assert good.fault is None
+        assert "p.jsonl:2" in str(bad.fault)
     tokenizer.chat_template = None
     path.write_text(json.dumps({"messages": TALK}) + "\n")
-    with pytest.raises(InputError, match="chat template"):
-        read_prompts([], config, tokenizer)
+    (bad,) = read_prompts([], config, tokenizer)
+    assert "chat template" in str(bad.fault)
 
 
 # -- the verb ---------------------------------------------------------------------------------------------
@@ -286,6 +285,16 @@ def test_files_in_and_out(capfd, stories, tmp_path):
     assert [{k: v for k, v in r.items() if k != "answers"} for r in written] == [{"prompt": "Once"}, *rows]
     again = call(capfd, *argv, "-p", "Once")
     assert (again[0], [json.loads(line) for line in out.read_text().splitlines()]) == (0, written)
+    beside = [rows[0], {"prompt": None}, {"prompt": "word " * 600}, {"other": "x"}]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(r) + "\n" for r in beside) + '{"prompt": \n')
+    code, printed, err = call(capfd, stories, f"generate.file={mixed}", "generate.max_new_tokens=8")
+    assert code == 0, err
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert lines[0] == written[1]
+    assert [line["answers"] for line in lines[1:]] == [[]] * 4
+    assert [re.search(r"mixed\.jsonl:(\d)", line["error"])[1] for line in lines[1:]] == ["2", "3", "4", "5"]
+    assert "4 of 5 prompts have no answer" in err
     text.write_text("Once\n\nGo on:\nThe cat\n")
     code, printed, err = call(capfd, stories, f"generate.file={text}", "generate.max_new_tokens=8")
     assert code == 0, err

@@ -13,7 +13,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.columns import columns_of, how_to_map
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.forms import asked, conversation, merged, tools_of
-from tritune.trainer.data.records import Row, read_rows
+from tritune.trainer.data.records import Row, read_all
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError, some_names
@@ -65,28 +65,41 @@ def chat_ids(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer: the fields of its row, its token ids, and where it stands."""
+    """A prompt to answer: the fields of its row, its token ids, and where it stands; or why it cannot be asked."""
 
     fields: dict[str, Any]
     ids: list[int]
     place: str
+    fault: InputError | None = None
 
 
 def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Prompts of the command line, then those of `generate.file`, rendered as the model was trained to read them.
 
-    A row of a file has `messages` (an answer at their end is left out), `prompt` (and `input`) or `text`.
+    A row of a file has `messages` (an answer at their end is left out), `prompt` (and `input`) or `text`; one that has none of
+    these, or that the template fails on, has a `fault`.
 
     Raises:
-        InputError: a row has none of these, or the template fails on it.
+        InputError: the file does not open.
     """
     prompts = [
-        _prompt(Row({"prompt": t}, f"--prompt {i}"), DataConfig(), config, tokenizer) for i, t in enumerate(given, 1)
+        _asked_or_not(Row({"prompt": t}, f"--prompt {i}"), DataConfig(), config, tokenizer)
+        for i, t in enumerate(given, 1)
     ]
     if config.generate.file is not None:
-        for row in read_rows(config.generate.file, "generate.file", TextUnit.line):
-            prompts.append(_prompt(row, config.data, config, tokenizer))
+        for row in read_all(config.generate.file, "generate.file", TextUnit.line):
+            if isinstance(row, InputError):
+                prompts.append(Prompt({}, [], row.value, row))
+            else:
+                prompts.append(_asked_or_not(row, config.data, config, tokenizer))
     return prompts
+
+
+def _asked_or_not(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    try:
+        return _prompt(row, data, config, tokenizer)
+    except InputError as error:
+        return Prompt(row.fields, [], row.place, error)
 
 
 def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:

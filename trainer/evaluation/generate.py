@@ -31,18 +31,14 @@ class Answer:
     stopped: bool
 
 
-def require_room(prompts: Sequence[Sequence[int]], places: Sequence[str], max_new: int, context: int | None) -> None:
-    """Refuse prompts whose answers would not fit into the model's context.
-
-    Raises:
-        InputError: it names the first such prompt.
-    """
-    for ids, place in zip(prompts, places, strict=True):
-        if not ids:
-            raise InputError(place, "the prompt has no token", "Write something")
-        if context is not None and len(ids) + max_new > context:
-            rule = f"{len(ids)} tokens and generate.max_new_tokens={max_new} exceed the model's context of {context}"
-            raise InputError(place, rule, "Shorten the prompt, or lower generate.max_new_tokens")
+def lack_of_room(ids: Sequence[int], place: str, max_new: int, context: int | None) -> InputError | None:
+    """Why a prompt cannot be answered within the model's context; None where it can."""
+    if not ids:
+        return InputError(place, "the prompt has no token", "Write something")
+    if context is not None and len(ids) + max_new > context:
+        rule = f"{len(ids)} tokens and generate.max_new_tokens={max_new} exceed the model's context of {context}"
+        return InputError(place, rule, "Shorten the prompt, or lower generate.max_new_tokens")
+    return None
 
 
 @torch.no_grad()
