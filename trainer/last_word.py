@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError
 from tritune.trainer.shown import shown
+
+RELEASE_SECONDS = 2.0  # a process that is killed lets its connections go before its lock, in a save long before
 
 
 def last_word(code: int, culprit: str | None) -> str | None:
@@ -31,6 +34,9 @@ def tell_without(lost: str, run: Path | None) -> None:
         from tritune.trainer.checkpoint.names import newest_step
         from tritune.trainer.rundir import is_owned, note_death
 
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while is_owned(run) and time.monotonic() < deadline:
+            time.sleep(0.05)
         with suppress(OSError):
             if not is_owned(run):
                 note_death(run, newest_step(run / "checkpoints"), status_of(lost), lost)

@@ -17,8 +17,9 @@ MOST_BYTES = 1 << 16  # of messages that were not read: no rank says so much
 # Where systems take their passing ports from: no service has one of these for its own.
 FIRST_PORT, PORTS, TRIES = 32768, 28000, 4
 BACKLOG = 1024  # ranks that come while the first one has no time for them
-# A machine that is gone answers none of so many probes, the first after so many seconds and each as long after the last: 25 s.
-PROBE_SECONDS, PROBES = 5, 4
+# A machine that is gone answers none of so many probes, the first after so many seconds and each as long after the last: a
+# minute, which a switch may take that starts anew.
+PROBE_SECONDS, PROBES = 5, 11
 
 
 @dataclass(frozen=True)

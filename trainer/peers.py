@@ -74,15 +74,17 @@ def open_peers(environment: Mapping[str, str], end: Callable[[str], None]) -> Pe
     key, ports = ports_of(environment)
     me = Peer(rank, socket.gethostname(), os.getpid())
     kind = _First if rank == 0 else _Other
-    return kind(me, size, key, environment["MASTER_ADDR"], ports, end)
+    alone = environment.get("LOCAL_WORLD_SIZE", str(size)) == str(size)
+    return kind(me, size, key, environment["MASTER_ADDR"], ports, alone, end)
 
 
 class _Watched(Peers):
     """One thread beside the main one."""
 
     def __init__(
-        self, me: Peer, size: int, key: str, address: str, ports: list[int], end: Callable[[str], None]
+        self, me: Peer, size: int, key: str, address: str, ports: list[int], alone: bool, end: Callable[[str], None]
     ) -> None:
+        self._alone = alone  # no rank is on another machine
         self._me, self._size, self._key, self._address, self._ports = me, size, key, address, ports
         self._end, self._closing = end, lambda: False
         self._limit: float | None = None
@@ -179,7 +181,8 @@ class _First(_Watched):
     def _begin(self) -> None:
         self._met_lines: dict[int, Line] = {}
         self._strangers: set[Line] = set()
-        self._server = listen(self._address, self._ports)
+        # The first of several machines may be told `localhost` where the others are told its name.
+        self._server = listen(self._address if self._alone else "", self._ports)
         self._selector.register(self._server, selectors.EVENT_READ)
 
     def _missing(self) -> list[int]:

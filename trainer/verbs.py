@@ -112,16 +112,18 @@ def evaluate(config: Config, run: Path | None) -> None:
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
     results, backend, recorders = {}, Local("single", world), {}
+    out = config.evaluation.out or (run and run / "predictions.jsonl")
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
-        recorders[name] = Recorder(LanguageModel() if name == "retention" else objective)
-        results[name] = score(recorders[name], scorer, examples, backend, config.evaluation.batch_size,
+        how = LanguageModel() if name == "retention" else objective
+        if out is not None:
+            how = recorders[name] = Recorder(how)
+        results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size,
                               tokenizer.pad_token_id, choices.get(name))  # fmt: skip
         require_a_loss(results[name]["loss"], opened.model, opened.what, f"on {name}")
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
-    out = config.evaluation.out or (run and run / "predictions.jsonl")
     if out is not None:
         rows = (
             {"split": name, **line}

@@ -182,3 +182,15 @@ def test_what_cannot_be_told_apart_is_refused():
             raise out.bad[0]
         kept = DataConfig(max_length=999, special_tokens=SpecialTokens.keep)
         assert not Conversations(tokenizer, kept, [])([Record("rows:3", turns)]).bad
+
+
+def test_the_header_of_an_answer_frames_it_though_it_is_an_ordinary_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<|User|>", "<|Assistant|>", "<other>")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    )
+    control = ControlTokens(tokenizer, ChatTemplate(tokenizer).frame)
+    assert control.found("a <|Assistant|> and a <|User|>, <other>") == {"<|Assistant|>": 1, "<|User|>": 1}

@@ -279,3 +279,21 @@ def test_the_cases_that_are_refused(cases):
     assert [UNTRAINED in m for m in messages] == [False, True, False, False]
     merged = case(cases, "system_first.jsonl", system_turn=SystemTurn.merge)[0].messages
     assert merged[0] == {"role": "user", "content": "Be brief.\n\nHello 0"}
+
+
+def test_labels_may_be_true_and_false():
+    assert record({"text": "a", "label": True}, "classify").label == "true"
+    assert record({"text": "a", "label": False}, "classify").label == "false"
+
+
+def test_a_talk_in_texts_with_other_lists_is_no_table_once_those_are_ignored():
+    row = {"dialog": ["q", "a"], "act": [1, 2], "emotion": [0, 1]}
+    with pytest.raises(InputError, match="written by columns"):
+        record(row)
+    found = record(row, columns={"messages": "dialog"}, ignore=["act", "emotion"])
+    assert [(m["role"], m["content"]) for m in found.messages] == [Q, A]
+
+
+@pytest.mark.parametrize("answer", ['[{"role":"admin","content":"hello"}]', '[{"from":"a","value":"v"}]'])
+def test_an_answer_that_is_other_json_stays_text(answer):
+    assert spoken({"prompt": "q", "response": answer}) == [Q, ("assistant", answer)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import tracemalloc
 
 import jinja2
 import pytest
@@ -164,3 +165,15 @@ def test_conversations_in_several_rows_are_counted_and_stay_together(tmp_path):
     assert {f.name for f in found} == {Check.turns_apart}
     assert sum(f.details["conversations"] for f in found) == 20
     assert sum(f.count for f in found) == 40
+
+
+def test_a_long_talk_keeps_few_of_its_beginnings():
+    """Of 300 answers each beginning is as long as all before it: together they took 512 MiB, and the row was refused."""
+    tokenizer = tokenizer_of(FAMILIES["plain"].template)
+    talk = [{"role": ("user", "assistant")[i % 2], "content": "so \N{GRINNING FACE} " * 20} for i in range(600)]
+    tracemalloc.start()
+    (row,) = ChatTemplate(tokenizer).rows(talk, "here")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(row.spans) == 300
+    assert peak < 24 * len(row.text) * 4

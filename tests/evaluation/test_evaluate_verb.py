@@ -108,7 +108,7 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
     asked = run / "asked.jsonl"
     texts = [re.search(r"(?:Is it )?(.*?)(?:\? It is)?$", row["input"].strip())[1] for row in told]
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
-    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}']) + "\n")
+    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}', '{"text": ']) + "\n")
     where = [[f"run.dir={run}"], [f"model.path={run / 'export'}", "objective=classify"]]
     for open_it in where[: 1 if kind == "classify_token" else 2]:
         code, out, err = ask(*open_it, f"generate.file={asked}", "backend.device=cpu", "data.max_length=96")
@@ -118,9 +118,9 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
         assert [row["answers"][0]["probability"] for row in said[:20]] == pytest.approx(
             [r["probability"] for r in told], abs=2e-6
         )
-        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 3
+        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 4
         assert [row.get("id") for row in said[:20]] == list(range(20))
-        assert "3 of 23 prompts have no answer. The first: " in err
+        assert "4 of 24 prompts have no answer. The first: " in err
         assert f"{asked}:21" in err
         code, out, err = ask(*open_it, "--prompt", " ", "backend.device=cpu")
         assert (code, out) == (2, "")

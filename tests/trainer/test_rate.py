@@ -60,9 +60,9 @@ def test_a_rate_that_is_far_too_low_is_named_and_the_remedy_helps(tritune, tiny,
     assert "hardly moves" not in moved.err
 
 
-@pytest.mark.parametrize("fall", [0.0, 0.3])
+@pytest.mark.parametrize("fall", [0.0, 0.3, -0.5])
 def test_noise_is_told_from_a_fall(fall):
-    """Of 200 runs with a spread of 0.1 about 3, those that fall by a tenth are never named, those that stand nearly always."""
+    """Of 200 runs with a spread of 0.1 about 3: a fall by a tenth is never named, nor is a rise; one that stands mostly is."""
     named = 0
     for seed in range(200):
         rng = random.Random(seed)
@@ -71,7 +71,7 @@ def test_noise_is_told_from_a_fall(fall):
         assert sum(one is not None for one in found) <= 1
         assert all(one is None for i, one in enumerate(found) if i != 79)
         named += found[79] is not None
-    assert named == 0 if fall else named > 190
+    assert named == 0 if fall else named > 120
 
 
 def test_a_run_that_goes_on_or_is_short_is_not_looked_at():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tritune.trainer.data.templates import Program
 from tritune.trainer.errors import InputError
 
 PROBE = "tritune-probe-9f3c"
 
 
+KEPT = 4  # each is as long as the conversation, which may have hundreds of answers
+
+
 class Beginnings:
-    """A conversation's beginnings, each rendered once."""
+    """A conversation's beginnings, the last few of them kept."""
 
     def __init__(self, program: Program, messages: list[dict], place: str, tools: list | None) -> None:
         self.program, self.messages, self.place, self.tools = program, messages, place, tools
@@ -48,7 +53,7 @@ class Beginnings:
                 text = self.program.run(self.messages[:count], self.place, self.tools, add_generation_prompt=True)[0]
             except InputError:
                 text = None
-            self._prompts[count] = text
+            _keep(self._prompts, count, text)
         return self._prompts[count]
 
     def probed(self, turn: int, upto: int) -> str | None:
@@ -62,12 +67,21 @@ class Beginnings:
             return None
 
     def _made(self, count: int) -> tuple[str, list[tuple[int, int]] | None]:
-        if count not in self._texts:
+        if count in self._texts:
+            made = self._texts.pop(count)
+        else:
             try:
-                self._texts[count] = self.program.run(self.messages[:count], self.place, self.tools)
+                made = self.program.run(self.messages[:count], self.place, self.tools)
             except InputError as error:
-                self._texts[count] = error
-        made = self._texts[count]
+                made = error
+        _keep(self._texts, count, made)
         if isinstance(made, InputError):
             raise made
         return made
+
+
+def _keep(kept: dict[int, Any], count: int, value: Any) -> None:
+    """As the newest; the oldest goes."""
+    kept[count] = value
+    if len(kept) > KEPT:
+        del kept[next(iter(kept))]

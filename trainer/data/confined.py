@@ -12,7 +12,6 @@ import mmap
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -22,12 +21,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from tritune.trainer.data import isolated
 
 IDLE_SECONDS = 1.0  # a process costs 10 to 20 ms to fork
 MOST_ENDED = 2  # items that end the process; each may cost `isolated.CPU_SECONDS`
+MOST_DESCRIPTORS = 1 << 12  # where the system does not say which are open
+_DESCRIPTORS = Path("/proc/self/fd")
 _LOOK_SECONDS = 1.0  # between two looks at a process that says nothing
 _MEMORY = 77  # the exit status of a process whose memory ran out
 
@@ -187,11 +189,18 @@ class _Process:
             self.close()
 
 
+def _close_all_but(number: int) -> None:
+    """A limit of a billion descriptors, as containers have it, would take minutes to go through one by one."""
+    opened = [int(name) for name in os.listdir(_DESCRIPTORS)] if _DESCRIPTORS.is_dir() else range(MOST_DESCRIPTORS)
+    for other in opened:
+        if other > 2 and other != number:
+            with suppress(OSError):
+                os.close(other)
+
+
 def _serve(work: Callable[[Any], Any], pipe: Connection, begun: mmap.mmap) -> int:
     """The process: requests are answered one by one until none comes any more. Returns its exit status."""
-    number = pipe.fileno()
-    os.closerange(3, number)  # the run directory's lock, other pipes: nothing is held open here
-    os.closerange(number + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    _close_all_but(pipe.fileno())  # the run directory's lock, other pipes: nothing is held open here
     isolated.confine()
     isolated.watch()
     try:

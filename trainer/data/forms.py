@@ -15,7 +15,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import parts_of
 from tritune.trainer.data.row_limits import SKIP, require_text, require_texts, said
-from tritune.trainer.data.turns import from_text, merged_system, turns
+from tritune.trainer.data.turns import SPEAKERS, from_text, merged_system, turns
 from tritune.trainer.errors import InputError
 from tritune.trainer.shown import bounded
 
@@ -75,16 +75,19 @@ def merged(messages: Turns, config: DataConfig) -> Turns:
     return merged_system(messages) if config.system_turn is SystemTurn.merge else messages
 
 
-def value_of(row: Row, theirs: str, empty: bool = False) -> str:
+def value_of(row: Row, theirs: str, empty: bool = False, truths: bool = False) -> str:
     """The text of a column, or of several joined by a line end; a whole number is one, too.
 
     Args:
         empty: null is the empty text.
+        truths: true and false are words.
 
     Raises:
         InputError: it is none.
     """
     value = row.fields.get(theirs)
+    if truths and isinstance(value, bool):
+        return "true" if value else "false"
     if type(value) is str:
         return require_text(value, row.place)
     parts = parts_of(theirs, row.fields.keys())
@@ -139,8 +142,11 @@ def _are_messages(text: str) -> bool:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    names = ({"role", "content"}, {"from", "value"})
-    return all(isinstance(part, dict) and any(some <= part.keys() for some in names) for part in value)
+    names = (("role", "content"), ("from", "value"))
+    return all(
+        isinstance(part, dict) and any(who in part and what in part and part[who] in SPEAKERS for who, what in names)
+        for part in value
+    )
 
 
 def _as_turns(said_: str | Turns, role: str) -> Turns:

@@ -121,7 +121,7 @@ class Reading:
 
     def _settled(self, row: Row, columns: dict[str, str]) -> Kind:
         allowed = KINDS_OF[self.objective]
-        require_rows(row)
+        require_rows(row, self.config)
         if self.config.kind is not Kind.auto:
             if self.config.kind not in allowed:
                 names = ", ".join(k.value for k in allowed)
@@ -169,7 +169,7 @@ class Reading:
                 raise InputError(row.place, rule, f"{hint}. Or {SKIP}")
         group = _group(row, config)
         if self.kind in (Kind.text, Kind.text_label):
-            values = {name: value_of(row, columns[name]) for name in NEEDS[self.kind]}
+            values = {name: value_of(row, columns[name], truths=name == "label") for name in NEEDS[self.kind]}
             if values.get("label") == "":
                 rule = f"the column {columns['label']} is empty, and a label is a word"
                 raise InputError(row.place, rule, f"Mend the row, or {SKIP}")

@@ -36,13 +36,16 @@ def require_one_answer(row: Row, config: DataConfig, prefix: str) -> None:
             raise InputError(row.place, rule, _one_of(row.fields, names, prefix))
 
 
-def require_rows(row: Row) -> None:
+def require_rows(row: Row, config: DataConfig) -> None:
     """Refuse a table that was written by its columns: one object with a list, or numbered values, for each.
+
+    Columns that are mapped or ignored are no sign of one: somebody has looked at them.
 
     Raises:
         InputError: it says how to write rows.
     """
-    values = list(row.fields.values())
+    settled = _settled(row.fields.keys(), config)
+    values = [value for name, value in row.fields.items() if name not in settled]
     lengths = {len(v) if isinstance(v, list | dict) else 0 for v in values}
     if len(values) > 1 and len(lengths) == 1 and max(lengths) > 1 and all(map(_is_column, values)):
         rule = f"it is a table of {max(lengths):,} rows written by columns, {some_names(row.fields)}"

@@ -308,7 +308,7 @@ class ChatTemplate:
         close, middle_close = self._to_last_token(last), self._to_last_token(last[: shared(last, middle)])
         if not middle_close.strip():  # what ends an answer is not written in the middle
             middle_close = ""
-        return header, last, close, middle_close, plain + close + middle_close
+        return header, last, close, middle_close, plain + asked + close + middle_close
 
     def says_nothing(self, row: Rendered) -> bool:
         """Whether an answer that is trained in a row is nothing but what closes it, and thoughts without a word."""
@@ -332,9 +332,10 @@ class ChatTemplate:
             same = shared(asked, beginnings.text(turn + 1))
             there, here = (bounded(t[max(same - 20, 0) : same + 20], 40) for t in (asked, beginnings.text(turn + 1)))
             rule += f": asked, it has {there!r}, and with the answer {here!r}"
-        return InputError(
-            beginnings.place, rule, "Give model.chat_template=chatml, or a <file> that writes answers after its prompt"
-        )
+        remedy = "Give model.chat_template=chatml, or a <file> that writes answers after its prompt"
+        if any(message["role"] == "system" for message in beginnings.messages):  # some write it into the last question
+            remedy = f"Try data.system_turn=merge. Else g{remedy[1:]}"
+        return InputError(beginnings.place, rule, remedy)
 
 
 def shared(a: Sequence, b: Sequence) -> int:

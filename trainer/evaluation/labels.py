@@ -16,13 +16,12 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.forms import value_of
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import evaluation_batches
-from tritune.trainer.data.records import Row, read_rows
+from tritune.trainer.data.records import Row, read_all
 from tritune.trainer.errors import InputError, some_names
+from tritune.trainer.evaluation.predictions import likeliest
 from tritune.trainer.objectives import Objective
 from tritune.trainer.open import Opened
 from tritune.trainer.scorer import TokenScorer
-
-DIGITS = 6
 
 
 def read_texts(given: Sequence[str], config: Config) -> list[tuple[Row, str | InputError]]:
@@ -32,7 +31,10 @@ def read_texts(given: Sequence[str], config: Config) -> list[tuple[Row, str | In
         (Row({"prompt": text}, f"--prompt {i}"), text) for i, text in enumerate(given, 1)
     ]
     if config.generate.file is not None:
-        for row in read_rows(config.generate.file, "generate.file", TextUnit.line):
+        for row in read_all(config.generate.file, "generate.file", TextUnit.line):
+            if isinstance(row, InputError):
+                found.append((Row({}, row.value), row))
+                continue
             columns = columns_of(row.fields.keys(), config.data)
             column = columns.get("text", columns.get("prompt"))
             try:
@@ -85,5 +87,5 @@ def label_texts(
 
 def _said(labels: Sequence[str], chances: torch.Tensor) -> dict[str, Any]:
     best = int(chances.argmax())
-    each = {label: round(p, DIGITS) for label, p in zip(labels, chances.tolist(), strict=True)}
+    each = likeliest(labels, chances)
     return {"text": labels[best], "probability": each[labels[best]], "probabilities": each}

@@ -14,7 +14,7 @@ from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.objectives import Loss, Objective
 
-DIGITS = 6
+DIGITS, MOST = 6, 100
 
 
 class Recorder:
@@ -81,7 +81,7 @@ def described(
             line |= {
                 "input": tokenizer.decode(ids, skip_special_tokens=True), "label": labels[label] if label >= 0 else None,
                 "prediction": labels[best], "probability": round(float(chances[best]), DIGITS),
-                "probabilities": {name: round(p, DIGITS) for name, p in zip(labels, chances.tolist(), strict=True)},
+                "probabilities": likeliest(labels, chances),
             }  # fmt: skip
         else:
             trained = examples.trained(row)
@@ -92,6 +92,12 @@ def described(
                 "loss": float(found["nll"]) / max(tokens, 1), "tokens": tokens,
             }  # fmt: skip
         yield line
+
+
+def likeliest(labels: Sequence[str], chances: Tensor) -> dict[str, float]:
+    """The probability of each label; of more than `MOST` labels of the likeliest, in their order."""
+    numbers = range(len(labels)) if len(labels) <= MOST else chances.argsort(descending=True)[:MOST].tolist()
+    return {labels[i]: round(float(chances[i]), DIGITS) for i in numbers}
 
 
 def write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> int:

@@ -6,7 +6,7 @@ import math
 import statistics
 
 SHARE, LEAST = 0.05, 20  # of all steps, and not fewer than that, are looked at
-MOVED, ERRORS = 0.02, 2.0  # a share of the loss; standard errors of the difference
+MOVED, ERRORS = 0.01, 2.0  # a share of the loss; standard errors of the difference
 
 
 class Standstill:
@@ -35,4 +35,4 @@ class Standstill:
         first, last = losses[:third], losses[-third:]
         before, after = statistics.fmean(first), statistics.fmean(last)
         error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
-        return (before, after) if before - after < min(MOVED * before, ERRORS * error) else None
+        return (before, after) if abs(before - after) < min(MOVED * abs(before), ERRORS * error) else None
