@@ -274,7 +274,7 @@ def test_kinds_are_read_off_the_columns(tmp_path):
         ({"text": "t"}, "sft", "messages or prompt \\+ response"),
         ({"text": "t"}, "classify", "text \\+ label"),
         ({"prompt": None, "response": "r"}, "sft", "must be text"),
-        ({"text": "t", "label": True}, "classify", "must be text"),
+        ({"text": "t", "label": 1.5}, "classify", "must be text"),
         ({"text": ["t"], "label": "a"}, "classify", "must be text"),
         ({"messages": []}, "sft", "not a list"),
         ({"messages": "hi"}, "sft", "not a list"),
