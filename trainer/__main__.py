@@ -214,9 +214,13 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         if code == EXIT_FAILED:
             note_error(rank, error)
     except (CheckpointError, NonFiniteError, LostConnectionError) as error:  # its message says all of it
-        note_error(rank, error)
-        culprit = f"{type(error).__name__}: {error}"
-        progress.say(f"tritune: {culprit}")
+        lost = peers.lost(LOSS_SECONDS)  # a save that another rank's death broke is a loss
+        if lost is not None:
+            code, culprit = lose(lost), lost
+        else:
+            note_error(rank, error)
+            culprit = f"{type(error).__name__}: {error}"
+            progress.say(f"tritune: {culprit}")
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
