@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+SPINS = "1000"  # a few microseconds
+
 
 def wait_asleep() -> None:
-    """Let OpenMP's threads sleep between two pieces of work; to be called before torch is imported, which reads it then.
+    """Let OpenMP's threads sleep soon between two pieces of work; to be called before torch is imported, which reads it then.
 
-    They spin as GNU's library comes: beside other work, a run of a small model took 62 s of CPU and 71 to 106 s instead of 14 and
-    16 to 24. What the user set stays.
+    They spin for milliseconds as GNU's library comes, which costs a busy machine most of its time (benchmarks/LOG.md).
+    Sleeping at once costs an idle one a quarter of a small model's pace; so few spins cost it nothing. What the user set stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPINS

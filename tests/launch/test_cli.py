@@ -13,6 +13,7 @@ import time
 import harness
 import pytest
 import today
+from tritune.trainer import threads
 
 
 def cli(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -73,11 +74,11 @@ def test_launches_two_processes_and_matches_plain_torchrun(tmp_path, tiny):
 def test_wrong_rows_on_two_processes_give_one_message_and_their_threads_wait_asleep(tmp_path, tiny):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
     arguments = [*tiny, f"data.train={tmp_path}/rows.jsonl", "launch.num_procs=2", f"run.dir={tmp_path / 'run'}"]
-    out = cli("train", *arguments, env={**os.environ, "OMP_DISPLAY_ENV": "true"})
+    out = cli("train", *arguments, env={**os.environ, "OMP_DISPLAY_ENV": "verbose"})
     assert out.returncode == 2, out.stderr
-    read = re.findall("OMP_WAIT_POLICY = '([A-Z]+)'", out.stderr)  # by the library itself, in torchrun and in each rank
+    read = re.findall("GOMP_SPINCOUNT = '([0-9]+)'", out.stderr)  # by the library itself, in torchrun and in each rank
     assert len(read) >= 2
-    assert set(read) == {"PASSIVE"}
+    assert set(read) == {threads.SPINS}
     assert out.stderr.count("rows.jsonl:2") == 1
     assert "Traceback" not in out.stderr
 
