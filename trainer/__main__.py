@@ -136,6 +136,16 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         tell_without(lost, None if owned else directory.path)
         return status
 
+    def lost_or_failed(error: Exception) -> tuple[int, str]:
+        """Status and culprit: another rank where its death made this error, a broken save, say; else the error."""
+        lost = peers.lost(LOSS_SECONDS)
+        if lost is not None:
+            return lose(lost), lost
+        note_error(rank, error)
+        said = f"{type(error).__name__}: {error}"
+        progress.say(f"tritune: {said}")
+        return EXIT_FAILED, said
+
     def end_without(lost: str) -> None:
         """On the thread of the peers, while the main one waits for a rank that is no more."""
         if pulse.where() == CLOSING:
@@ -214,24 +224,12 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         if code == EXIT_FAILED:
             note_error(rank, error)
     except (CheckpointError, NonFiniteError, LostConnectionError) as error:  # its message says all of it
-        lost = peers.lost(LOSS_SECONDS)  # a save that another rank's death broke is a loss
-        if lost is not None:
-            code, culprit = lose(lost), lost
-        else:
-            note_error(rank, error)
-            culprit = f"{type(error).__name__}: {error}"
-            progress.say(f"tritune: {culprit}")
+        code, culprit = lost_or_failed(error)
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
-        lost = peers.lost(LOSS_SECONDS)
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
-        if lost is not None:
-            code, culprit = lose(lost), lost
-        else:
-            note_error(rank, error)
-            culprit = f"{type(error).__name__}: {error}"
-            progress.say(f"tritune: {culprit}")
+        code, culprit = lost_or_failed(error)
     finally:
         if owned:
             step = built.state.step if built else newest_step(directory.path / "checkpoints")

@@ -21,30 +21,26 @@ def base(tmp_path_factory) -> Path:
     return harness.save_small_llama(tmp_path_factory.mktemp("base"), 192)
 
 
-@pytest.fixture
-def evaluate(capfd):
-    """Call the verb -> exit status, the table, what was said."""
+def caller(capfd, verb: str):
+    """Call the verb -> exit status, what it printed, what was said."""
 
     def call(*argv: str) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = cli(["evaluate", *argv])
+        code = cli([verb, *argv])
         out = capfd.readouterr()
         return code, out.out, out.err
 
     return call
+
+
+@pytest.fixture
+def evaluate(capfd):
+    return caller(capfd, "evaluate")
 
 
 @pytest.fixture
 def ask(capfd):
-    """Call `generate` -> exit status, what it printed, what was said."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = cli(["generate", *argv])
-        out = capfd.readouterr()
-        return code, out.out, out.err
-
-    return call
+    return caller(capfd, "generate")
 
 
 def summary(run: Path) -> dict:

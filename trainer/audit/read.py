@@ -10,7 +10,8 @@ from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.facts import facts_of
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.review import review
-from tritune.trainer.audit.texts import Part, Texts, hide, parts_of, read_texts
+from tritune.trainer.audit.sightings import hide
+from tritune.trainer.audit.texts import Part, Texts, parts_of, read_texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check, training_sources

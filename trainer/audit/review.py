@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.cheap import is_mismatch
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, beside, counted
 from tritune.trainer.audit.repeats import Contents, repeats
-from tritune.trainer.audit.texts import Texts, hide
+from tritune.trainer.audit.sightings import hide
+from tritune.trainer.audit.texts import Texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import SpecialTokens
 from tritune.trainer.config_data import Check
