@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ CPP_LOG = "TORCH_CPP_LOG_LEVEL"
 def main(argv: list[str]) -> int:
     """Run the ranks of this machine to their end; 0 when each ended with 0, else 1."""
     end_with_parent()
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # they are meant for the ranks, and end a process that has no handler
+        signal.signal(number, lambda *_: None)
     kept = os.environ.get(CPP_LOG)
     os.environ[CPP_LOG] = "ERROR"  # read with the library: else a page of C++ frames when another machine ends first
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 from tritune.trainer import __version__
+from tritune.trainer.interrupted import to_the_end
 from tritune.trainer.threads import wait_asleep
 
 USAGE = """\
@@ -44,9 +45,15 @@ exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request (the same co
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return the exit status."""
+    """Run a verb and return the exit status.
+
+    Args:
+        argv: None for those of this process, which the verb is then the whole purpose of.
+    """
+    if argv is None:
+        return to_the_end(partial(main, sys.argv[1:]))
     wait_asleep()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     if not argv or argv[0] in ("-h", "--help", "help") or argv[1:2] in (["-h"], ["--help"]):
         print(USAGE.format(experiments=", ".join(_experiments())), end="")
         return 0 if argv else 2

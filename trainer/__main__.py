@@ -24,7 +24,9 @@ from tritune.trainer.errors import (
     NonFiniteError,
     PeerError,
     StopRequested,
+    of_surroundings,
 )
+from tritune.trainer.interrupted import to_the_end
 from tritune.trainer.last_word import last_word, status_of, tell_without
 from tritune.trainer.peers import Peers, open_peers
 from tritune.trainer.pulse import begin, end_with_parent, launch_time, note_error
@@ -142,7 +144,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         if lost is not None:
             return lose(lost), lost
         note_error(rank, error)
-        said = f"{type(error).__name__}: {error}"
+        said = of_surroundings(error) or f"{type(error).__name__}: {error}"
         progress.say(f"tritune: {said}")
         return EXIT_FAILED, said
 
@@ -228,7 +230,8 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
     except KeyboardInterrupt:
         culprit = "interrupted twice"
     except Exception as error:  # noqa: BLE001  every end is written down; the traceback is shown
-        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+        if of_surroundings(error) is None:
+            print(shown(traceback.format_exc()), end="", file=sys.stderr)
         code, culprit = lost_or_failed(error)
     finally:
         if owned:
@@ -290,7 +293,7 @@ def worker() -> int:
     """
     end_with_parent()
     _log_apart()
-    return _status_for_launcher(main())
+    return _status_for_launcher(to_the_end(main))
 
 
 def _status_for_launcher(code: int) -> int:

@@ -5,6 +5,7 @@ Exit status: `InputError` is 2 (wrong input, one message, no traceback); everyth
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 from tritune.trainer.shown import TAIL, bounded
@@ -76,6 +77,26 @@ class StopRequested(Exception):
 
 class PeerError(Exception):
     """Another rank failed; this one stops with it. The message is the other rank's."""
+
+
+# What a file system answers, its remedy, and no fault of ours that a traceback would help to find.
+_SURROUNDINGS = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there, or have the quota raised",
+    errno.EROFS: "Mount it so that it can be written, or give another folder",
+    errno.EACCES: "Let the user who runs this write there, or give another folder",
+    errno.EPERM: "Let the user who runs this write there, or give another folder",
+    errno.EIO: "Look at the disk, or give a folder on another",
+    errno.ESTALE: "Look at the mount of that file system",
+}
+
+
+def of_surroundings(error: BaseException) -> str | None:
+    """A full or read-only disk and the like in one sentence with its remedy; None where the error is another."""
+    if not isinstance(error, OSError) or error.errno not in _SURROUNDINGS:
+        return None
+    where = error.filename or "a file of the run"
+    return f"{where}: it could not be written or read ({error.strerror}). {_SURROUNDINGS[error.errno]}"
 
 
 def is_panic(error: BaseException) -> bool:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tritune.trainer.stop import SIGNALS, Stop
+from tritune.trainer.interrupted import SIGNALS
+from tritune.trainer.stop import Stop
 
 FOLLOW_SECONDS = 4.0  # that a stop is left to be followed in good order; with the looks, a process is gone within ten
 LOOK_SECONDS = 0.5

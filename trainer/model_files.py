@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.hub import ask_hub_or_cache
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -16,6 +17,7 @@ _OF_AN_ADAPTER = ("*.json", ADAPTER_WEIGHTS, "*.jinja", "tokenizer.model")  # wh
 
 def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
     """One file of a folder or of a hub repo; None where there is none, or the hub cannot be asked and the cache lacks it."""
+    ask_hub_or_cache(path)
     try:
         found = cached_file(
             path, name, revision=revision, _raise_exceptions_for_gated_repo=False,

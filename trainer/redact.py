@@ -96,26 +96,32 @@ def redact(text: str) -> str:
 
     One line or a whole file. Quick enough for every line of a log: some 50 microseconds without a secret.
     """
-    clean = _redact(text, _mark)
+    clean = _redact(text, _mark, _secrets())
     return clean if clean == text else _still_valid(text, clean)
 
 
 def redact_tree(value: Any) -> Any:
     """Return `value` with every string redacted, in dicts (keys, too), lists and tuples; other things as they are.
 
-    What stands under a telling key (`api_key`) goes whole, whatever its shape. The argument is not changed.
+    What stands under a telling key (`api_key`) goes whole, whatever its shape. The argument is not changed. The
+    environment is read once for the whole tree: read for every string, it took two thirds of the time in which
+    300,000 rows that cannot be read are written down.
     """
+    return _tree(value, _secrets())
+
+
+def _tree(value: Any, secrets: re.Pattern[str] | None) -> Any:
     if isinstance(value, str):
-        return _redact(value, lambda *_: MARK)
+        return _redact(value, lambda *_: MARK, secrets)
     if isinstance(value, dict):
         return {
-            redact_tree(k): _blank(v) if isinstance(k, str) and _SECRET_KEY.search(k) else redact_tree(v)
+            _tree(k, secrets): _blank(v) if isinstance(k, str) and _SECRET_KEY.search(k) else _tree(v, secrets)
             for k, v in value.items()
         }
     if isinstance(value, list):
-        return [redact_tree(v) for v in value]
+        return [_tree(v, secrets) for v in value]
     if isinstance(value, tuple):
-        return tuple(redact_tree(v) for v in value)
+        return tuple(_tree(v, secrets) for v in value)
     return value
 
 
@@ -168,8 +174,7 @@ def _blank(value: Any) -> Any:
     return value if isinstance(value, bool) or value is None or _NOTHING.fullmatch(str(value)) else MARK
 
 
-def _redact(text: str, mark: Callable[[str, int, int], str]) -> str:
-    secrets = _secrets()
+def _redact(text: str, mark: Callable[[str, int, int], str], secrets: re.Pattern[str] | None) -> str:
     if secrets is not None:
         text = secrets.sub(lambda m: mark(text, *m.span()), text)
     if not _HINTS.search(text):

@@ -6,6 +6,7 @@ samples.json  summary.json  report.html  checkpoints/  export/  train.log
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -129,8 +130,7 @@ class RunDir:
 
     def write_status(self, state: str, step: int, exit_code: int | None = None, culprit: str | None = None) -> None:
         """`state`: training, done, stopped or failed."""
-        self.write_json(
-            "status.json",
+        self._write_status(
             {
                 "state": state,
                 "step": step,
@@ -149,7 +149,10 @@ class RunDir:
             self.write_status("failed", 0, exit_code, culprit)
         else:
             refusal = {"exit_code": exit_code, "culprit": culprit, "time": now()}
-            self.write_json("status.json", {**status, "refused": refusal})
+            self._write_status({**status, "refused": refusal})
+
+    def _write_status(self, content: dict[str, Any]) -> None:
+        _replace_or_overwrite(self.path / "status.json", _whole_json(content))
 
     def touch_status(self, step: int) -> None:
         """Say that training goes on, every few seconds: an fsync at each step would cost more than a small step."""
@@ -223,7 +226,7 @@ def note_death(run: Path, saved: int, exit_code: int, culprit: str | None) -> No
         status |= read_json(path, dict, "") or {}
     if status.get("state") in (None, "training"):
         end = {"state": "failed", "exit_code": exit_code, "culprit": culprit, "time": now()}
-        write_whole_json(path, {**status, **end})
+        _replace_or_overwrite(path, _whole_json({**status, **end}))
 
 
 def is_owned(run: Path) -> bool:
@@ -245,18 +248,43 @@ def _version(distribution: str) -> str | None:
 
 def write_whole_json(path: Path, content: Any) -> None:
     """Write JSON without secrets and without NaN (null instead), whole or not at all."""
-    replace_file(path, json.dumps(_finite(redact_tree(content)), indent=1, allow_nan=False) + "\n")
+    replace_file(path, _whole_json(content))
+
+
+def _whole_json(content: Any) -> str:
+    return json.dumps(_finite(redact_tree(content)), indent=1, allow_nan=False) + "\n"
 
 
 def replace_file(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            _write_down(file, text)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file by itself
+
+
+def _write_down(file: IO[str], text: str) -> None:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _replace_or_overwrite(path: Path, text: str) -> None:
+    """Replace a file, or write over it where the disk has no room for a second one."""
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
+            raise
+        with path.open("r+", encoding="utf-8") as file:
+            _write_down(file, text)
+            file.truncate()
 
 
 def run_path(config: Config, overrides: list[str]) -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import FrameType
 
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import StopRequested
+from tritune.trainer.errors import InputError, StopRequested
+from tritune.trainer.interrupted import SIGNALS
 from tritune.trainer.rundir import STOP_FILE
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _BY_FILE = 1 << 16  # above every signal's number
 _BY_FAULT = 1 << 17  # what is wrong goes before what is asked for
 LOOK_SECONDS = 1.0  # between looks for the file within a rank's own work: a file system that all share is spared
@@ -43,8 +43,13 @@ class Stop:
         Args:
             started: seconds since 1970; a file from before was not meant for this start, and goes.
             leads: whether this rank looks for all after each step; the others do within work of their own, and only then.
+
+        Raises:
+            InputError: something that is no file has its name.
         """
         self._file, self._started, self._leads = directory / STOP_FILE, started, leads
+        if leads and self._file.exists() and not self._file.is_file():
+            raise InputError(str(self._file), "it is no file, and a file of that name asks a run to stop", "Remove it")
         if leads and self._file.exists() and self._file.stat().st_mtime < started:
             self._file.unlink()
 

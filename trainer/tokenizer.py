@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.hub import ask_hub_or_cache
 from tritune.trainer.model_folder import require_sound
 from tritune.trainer.tokenizer_limits import require_bounded
 
@@ -37,6 +38,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
         require_sound(source, f"{key}={source}")
+        ask_hub_or_cache(source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=config.revision if source == config.path else None, trust_remote_code=False

@@ -24,6 +24,7 @@ from tritune.trainer.errors import (
     InputError,
     LostConnectionError,
     of_panic,
+    of_surroundings,
 )
 from tritune.trainer.overrides import value_of
 from tritune.trainer.redact import MARK
@@ -71,8 +72,9 @@ def exit_status(call: Callable[[], None]) -> int:
     except (CheckpointError, ExportError, LostConnectionError) as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_FAILED
-    except Exception:  # noqa: BLE001  shown like any other, without secrets
-        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001  shown like any other, without secrets
+        said = of_surroundings(error)
+        print(shown(f"tritune: {said}\n" if said else traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
     except BaseException as error:  # noqa: BLE001  what is none is raised again
         print(f"tritune: {shown(str(of_panic(error)))}", file=sys.stderr)

@@ -32,6 +32,7 @@ from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.redact import redact_tree
 
 REJECTS = "rejects.jsonl"
+REJECTS_AT_ONCE = 10_000  # so many are searched for secrets together
 
 
 class Sink:
@@ -240,6 +241,7 @@ class TableFiles:
         self._files = {name: (folder / f"{name}.arrow").open("wb") for name in names}
         self._writers = {name: pa.ipc.new_file(file, SCHEMA) for name, file in self._files.items()}
         self._rejects = (folder / REJECTS).open("w", encoding="utf-8")
+        self._waiting: list[dict[str, str]] = []  # rejects that are not yet written
 
     def __enter__(self) -> TableFiles:
         return self
@@ -252,11 +254,18 @@ class TableFiles:
         self._writers[name].write_batch(batch)
 
     def reject(self, place: str, fate: str, why: str) -> None:
-        row = redact_tree({"place": place, "fate": fate, "why": why})  # a run copies the file as it is
-        self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._waiting.append({"place": place, "fate": fate, "why": why})
+        if len(self._waiting) == REJECTS_AT_ONCE:
+            self._write_rejects()
+
+    def _write_rejects(self) -> None:
+        rows = redact_tree(self._waiting)  # a run copies the file as it is
+        self._rejects.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._waiting = []
 
     def finish(self, sinks: dict[str, Sink]) -> dict[str, Any]:
         """Bring everything to disk; return each table's digest and report."""
+        self._write_rejects()
         for writer in self._writers.values():
             writer.close()
         for file in (*self._files.values(), self._rejects):
