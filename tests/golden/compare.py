@@ -8,7 +8,7 @@ from typing import Any
 
 
 def differences(found: Any, recorded: Any, bound: float) -> list[str]:
-    """A line for each figure that differs: text, whole numbers and shapes at all, other numbers by more than `bound`, relative."""
+    """A line for each figure that differs: texts and whole numbers at all, other numbers by more than `bound`, relative."""
     lines = []
     theirs = dict(_leaves(recorded))
     ours = dict(_leaves(found))

@@ -1,7 +1,7 @@
 """What the golden runs read: texts, conversations, labelled texts and a small model, all a function of one seed.
 
-Numbers come from NumPy's `RandomState`, whose stream is frozen for good (NEP 19): its uniform numbers and integers are the same on
-every machine and in every version. PyTorch's fill kernels differ between instruction sets, so the weights are not drawn by it.
+Numbers come from NumPy's `RandomState`, whose stream is frozen for good (NEP 19): its uniform numbers and integers are the same
+on every machine and in every version. PyTorch's fill kernels differ between instruction sets, so it draws no weight here.
 """
 
 from __future__ import annotations

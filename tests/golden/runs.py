@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 STEPS, SAVED = 8, 5  # the resumed run goes on after SAVED, within its second epoch and one step before an evaluation
 
 COMMON = [
-    "seed=3", "model.path={inputs}/model", "model.tokenizer=bytes", "data.max_length=96", "cache.dir={root}/cache",
-    "cache.num_procs=1", "train.batch_size=6", f"train.max_steps={STEPS}", "optim.lr=4e-3", "evaluation.every=3",
-    "evaluation.batch_size=4", "evaluation.samples=0", "evaluation.splits=[validation,test]", f"checkpoint.every={SAVED}", f"checkpoint.keep_last={STEPS}",
-    "backend.device=cpu", "kernels=reference", "report.enabled=false", "run.dir={root}/{name}",
+    "seed=3", "run.dir={root}/{name}", "model.path={inputs}/model", "model.tokenizer=bytes", "data.max_length=96",
+    "cache.dir={root}/cache", "cache.num_procs=1", "train.batch_size=6", f"train.max_steps={STEPS}", "optim.lr=4e-3",
+    "evaluation.every=3", "evaluation.batch_size=4", "evaluation.splits=[validation,test]", "evaluation.samples=0",
+    f"checkpoint.every={SAVED}", f"checkpoint.keep_last={STEPS}", "backend.device=cpu", "kernels=reference",
+    "report.enabled=false",
 ]  # fmt: skip
 OBJECTIVES = {
     "pretrain": ["objective=pretrain", "data.train={inputs}/texts.txt", "data.test={inputs}/texts_test.txt",
@@ -37,8 +38,8 @@ METHODS = {
     "lora": ["method=lora", "method.rank=4", "method.alpha=8"],
 }
 SOURCES = [
-    "~data.train", "data.sources.prompts.path={inputs}/prompts.jsonl", "data.sources.prompts.loss_weight=0.5",
-    "data.sources.chats.path={inputs}/chats.jsonl", "data.sources.chats.weight=2",
+    "data.train=null", "data.sources.prompts.path={inputs}/prompts.jsonl", "data.sources.prompts.weight=3",
+    "data.sources.prompts.loss_weight=0.5", "data.sources.chats.path={inputs}/chats.jsonl", "data.sources.chats.weight=2",
 ]  # fmt: skip
 PACKED = ["data.packing=best_fit", "data.max_length=160", "data.pack_window=16", "train.batch_size=4"]
 SPLIT = ["train.micro_batch_size=2"]  # three micro-batches a step: of two ranks one has an empty one
@@ -69,12 +70,9 @@ class Run:
 
     def overrides(self) -> list[str]:
         """With `{inputs}`, `{root}` and `{name}` still to be filled in."""
-        chosen = [o for o in OBJECTIVES[self.objective] if "~data.train" not in self.more or "data.train=" not in o]
-        mine = [o for o in self.more if o != "~data.train"]
         own = [f"backend={self.backend}", f"model.dtype={self.dtype}"]
-        keys = {o.partition("=")[0] for o in (*chosen, *mine)}
-        kept = [o for o in COMMON if o.partition("=")[0] not in keys]
-        return [*kept, *chosen, *METHODS[self.method], *own, *mine]
+        given = [*COMMON, *OBJECTIVES[self.objective], *METHODS[self.method], *own, *self.more]
+        return list({override.partition("=")[0]: override for override in given}.values())  # the last of a key
 
 
 DROPOUT = "method.dropout=0.1"
