@@ -19,17 +19,15 @@ if __name__ == "__main__":
 from golden import inputs, runs  # noqa: E402
 
 
-def make(root: Path, ranks: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    """Write the inputs, train the runs on so many ranks, and return the record of them."""
-    checksum = inputs.write_inputs(root / "inputs")
-    found: dict[str, Any] = {"inputs": f"{checksum:08x}", "runs": {}}
-    for count in ranks:
-        chosen = [run for run in runs.RUNS if run.ranks == count]
-        figures = runs.train(chosen, root / "inputs", root)
-        for run in chosen:
-            resumed = None if run.resumed is None else list(run.resumed)
-            head = {"overrides": run.overrides(), "ranks": run.ranks, "dtype": run.dtype, "resumed": resumed}
-            found["runs"][run.name] = {**head, **figures[run.name]}
+def make(root: Path, backends: tuple[str, ...] = ("single", "fsdp", "zero3")) -> dict[str, Any]:
+    """Write the inputs, train the runs on these backends, and return the record of them."""
+    found: dict[str, Any] = {"inputs": f"{inputs.write_inputs(root / 'inputs'):08x}", "runs": {}}
+    chosen = [run for run in runs.RUNS if run.backend in backends]
+    figures = runs.train(chosen, root / "inputs", root)
+    for run in chosen:
+        resumed = None if run.resumed is None else list(run.resumed)
+        head = {"overrides": run.overrides(), "ranks": run.ranks, "dtype": run.dtype, "resumed": resumed}
+        found["runs"][run.name] = {**head, **figures[run.name]}
     return found
 
 

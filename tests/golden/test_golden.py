@@ -23,8 +23,8 @@ HEAD = ("overrides", "ranks", "dtype", "resumed")  # how the record was made; la
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """`made(ranks)`: the runs on so many ranks, trained once."""
-    return cache(lambda ranks: make_golden.make(tmp_path_factory.mktemp(f"ranks{ranks}"), (ranks,)))
+    """`made(backend)`: its runs, trained once."""
+    return cache(lambda backend: make_golden.make(tmp_path_factory.mktemp(backend), (backend,)))
 
 
 def figures(run: dict) -> dict:
@@ -33,7 +33,7 @@ def figures(run: dict) -> dict:
 
 @pytest.mark.parametrize("run", runs.RUNS, ids=lambda run: run.name)
 def test_the_figures_of_the_record(made, run):
-    found = made(run.ranks)
+    found = made(run.backend)
     assert found["inputs"] == RECORD["inputs"], "the inputs are others: inputs.py, NumPy or Python makes them anew"
     wrong = compare.differences(figures(found["runs"][run.name]), figures(RECORD["runs"][run.name]), BOUND[run.dtype])
     assert not wrong, f"{len(wrong)} figures differ:\n" + "\n".join(wrong[:20])
