@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 STEPS, SAVED = 8, 5  # the resumed run goes on after SAVED, within its second epoch and one step before an evaluation
 
 COMMON = [
-    "seed=3", "run.dir={root}/{name}", "model.path={inputs}/model", "model.tokenizer=bytes", "data.max_length=96",
+    "seed=3", "run.dir={root}/{name}", "model.path={inputs}/model", "model.tokenizer=bytes", "data.max_length=176",
     "cache.dir={root}/cache", "cache.num_procs=1", "train.batch_size=6", f"train.max_steps={STEPS}", "optim.lr=4e-3",
     "evaluation.every=3", "evaluation.batch_size=4", "evaluation.splits=[validation,test]", "evaluation.samples=0",
     f"checkpoint.every={SAVED}", f"checkpoint.keep_last={STEPS}", "backend.device=cpu", "kernels=reference",
@@ -26,7 +26,7 @@ COMMON = [
 ]  # fmt: skip
 OBJECTIVES = {
     "pretrain": ["objective=pretrain", "data.train={inputs}/texts.txt", "data.test={inputs}/texts_test.txt",
-                 "data.validation_share=0.2"],
+                 "data.max_length=96", "data.validation_share=0.2"],
     "sft": ["objective=sft", "data.train={inputs}/prompts.jsonl", "data.validation={inputs}/prompts_test.jsonl"],
     "classify": ["objective=classify", "data.train={inputs}/labels.jsonl", "data.validation={inputs}/labels_test.jsonl",
                  "evaluation.metric=accuracy"],
