@@ -24,6 +24,7 @@ from tritune.trainer.config_choices import Form, Packing
 from tritune.trainer.config_data import Check, training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
+from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
 from tritune.trainer.distributed import World
@@ -102,6 +103,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     watch = Watch(progress.reading, beat, say)
     with world.together("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
+        config = settle_template(config, tokenizer, say)
         architecture = load_architecture(config.model, len(tokenizer))
         require_length(config, context_length(architecture))
         stops = model_stop_ids(config.model, architecture)

@@ -36,7 +36,7 @@ class ModelConfig:
     tokenizer: str | None = None  # hub id, folder, or "bytes" (built in); default: `path`
     dtype: Dtype = Dtype.float32
     attention: Attention = Attention.sdpa
-    chat_template: str | None = None  # a Jinja file or "chatml"; default: the tokenizer's own
+    chat_template: str | None = None  # a Jinja file, chatml or plain; default: the tokenizer's own, else plain
     pad_token: str | None = None  # default: the tokenizer's own, unless it is a stop token
     add_tokens: list[str] = field(default_factory=list)  # new tokens; embeddings are resized
 

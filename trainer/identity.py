@@ -120,6 +120,8 @@ def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
     before, now = _identity(old), _identity(redact_tree(to_dict(config)))  # as it was written
     if config.optim.lr is None:  # it goes on with the run's own
         now["optim.lr"] = before.get("optim.lr")
+    if config.model.chat_template is None and before.get("model.chat_template") == "plain":  # which it chose itself
+        now["model.chat_template"] = "plain"
     return [(k, before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
 
 
@@ -127,7 +129,7 @@ def _is_move(key: str, old: Any, new: Any) -> bool:
     """Whether one file or folder may lie in two places: not where there was none, or what is built in."""
     if _PLACES.fullmatch(key) is None:
         return False
-    return key == "model.revision" or not {old, new} & {None, "bytes", "chatml"}
+    return key == "model.revision" or not {old, new} & {None, "bytes", "chatml", "plain"}
 
 
 def _said(changes: list[tuple[str, Any, Any]]) -> str:

@@ -15,7 +15,9 @@ from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.prompts import name_rendering
+from tritune.trainer.data.splits import Watch
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export import Source
@@ -218,6 +220,7 @@ def _read_labels(source: Path) -> list[str]:
 def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:
     """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read."""
     tokenizer = load_tokenizer(config.model)
+    config = settle_template(config, tokenizer, Watch().say)
     architecture = load_architecture(config.model, len(tokenizer))
     stops = stop_token_ids(tokenizer, model_stop_ids(config.model, architecture))
     choose_pad_token(tokenizer, config.model.pad_token, stops)

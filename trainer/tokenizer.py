@@ -7,22 +7,12 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tritune.trainer.chat_templates import CHATML, plain_template
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.hub import ask_hub_or_cache
 from tritune.trainer.model_folder import require_sound
 from tritune.trainer.tokenizer_limits import require_bounded
-
-# ChatML, with generation marks so that the response mask is exact.
-CHATML = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}"
-    "{%- else -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -50,7 +40,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise InputError(f"model.tokenizer={source}", "it has no fast form, whose offsets the masks need", "Convert it")
     if source != "bytes":
         require_bounded(tokenizer, f"{key}={source}")
-    _set_template(tokenizer, config)
+    set_template(tokenizer, config)
     if isinstance(tokenizer.chat_template, dict):
         if "default" not in tokenizer.chat_template:
             rule = f"the tokenizer has several templates ({', '.join(tokenizer.chat_template)}) and none named default"
@@ -129,16 +119,26 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None, sto
     return usable[0]
 
 
-def _set_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+def set_template(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Give the tokenizer the template of `model.chat_template`: a built-in one by name, or a Jinja file.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8.
+    """
     if config.chat_template is None:
         return
     if config.chat_template == "chatml":
         tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
         tokenizer.chat_template = CHATML
         return
+    if config.chat_template == "plain":
+        tokenizer.chat_template = plain_template(adds_bos(tokenizer))
+        return
     path = Path(config.chat_template)
     if not path.is_file():
-        raise InputError(f"model.chat_template={path}", "the file does not exist", 'Give a Jinja file, or "chatml"')
+        raise InputError(
+            f"model.chat_template={path}", "the file does not exist", "Give a Jinja file, or plain or chatml"
+        )
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -9,6 +9,7 @@ import pytest
 from chat_templates import FAMILIES, tokenizer_of
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import blocking
+from tritune.trainer.chat_templates import CHATML
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import Unrendered
 from tritune.trainer.config_data import Check
@@ -16,7 +17,7 @@ from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.data.unrendered import unrendered
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import CHATML, byte_tokenizer
+from tritune.trainer.tokenizer import byte_tokenizer
 
 CALL = {
     "type": "function",

@@ -16,6 +16,7 @@ from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check, training_sources
 from tritune.trainer.data.examples import as_numpy
+from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.splits import Splits, Watch, read_splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.generation_config import model_stop_ids
@@ -52,6 +53,7 @@ def read_audit(config: Config, watch: Watch) -> Audit:
     if not parts:
         raise InputError("data.train=None", "there is nothing to read", "Give data.train=<file>")
     tokenizer = load_tokenizer(config.model)
+    config = settle_template(config, tokenizer, watch.say)
     try:
         architecture = load_architecture(config.model, len(tokenizer))
         context, stops, unknown = context_length(architecture), model_stop_ids(config.model, architecture), None

@@ -23,7 +23,7 @@ class Program:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            remedy = "Give model.chat_template=<file> or chatml, or a tokenizer that has one"
+            remedy = "Give model.chat_template=plain, chatml or <file>, or a tokenizer that has one"
             raise InputError("model.chat_template=None", "the rows are conversations and there is no template", remedy)
         self.source: str = tokenizer.chat_template
         self.name = f"the chat template{f' of {tokenizer.name_or_path}' if tokenizer.name_or_path else ''}"

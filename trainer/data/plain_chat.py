@@ -1,0 +1,54 @@
+"""Conversations for a base model that has no chat template: the built-in `plain` one is used, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.config import Config
+from tritune.trainer.config_data import Kind, data_of, training_sources
+from tritune.trainer.data.kinds import Reading
+from tritune.trainer.data.records import read_all
+from tritune.trainer.errors import INPUT_ERRORS, InputError
+from tritune.trainer.tokenizer import set_template
+
+PLAIN = "plain"
+_OF_A_CHAT = {"system", "history", "tools"}  # columns that make prompt and response a conversation
+
+
+def settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Config:
+    """The configuration with a chat template, and the tokenizer with it, where the rows need one and there is none.
+
+    One of a tokenizer, or one that was asked for, stays. The first row of each source is read.
+    """
+    if config.objective.name != "sft" or config.model.chat_template is not None or tokenizer.chat_template:
+        return config
+    if not any(_chats(config, path, key) for path, key in _sources(config)):
+        return config
+    model = replace(config.model, chat_template=PLAIN)
+    set_template(tokenizer, model)
+    say("template  the rows are conversations and the tokenizer has no chat template: model.chat_template=plain is used, which "
+        "needs no new token; chatml or a Jinja file is another")  # fmt: skip
+    return replace(config, model=model)
+
+
+def _sources(config: Config) -> list[tuple[str, str]]:
+    data = config.data
+    held_out = [(path, f"data.{name}") for name in ("validation", "test") if (path := getattr(data, name)) is not None]
+    return [*training_sources(data).values(), *held_out]
+
+
+def _chats(config: Config, path: str, key: str) -> bool:
+    """Whether the first row that reads is a conversation. What is wrong with a source is said where it is read whole."""
+    data = data_of(config.data, key)
+    with suppress(*INPUT_ERRORS):
+        for row in read_all(path, key, data.text_unit):
+            if not isinstance(row, InputError):
+                reading = Reading(data, config.objective.name, key=key)
+                layout, record = reading.layout(row), reading.record(row)
+                return (
+                    reading.kind is Kind.messages or bool(record.messages) or bool(_OF_A_CHAT & layout.columns.keys())
+                )
+    return False
