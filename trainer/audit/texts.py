@@ -13,9 +13,9 @@ from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
 from tritune.trainer.config_data import Check, DataConfig, data_of
-from tritune.trainer.data.clean import compared_text, said, turns_of
+from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
-from tritune.trainer.data.kinds import Reading, Record, as_records
+from tritune.trainer.data.kinds import Reading, Record, as_records, turns_of
 from tritune.trainer.data.records import read_all
 from tritune.trainer.data.splits import retention_data, training_sources
 from tritune.trainer.errors import InputError

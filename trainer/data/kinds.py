@@ -66,6 +66,13 @@ class Record:
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def turns_of(record: Record) -> list[dict[str, Any]]:
+    """The row as a conversation."""
+    if record.messages is not None:
+        return record.messages
+    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
+
+
 class Reading:
     """Rows of one source to records. The kind is settled by the first good row.
 

@@ -13,7 +13,7 @@ from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.columns import Layout
-from tritune.trainer.data.encode import Encoded, Encoder
+from tritune.trainer.data.encoded import Encoded, Encoder
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
 from tritune.trainer.data.remarks import Remark

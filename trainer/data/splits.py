@@ -19,7 +19,8 @@ from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config_data import DataConfig, data_of, training_sources
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
-from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled
+from tritune.trainer.data.encode import Conversations, Documents, Labelled
+from tritune.trainer.data.encoded import Encoder
 from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
