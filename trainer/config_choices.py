@@ -66,6 +66,16 @@ class Overlong(StrEnum):
         return self not in (Overlong.drop, Overlong.refuse)
 
 
+class HeldOut(StrEnum):
+    """Which rows `data.validation_share` and `data.test_share` take: by `hash` of their content, so that they lie anywhere and
+    stay what they are whatever else the file holds; or `contiguous`, the end of each file. `auto` is the end for plain text
+    that is cut in units, or is one file, whose neighbours tell of one another; else by hash."""
+
+    auto = "auto"
+    hash = "hash"
+    contiguous = "contiguous"
+
+
 class Unrendered(StrEnum):
     """What happens where the chat template leaves out something that a row holds: it ends the run, or is said and trained
     without."""

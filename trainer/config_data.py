@@ -8,6 +8,7 @@ from enum import StrEnum
 from tritune.trainer.config_choices import (
     BadRows,
     Duplicates,
+    HeldOut,
     Kind,
     Overlong,
     Packing,
@@ -51,8 +52,9 @@ class DataConfig:
     validation: str | None = None
     test: str | None = None
     retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
-    validation_share: float = 0.0  # cut from `train` by content hash, where `validation` is not given
+    validation_share: float = 0.0  # cut from `train` as `held_out` says, where `validation` is not given
     test_share: float = 0.0
+    held_out: HeldOut = HeldOut.auto  # what the shares are: rows by content hash, or the end of each file
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
         default_factory=dict

@@ -82,12 +82,12 @@ def test_places_are_named_shortly():
     assert (counted(1, "row"), counted(2000, "row")) == ("1 row", "2,000 rows")
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, group):
-    rows = [row | ({"who": f"{i % 17}"} if group else {}) for i, row in enumerate(corpus.clean_rows(300, 4))]
+@pytest.mark.parametrize("how", ["data.held_out=hash", "data.group=who", "data.held_out=contiguous"])
+def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, how):
+    rows = [row | ({"who": f"{i % 17}"} if "group" in how else {}) for i, row in enumerate(corpus.clean_rows(300, 4))]
     path = corpus.write(tmp_path / "train.jsonl", rows)
     options = ["objective=sft", "model=tiny", f"data.train={path}", "data.validation_share=0.2", "data.test_share=0.3"]
-    config = load_config([*options, *(["data.group=who"] if group else [])], training=False)
+    config = load_config([*options, how], training=False)
     splits = read_splits(config, load_tokenizer(config.model), None)
     (part,) = parts_of(config)
     found = defaultdict(list)

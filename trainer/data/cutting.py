@@ -82,7 +82,8 @@ def _from_middle(contents: Sequence[Content], excess: int) -> Run | None:
 
 def without(ids: Sequence[int], spans: Sequence[Run], runs: Sequence[Run]) -> tuple[list[int], list[Run]]:
     """A row without some runs of its tokens, and where its spans lie then; none of the runs reaches into a span."""
-    kept, at = [], 0
+    kept: list[int] = []
+    at = 0
     for start, stop in runs:
         kept += ids[at:start]
         at = stop

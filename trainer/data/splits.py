@@ -23,6 +23,7 @@ from tritune.trainer.data.encode import Conversations, Documents, Labelled
 from tritune.trainer.data.encoded import Encoder
 from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
+from tritune.trainer.data.held_out import find_ends, is_contiguous
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.remarks import require_rendered
@@ -36,7 +37,8 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn",
+            "held_out")  # fmt: skip
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Reader:
         """The splits of one source, from the cache or built into it."""
         root = cache_root(self.config.cache.dir)
         source = source_of(path, key, data, objective, encoder)
+        at_ends = bool(shares) and is_contiguous(path, key, data, objective)
         parts = {
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
@@ -155,6 +158,8 @@ class Reader:
 
         def build(folder: Path) -> dict[str, Any]:
             source.settle()
+            if at_ends:
+                source.ends = find_ends(path, key, data, objective, shares, self.watch.beat)
             seen: set[str] = set()
             rows = tokens = 0
             with TableFiles(folder, ("train", *shares)) as files:
@@ -178,6 +183,8 @@ class Reader:
 
         found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
+        if at_ends:
+            self.watch.say(f"data      {key}: the end of each file is held out (data.held_out=contiguous)")
         for entry in found.values():
             require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
         if objective == "sft" and self.config.data.require_stop_token:
@@ -213,7 +220,14 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
     for name, report in reports.items():
         if not report.rows:
             key = f"data.{name}_share={shares[name]}" if name in shares else f"{source.key}={source.path}"
-            raise InputError(key, f"of {rows:,} rows none falls to {name}", "Give more rows, or another share")
+            raise InputError(key, f"of {rows:,} rows none falls to {name}", _more(source, name, shares))
+
+
+def _more(source: Source, name: str, shares: dict[str, float]) -> str:
+    """What gives a split rows that has none."""
+    if not shares or source.ends is not None or source.data.group:
+        return "Give more rows, or another share"
+    return "Give more rows, another share, or data.held_out=contiguous, which holds out the end of each file"
 
 
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
