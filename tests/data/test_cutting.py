@@ -206,6 +206,14 @@ def test_a_system_turn_goes_last_and_what_a_template_writes_never():
     assert left(length - 5) == (20, 15, 20, None)
     assert left(length - 20) == (20, 0, 20, None)
     assert left(length - 33) == (7, 0, 20, None)
+    named = [messages[0], {"role": "user", "content": "assistant"}, messages[2]]
+    length = int(rows(Record("f:1", messages=named), 999, START).lengths[0]) - 1
+    text = tokenizer.decode(rows(Record("f:1", messages=named), length - 4, START).ids(0))
+    assert "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n" + "A" * 20 in text, (
+        "a word of the template's"
+    )
+    assert text.count("S") == 16
+    length = length - len("assistant") + 20
     short = [*messages[:2], {"role": "assistant", "content": "A" * 60}]
     made = rows(Record("f:1", messages=short), length, START)
     text = tokenizer.decode(made.ids(0))
@@ -297,7 +305,7 @@ def test_contents_in_any_order_give_what_is_asked_of_them():
 
 
 def test_no_answer_is_cut_without_being_named():
-    """By default: at the start, in data.json by way of the report, and as a finding with a length that holds every row."""
+    """By default: at the start, in data.json by way of the report, and as a finding with a length that holds them whole."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     data = DataConfig(max_length=20)
@@ -312,7 +320,7 @@ def test_no_answer_is_cut_without_being_named():
         f for f in cheap_findings(config, Splits({"train": made}), tokenizer) if f.name is Check.truncated_answers
     ]
     assert found.places == ["rows.jsonl:1", "rows.jsonl:3"]
-    length = int(re.search(r"data\.max_length=(\d+) holds every row", found.text)[1])
+    length = int(re.search(r"data\.max_length=(\d+) holds them whole", found.text)[1])
     for limit, cut in ((length, 0), (length - 1, 1)):
         again = replace(data, max_length=limit)
         rows = tokenized(records, Conversations(tokenizer, again, [tokenizer.eos_token_id]), again)

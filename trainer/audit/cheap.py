@@ -94,7 +94,7 @@ def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
                 yield _unspelt(name, examples, kind, tally)
             case Kind.truncated_answers if config.data.overlong.cuts:
                 text = f"{name}: {counted(rows, 'row')} with a cut answer: {tally['parts']['tokens']:,} trained tokens lost. "
-                text += f"data.max_length={int(as_numpy(examples.table['full_length']).max())} holds every row"
+                text += f"data.max_length={int(as_numpy(examples.table['full_length']).max())} holds them whole"
                 yield Finding(Check.truncated_answers, Severity.warning, rows, text, tally["places"], details=details)
             case Kind.empty:
                 text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
