@@ -33,7 +33,7 @@ def conversations(records, tokenizer, config, model_stops=()) -> Examples:
     stops = stop_token_ids(tokenizer, list(model_stops))
     made = tokenized(records, Conversations(tokenizer, config.data, stops), config.data)
     if config.data.require_stop_token:
-        require_stop_token([made.report], tokenizer, stops)
+        require_stop_token([made.report], tokenizer, stops, config.data)
     return made
 
 

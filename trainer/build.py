@@ -121,6 +121,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     stop.heed(world)
     for name, examples in splits.examples.items():
         say(f"data      {name}: {examples.report.line()}")
+    for key in splits.at_ends:
+        say(f"data      {key}: the end of each file is held out (data.held_out={config.data.held_out})")
     for finding in findings:
         if finding.severity is Severity.warning or finding.name is Check.unread:
             say(f"data      {finding.name}: {finding.text}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Duplicates, Packing
+from tritune.trainer.config_choices import Duplicates, HeldOut, Packing
 from tritune.trainer.config_data import COLUMNS, ROLES, SPLIT_FILES, Check
 
 
@@ -26,6 +26,11 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
         c.data.validation_share + c.data.test_share < 1.0,
         "data.validation_share",
         "with data.test_share nothing is left to train on. Their sum must stay below 1",
+    )
+    rule(
+        d.held_out is not HeldOut.contiguous or d.group is None,
+        "data.held_out",
+        "the end of a file holds parts of groups, and data.group keeps each in one split. Leave out one of the two",
     )
     mappings = {"data.columns": d.columns} | {f"data.split_columns.{n}": m for n, m in d.split_columns.items()}
     mappings |= {f"data.sources.{name}.columns": source.columns for name, source in d.sources.items()}

@@ -51,11 +51,29 @@ class BadRows(StrEnum):
 
 
 class Overlong(StrEnum):
-    """What happens to a row above `data.max_length`."""
+    """What happens to a row above `data.max_length`: it loses its end; the beginning or the middle of what is asked (of the
+    text, in classification) so that its answers stay whole; it is left out; or it ends the run."""
 
     cut = "cut"
+    cut_prompt_start = "cut_prompt_start"
+    cut_prompt_middle = "cut_prompt_middle"
     drop = "drop"
     refuse = "refuse"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether such a row is trained on."""
+        return self not in (Overlong.drop, Overlong.refuse)
+
+
+class HeldOut(StrEnum):
+    """Which rows `data.validation_share` and `data.test_share` take: by `hash` of their content, so that they lie anywhere and
+    stay what they are whatever else the file holds; or `contiguous`, the end of each file. `auto` is the end for plain text
+    that is cut in units, or is one file, whose neighbours tell of one another; else by hash."""
+
+    auto = "auto"
+    hash = "hash"
+    contiguous = "contiguous"
 
 
 class Unrendered(StrEnum):

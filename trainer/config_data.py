@@ -8,6 +8,7 @@ from enum import StrEnum
 from tritune.trainer.config_choices import (
     BadRows,
     Duplicates,
+    HeldOut,
     Kind,
     Overlong,
     Packing,
@@ -51,8 +52,9 @@ class DataConfig:
     validation: str | None = None
     test: str | None = None
     retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
-    validation_share: float = 0.0  # cut from `train` by content hash, where `validation` is not given
+    validation_share: float = 0.0  # cut from `train` as `held_out` says, where `validation` is not given
     test_share: float = 0.0
+    held_out: HeldOut = HeldOut.auto  # what the shares are: rows by content hash, or the end of each file
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
         default_factory=dict
@@ -64,7 +66,7 @@ class DataConfig:
     system_turn: SystemTurn = SystemTurn.keep
     text_unit: TextUnit = TextUnit.paragraph
     max_length: int = 512  # tokens per row; pretraining cuts the text into blocks of this length
-    overlong: Overlong = Overlong.cut  # rows above max_length
+    overlong: Overlong = Overlong.cut  # rows above max_length: what they lose, or whether they are trained on
     stride: int = 0  # pretraining: tokens that a block repeats of the one before, read but not trained again
     packing: Packing = Packing.none  # sequences of a step: rows, or packs of rows that do not see one another
     pack_window: int = 16384  # rows among which each pack is filled
@@ -104,6 +106,7 @@ class Check(StrEnum):
     turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
+    truncated_answers = "truncated_answers"  # such of which an answer lost its end
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
     double_bos = "double_bos"
     template_mismatch = "template_mismatch"  # a model is trained on something other than it is asked with

@@ -90,6 +90,7 @@ def faulty_sft(folder: Path, messages: bool) -> tuple[Path, Path, dict[str, dict
         "leakage_near": {"test.jsonl": {4}},
         "leakage_prompt": {"test.jsonl": {5}},
         "truncation": {"train.jsonl": {70}},
+        "truncated_answers": {"train.jsonl": {70}},
         "unsupervised": {"train.jsonl": {80}},
         "empty_answers": {"train.jsonl": {90}},
         "empty_prompts": {"train.jsonl": {130}},

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritune.trainer.audit.findings import REMEDIES, Finding, Severity, beside, blocking, counted
 from tritune.trainer.audit.repeats import Contents, repeats
-from tritune.trainer.audit.texts import parts_of, records_of
+from tritune.trainer.audit.review import _documents
+from tritune.trainer.audit.texts import parts_of, read_texts, records_of
 from tritune.trainer.compose import load_config
 from tritune.trainer.config_data import FAIL_ON, Check
 from tritune.trainer.data.splits import read_splits
@@ -82,12 +83,12 @@ def test_places_are_named_shortly():
     assert (counted(1, "row"), counted(2000, "row")) == ("1 row", "2,000 rows")
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, group):
-    rows = [row | ({"who": f"{i % 17}"} if group else {}) for i, row in enumerate(corpus.clean_rows(300, 4))]
+@pytest.mark.parametrize("how", ["data.held_out=hash", "data.group=who", "data.held_out=contiguous"])
+def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, how):
+    rows = [row | ({"who": f"{i % 17}"} if "group" in how else {}) for i, row in enumerate(corpus.clean_rows(300, 4))]
     path = corpus.write(tmp_path / "train.jsonl", rows)
     options = ["objective=sft", "model=tiny", f"data.train={path}", "data.validation_share=0.2", "data.test_share=0.3"]
-    config = load_config([*options, *(["data.group=who"] if group else [])], training=False)
+    config = load_config([*options, how], training=False)
     splits = read_splits(config, load_tokenizer(config.model), None)
     (part,) = parts_of(config)
     found = defaultdict(list)
@@ -95,4 +96,21 @@ def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, group):
         found[part.split_of(record.point(record.digest()))].append(record.place)
     assert set(found) == {"train", "validation", "test"}
     for name, examples in splits.examples.items():
+        assert splits.at_ends == ["data.train"] * ("contiguous" in how)
         assert found[name] == [examples.place(row) for row in range(len(examples))], json.dumps(found)[:200]
+
+
+def test_neighbours_of_a_text_leak_only_what_stands_twice(tmp_path):
+    """Its end is held out, as paragraphs; one of those stands in train as well."""
+    path, twice = tmp_path / "book.txt", "This is said at the beginning, and again at the end."
+    paragraphs = [f"Paragraph {i} says {i * 37 % 101}." for i in range(300)]
+    paragraphs[3] = paragraphs[290] = twice
+    path.write_text("\n\n".join(paragraphs) + "\n")
+    options = ["objective=pretrain", "model=tiny", f"data.train={path}", "data.validation_share=0.1"]
+    texts = read_texts(load_config([*options, "audit.near_duplicates=false"], training=False))
+    held = [
+        place for place, split in zip(texts.places, texts.splits, strict=True) if texts.names[split] == "validation"
+    ]
+    assert [int(place.rpartition(":")[2]) for place in held] == [2 * i + 1 for i in range(300 - len(held), 300)]
+    (leak,) = [f for f in repeats(_documents(texts)) if f.name is Check.leakage_exact]
+    assert (leak.count, leak.places, leak.notes) == (1, [f"{path}:581"], ["as line 7"])

@@ -9,7 +9,7 @@ import signal
 import pytest
 from harness import write_prompts
 from tritune.trainer.config import Config, ObjectiveConfig
-from tritune.trainer.config_choices import BadRows, Duplicates, Kind, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.examples import SCHEMA
 from tritune.trainer.data.pipeline import Source
@@ -43,6 +43,8 @@ def test_what_decides_the_tokens_decides_the_entry(tmp_path):
         {"validation_share": 0.5},
         {"last_turn_only": True},
         {"overlong": Overlong.drop},
+        {"overlong": Overlong.cut_prompt_start},
+        {"validation_share": 0.5, "held_out": HeldOut.contiguous},
     ):
         before = entries(tmp_path)
         read_splits(config(tmp_path, train=str(path), **changed), tokenizer, None)

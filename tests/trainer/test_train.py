@@ -65,6 +65,7 @@ def test_pretraining_shows_forgetting(tritune, tiny, tmp_path):
         *tiny, "objective=pretrain", *arguments, "train.max_steps=20", "optim.lr=5e-3", f"run.dir={tmp_path / 'r'}"
     )
     assert result.code == 0, result.err
+    assert "data.train: the end of each file is held out (data.held_out=auto)" in result.err
     found = summary(tmp_path / "r")["eval"]
     for split in ("validation", "retention"):
         base, tuned = found[split]["base"], found[split]["tuned"]

@@ -330,13 +330,14 @@ def test_one_chat_row_without_an_assistant(refused, write):
 def test_truncation_that_cuts_every_answer(refused, write):
     path = write([{"prompt": "a long question " * 9, "response": "short"}] * 3)
     words = [f"{path}:1 (its answer lies beyond the cut)", "every row has no token", "data.max_length=40", "raise"]
+    words += ["data.overlong=cut_prompt_start"]
     refused(f"data.train={path}", "data.max_length=40", words=words)
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_truncation_that_cuts_every_stop_token(refused, write):
     path = write([{"prompt": "q", "response": "a long answer " * 9}] * 3)
-    words = ["<|im_end|>", "no stop token is trained", "data.require_stop_token=false"]
+    words = ["<|im_end|>", "no stop token is trained", "data.require_stop_token=false", "raise data.max_length=60"]
     refused(f"data.train={path}", "data.max_length=60", words=words)
 
 

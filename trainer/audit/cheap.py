@@ -92,6 +92,10 @@ def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
                 yield Finding(Check.control_tokens, Severity.warning, rows, text, tally["places"], details=details)
             case Kind.unknown | Kind.by_bytes | Kind.unknown_answers:
                 yield _unspelt(name, examples, kind, tally)
+            case Kind.truncated_answers if config.data.overlong.cuts:
+                text = f"{name}: {counted(rows, 'row')} with a cut answer: {tally['parts']['tokens']:,} trained tokens lost. "
+                text += f"data.max_length={int(as_numpy(examples.table['full_length']).max())} holds them whole"
+                yield Finding(Check.truncated_answers, Severity.warning, rows, text, tally["places"], details=details)
             case Kind.empty:
                 text = f"{name}: {counted(rows, 'row')} with an answer that trains nothing but what closes it"
                 yield Finding(Check.empty_answers, Severity.warning, rows, text, tally["places"], details=details)
@@ -125,7 +129,7 @@ def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
     places = [examples.place(row) for row in long[:PLACES].tolist()]
     notes = [f"{length:,} tokens" for length in full[long[:PLACES]].tolist()]
     match config.data.overlong:
-        case Overlong.cut:
+        case Overlong.cut | Overlong.cut_prompt_start | Overlong.cut_prompt_middle:
             share = tokens / max(int(full.sum()), 1)
             text += f", cut: {tokens:,} tokens lost, {share:.1%}"
             yield Finding(Check.truncation, Severity.warning, count, text, places, notes, details)

@@ -75,6 +75,7 @@ REMEDIES = {
     Check.turns_apart: "data.last_turn_only=true trains the last answer of each conversation alone",
     Check.over_context: "Lower data.max_length",
     Check.truncation: "Raise data.max_length, or data.overlong=drop",
+    Check.truncated_answers: "Raise data.max_length, or data.overlong=cut_prompt_start|cut_prompt_middle|drop",
     Check.no_stop_token: "Use a chat template whose answers end with a stop token, or data.require_stop_token=false",
     Check.double_bos: "Take the BOS token out of the rows or of the chat template",
     Check.template_mismatch: "Give a model.chat_template whose generation prompt begins its answers",

@@ -15,6 +15,7 @@ from tritune.trainer.audit.texts import Part, Texts, parts_of, read_texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config_data import Check, training_sources
+from tritune.trainer.data.encoded import BEYOND
 from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.splits import Splits, Watch, read_splits
@@ -107,7 +108,7 @@ def _others(texts: Texts, labels: list[str]) -> list[str]:
 def _lenient(config: Config, labels: list[str]) -> Config:
     data = replace(
         config.data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False, unrendered=Unrendered.warn,
-        overlong=Overlong.cut, duplicates=Duplicates.keep, labels=labels,
+        overlong=config.data.overlong if config.data.overlong.cuts else Overlong.cut, duplicates=Duplicates.keep, labels=labels,
     )  # fmt: skip
     return replace(config, data=data)
 
@@ -139,8 +140,8 @@ def _rejects(splits: Splits, parts: list[Part]) -> list[dict[str, str]]:
     """The rows that were left out of the sources that could be read."""
     split_of, rejects = {part.key: part.split for part in parts}, []
     for row in splits.rejects():
-        place, beyond, _ = row["place"].partition(" (its answer lies beyond the cut)")
-        why = "its answer lies beyond the cut" if beyond else hide(row["why"])
+        place, beyond, _ = row["place"].partition(BEYOND)
+        why = BEYOND.strip(" ()") if beyond else hide(row["why"])
         rejects.append({**row, "place": place, "why": why, "split": split_of[row["source"]]})
     return rejects
 

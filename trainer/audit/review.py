@@ -14,11 +14,10 @@ from tritune.trainer.audit.texts import Texts
 from tritune.trainer.config import Config
 from tritune.trainer.config_choices import SpecialTokens
 from tritune.trainer.config_data import Check
-from tritune.trainer.data.clean import turns_of
 from tritune.trainer.data.contradictions import contradictory
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.encode import chat_template
-from tritune.trainer.data.kinds import Record
+from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.masks import verify
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.config_data import Check
-from tritune.trainer.data.clean import turns_of
 from tritune.trainer.data.credentials import find_credentials
-from tritune.trainer.data.kinds import Record
+from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.personal import Finding as Place
 from tritune.trainer.data.personal import find_personal, masked
 from tritune.trainer.data.spoilt import find_spoilt

@@ -13,10 +13,11 @@ from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
 from tritune.trainer.config_data import Check, DataConfig, data_of
-from tritune.trainer.data.clean import compared_text, said, turns_of
+from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
-from tritune.trainer.data.kinds import Reading, Record, as_records
-from tritune.trainer.data.records import read_all
+from tritune.trainer.data.held_out import find_ends, is_contiguous, records_in
+from tritune.trainer.data.kinds import Reading, Record, turns_of
+from tritune.trainer.data.records import read_chunks
 from tritune.trainer.data.splits import retention_data, training_sources
 from tritune.trainer.errors import InputError
 
@@ -63,9 +64,11 @@ def records_of(part: Part) -> Iterator[Record | InputError]:
     Raises:
         InputError: nothing is there, or it does not read on.
     """
-    return as_records(
-        read_all(part.path, part.key, part.data.text_unit), Reading(part.data, part.objective, key=part.key)
-    )
+    reading, ends = Reading(part.data, part.objective, key=part.key), None
+    if part.shares and is_contiguous(part.path, part.key, part.data, part.objective):
+        ends = find_ends(part.path, part.key, part.data, part.objective, part.shares)
+    for chunk in read_chunks(part.path, part.key, part.data.text_unit):
+        yield from [chunk] if isinstance(chunk, InputError) else records_in(chunk, reading, ends)
 
 
 def question_of(record: Record) -> tuple[str, str]:

@@ -69,12 +69,14 @@ class Batch:
 class Chunk:
     """Some consecutive rows of one file, about 1 MiB, as they were read; `parse_chunk` makes rows of them. It pickles.
 
-    `num_rows` counts what `parse_chunk` yields, good and bad. A body that is an `InputError` is one bad row that was not held.
+    `num_rows` counts what `parse_chunk` yields, good and bad, and `first` those of the file before it. A body that is an
+    `InputError` is one bad row that was not held.
     """
 
     path: str
     num_rows: int
     body: Lines | Elements | Cells | Texts | Batch | InputError
+    first: int = 0
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[Row | InputError]:

@@ -7,16 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tritune.trainer.data.duplicates import NearDuplicates
-from tritune.trainer.data.kinds import Reading, Record, as_records
+from tritune.trainer.data.kinds import Reading, Record, as_records, turns_of
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_all
-
-
-def turns_of(record: Record) -> list[dict[str, Any]]:
-    """The row as a conversation."""
-    if record.messages is not None:
-        return record.messages
-    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
 
 
 def compared_text(record: Record) -> str:

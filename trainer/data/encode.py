@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
 from tritune.trainer.config_choices import Overlong, SpecialTokens, Turns
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config_data import ROLES, DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.control import ControlTokens
-from tritune.trainer.data.examples import Columns
-from tritune.trainer.data.kinds import Record
+from tritune.trainer.data.cutting import Content, Run, asked_contents, runs_to_cut, tokens_within, without
+from tritune.trainer.data.encoded import BEYOND, Encoded
+from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.remarks import Kind, Remark
 from tritune.trainer.data.spans import ChatTemplate
@@ -26,48 +27,7 @@ from tritune.trainer.data.unspelt import Said, Unspelt
 from tritune.trainer.errors import InputError
 from tritune.trainer.tokenizer import adds_bos
 
-
-@dataclass
-class Encoded:
-    """What became of some records.
-
-    Attributes:
-        columns: the rows that can be trained on; `stops` and `points` are one a row: whether a stop token is trained, and where
-            the row lies when its source is divided.
-        token_bytes: one array a row: how many bytes of the text each token is the first to reach the end of; text only.
-        bad: faults of rows that are left out. dropped: places of rows without a supervised token, with why.
-        too_long: places of rows left out above `data.max_length`.
-        remarks: what is said of rows in `columns`, which number them.
-    """
-
-    columns: Columns = field(default_factory=Columns)
-    stops: list[bool] = field(default_factory=list)
-    points: list[float] = field(default_factory=list)
-    token_bytes: list[np.ndarray] = field(default_factory=list)
-    bad: list[InputError] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
-    remarks: list[Remark] = field(default_factory=list)
-
-    def fits(self, length: int, place: str, data: DataConfig) -> bool:
-        """Whether a row is kept, cut or not; notes it otherwise.
-
-        Raises:
-            InputError: it is too long, and the config refuses such rows.
-        """
-        if length <= data.max_length or data.overlong is Overlong.cut:
-            return True
-        if data.overlong is Overlong.refuse:
-            rule = f"the row has {length:,} tokens, and data.max_length={data.max_length}"
-            raise InputError(place, rule, "Raise it, shorten the row, or data.overlong=cut|drop")
-        self.too_long.append(place)
-        return False
-
-
-class Encoder(Protocol):
-    """Encodes a list of records. Forked processes inherit it."""
-
-    def __call__(self, records: Sequence[Record]) -> Encoded: ...
+Asked = Callable[[], list[list[Content]]]  # what may be cut of a row; only looked for where it is too long
 
 
 @dataclass(frozen=True)
@@ -100,6 +60,7 @@ class Conversations:
             self.template = chat_template(tokenizer, data)
             self.render_all = ConfinedRows(self.template)
         frame = self.template.frame if self.template is not None else ()
+        self.words = " ".join((self.template.program.source if self.template is not None else "", *ROLES))
         self.control = ControlTokens(tokenizer, frame, data.special_tokens is SpecialTokens.keep)
         self.unspelt = Unspelt(tokenizer)
 
@@ -108,8 +69,9 @@ class Conversations:
         if self.template is None and any(r.messages is not None for r in records):
             ChatTemplate(self.tokenizer)  # says that there is none
         rows = self._plain(records, out) if self.template is None else self._rendered(records, self.template, out)
-        for record, ids, spans, part, said in rows:
-            self._add(out, record, ids, spans, part, said)
+        for record, ids, spans, part, said, asked in rows:
+            if (row := self._fitted(out, record, ids, spans, asked)) is not None:
+                self._add(out, record, len(ids), row, spans, part, said)
         return out
 
     def _rendered(self, records: Sequence[Record], template: ChatTemplate, out: Encoded):
@@ -144,15 +106,11 @@ class Conversations:
         encoded = self.control.encode(rendered, [hidden for *_, hidden, _ in kept], places, specials=False)
         for (record, part, said, _, row), (ids, encoding) in zip(kept, encoded, strict=True):
             spans = token_spans(encoding, row)
-            yield record, ids, spans, part, said + self.unspelt.said(ids, row.text, encoding, spans)
+            said = said + self.unspelt.said(ids, row.text, encoding, spans)
+            yield record, ids, spans, part, said, partial(asked_contents, row, turns_of(record), self.words, encoding)
 
     def _asked(self, record: Record) -> _Asked:
-        messages, tools = record.messages, record.tools
-        if messages is None:
-            messages = [
-                {"role": "user", "content": record.prompt or ""},
-                {"role": "assistant", "content": record.response or ""},
-            ]
+        messages, tools = turns_of(record), record.tools
         control = self.control.found_in_turns(messages, tools)
         hidden = bool(control) and not self.control.keep
         if hidden:
@@ -183,26 +141,45 @@ class Conversations:
             said += self.unspelt.said(before, self.begin + (record.prompt or ""), asked)
             said += self.unspelt.said(answer, record.response or "", answered, [(0, len(answer))])
             ids = [*before, *answer, *(end if answer else [])]
-            yield record, ids, [(len(before), len(ids))] if answer else [], None, said
+            asked_of = partial(_prompt, asked, len(self.begin), len(record.prompt or ""))
+            yield record, ids, [(len(before), len(ids))] if answer else [], None, said, asked_of
+
+    def _fitted(
+        self, out: Encoded, record: Record, ids: list[int], spans: Sequence[Run], asked: Asked
+    ) -> tuple[list[int], list[Run]] | None:
+        """A row's tokens and spans within `data.max_length`; None, noted, where it is left out for its length."""
+        if not out.fits(len(ids), record.place, self.data):
+            return None
+        limit, row, moved = self.data.max_length, ids, list(spans)
+        excess = (
+            max((b for _, b in spans), default=0) - limit
+        )  # what follows the last answer trains nothing, and goes first
+        if excess > 0 and self.data.overlong is not Overlong.cut:
+            runs = runs_to_cut(asked(), excess, self.data.overlong is Overlong.cut_prompt_middle)
+            row, moved = without(ids, spans, runs or [])
+        kept = [(max(a, 1), min(b, limit)) for a, b in moved]  # the first token of a row is never predicted
+        return row[:limit], [(a, b) for a, b in kept if a < b]
 
     def _add(
-        self, out: Encoded, record: Record, ids: list[int], spans: Sequence[tuple[int, int]], part: int | None,
-        said: Said,
+        self, out: Encoded, record: Record, full: int, row: tuple[list[int], list[Run]], spans: Sequence[Run],
+        part: int | None, said: Said,
     ) -> None:  # fmt: skip
-        """Add a row; `part` is its number among those that a record became, None for the last or only one."""
-        limit = self.data.max_length
-        if not out.fits(len(ids), record.place, self.data):
-            return
-        kept = [(max(a, 1), min(b, limit)) for a, b in spans]  # the first token of a row is never predicted
-        kept = [(a, b) for a, b in kept if a < b]
+        """Add a row; `part` is its number among those that a record became, None for the last or only one.
+
+        Args:
+            full, spans: how long it was before it was cut, and its spans then.
+        """
+        ids, kept = row
         if not kept:
             beyond = any(b > 1 for _, b in spans)
-            out.dropped.append(record.place + (" (its answer lies beyond the cut)" if beyond else ""))
+            out.dropped.append(record.place + (BEYOND if beyond else ""))
             return
+        lost = sum(b - max(a, 1) for a, b in spans if b > 1) - sum(b - a for a, b in kept)
+        said = said + ([(Kind.truncated_answers, {"tokens": lost})] if lost else [])
         digest = record.digest()
         own = digest if part is None else hashlib.sha256(digest + b"%d" % part).digest()
         out.remarks += [Remark(len(out.columns), kind, parts) for kind, parts in said]
-        out.columns.add(ids[:limit], kept, record.place, full_length=len(ids), digest=own[:16])
+        out.columns.add(ids, kept, record.place, full_length=full, digest=own[:16])
         out.stops.append(any(not self.stops.isdisjoint(ids[a:b]) for a, b in kept))
         out.points.append(record.point(digest))
 
@@ -227,16 +204,15 @@ class Labelled:
         out = Encoded()
         encoded = encode_texts(self.control, self.unspelt, records, out, self.head, specials=not self.tail)
         room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
-        for record, said, ids, _ in encoded:
+        for record, said, ids, encoding in encoded:
             if not (record.text or "").strip():
                 out.bad.append(InputError(record.place, "the text is empty", "Remove the row"))
                 continue
-            ids = self.begin + ids
-            full = len(ids) + len(self.tail)
+            full = len(self.begin) + len(ids) + len(self.tail)
             if not out.fits(full, record.place, self.data):
                 continue
             digest = record.digest()
-            row = ids[:room] + self.tail
+            row = (self.begin + self._shortened(ids, encoding, full, record))[:room] + self.tail
             if not row:
                 out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
                 continue
@@ -245,6 +221,15 @@ class Labelled:
             out.stops.append(False)
             out.points.append(record.point(digest))
         return out
+
+    def _shortened(self, ids: list[int], encoding: Encoding, full: int, record: Record) -> list[int]:
+        """Without what `data.overlong` takes from within the text; what it takes from its end stays."""
+        excess = full - self.data.max_length
+        if excess <= 0 or self.data.overlong is Overlong.cut:
+            return ids
+        text = _prompt(encoding, len(self.head), len(record.text or ""))
+        runs = runs_to_cut(text, excess, self.data.overlong is Overlong.cut_prompt_middle)
+        return without(ids, [], runs or [])[0]
 
 
 class Documents:
@@ -306,6 +291,12 @@ def encode_texts(
     for (record, found), (ids, encoding) in zip(kept, control.encode(texts, hidden, places, specials), strict=True):
         said: Said = [(Kind.control, found)] if found else []
         yield record, said + unspelt.said(ids, head + (record.text or ""), encoding), ids, encoding
+
+
+def _prompt(encoding: Encoding, start: int, length: int) -> list[list[Content]]:
+    """A prompt's own tokens, as what is asked before the only answer: its characters begin at `start`."""
+    content = Content(*tokens_within(encoding, start, start + length))
+    return [[content]] if content.start < content.stop else []
 
 
 def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarray:

@@ -71,6 +71,9 @@ class DataReport:
             parts.append(f"{share:.0%} supervised")
         if self.truncated_rows:
             parts.append(f"{self.truncated_rows:,} rows cut by {self.truncated_tokens:,} tokens")
+        if answers := self.remarks.get(remarks.Kind.truncated_answers):
+            count, places = answers["rows"], name_places(answers["places"], answers["rows"])
+            parts.append(f"{count:,} of them in {'its answer' if count == 1 else 'their answers'}: {places}")
         if self.too_long:
             parts.append(f"{self.too_long:,} rows dropped as too long")
         if self.duplicates:

@@ -52,6 +52,7 @@ class Record:
     label: str | None = None
     tools: list[Any] | None = None
     group: str | None = None  # value of the column `data.group`
+    lies: float | None = None  # its point, where it does not come from its content
 
     def digest(self) -> bytes:
         """SHA-256 of the content, not of the place: equal rows land in the same split wherever they stand."""
@@ -60,10 +61,19 @@ class Record:
         return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True, default=str).encode()).digest()
 
     def point(self, digest: bytes) -> float:
-        """Where the row lies in [0, 1) when a source is divided: by its group where there is one, else by its content."""
+        """Where the row lies in [0, 1) when a source is divided: as is settled, else by its group, else by its content."""
+        if self.lies is not None:
+            return self.lies
         if self.group is not None:
             digest = hashlib.sha256(self.group.encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def turns_of(record: Record) -> list[dict[str, Any]]:
+    """The row as a conversation."""
+    if record.messages is not None:
+        return record.messages
+    return [{"role": "user", "content": record.prompt or ""}, {"role": "assistant", "content": record.response or ""}]
 
 
 class Reading:

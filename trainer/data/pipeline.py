@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 from tritune.trainer.config_choices import Kind
 from tritune.trainer.config_data import DataConfig
-from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
+from tritune.trainer.data.chunks import Chunk, Row
 from tritune.trainer.data.columns import Layout
-from tritune.trainer.data.encode import Encoded, Encoder
+from tritune.trainer.data.encoded import Encoded, Encoder
+from tritune.trainer.data.held_out import Ends, records_in
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import read_all, read_chunks
 from tritune.trainer.data.remarks import Remark
@@ -56,6 +57,7 @@ class Source:
         kind, names, layout: settled by `settle`, before any process is forked: of its rows, the columns of the first and how
             they are read.
         keys: finds out which keys of messages the chat template reads; None where nothing is rendered.
+        ends: where the held-out parts of its files begin; None where the content of each row says where it falls.
     """
 
     path: str
@@ -67,6 +69,7 @@ class Source:
     names: tuple[str, ...] = ()
     layout: Layout = field(default_factory=Layout)
     keys: KeyReader | None = None
+    ends: Ends | None = None
 
     def settle(self) -> None:
         """Find out what kind of rows the source has, from its first good one.
@@ -83,7 +86,8 @@ class Source:
 
     def piece(self, chunk: Chunk) -> Piece:
         """Parse and encode a chunk."""
-        return self.encoded(parse_chunk(chunk))
+        reading = Reading(self.data, self.objective, self.kind, self.key)
+        return self._encoded(records_in(chunk, reading, self.ends), reading)
 
     def piece_or_fault(self, chunk: Chunk | InputError) -> Piece | InputError:
         """What became of a chunk; a file's fault stays what it is."""
@@ -92,8 +96,11 @@ class Source:
     def encoded(self, rows: Iterable[Row | InputError]) -> Piece:
         """Encode rows; faults, and rows that are no records, are kept apart."""
         reading = Reading(self.data, self.objective, self.kind, self.key)
+        return self._encoded(as_records(rows, reading), reading)
+
+    def _encoded(self, found: Iterable[Record | InputError], reading: Reading) -> Piece:
         records, bad = [], []
-        for record in as_records(rows, reading):
+        for record in found:
             if isinstance(record, InputError):
                 bad.append(record)
             else:

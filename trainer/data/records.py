@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,8 @@ def read_chunks(source: str, key: str, text_unit: TextUnit, skip: int = 0) -> It
             for chunk in chunks:
                 rows = chunk if isinstance(chunk, int) else chunk.num_rows
                 if not isinstance(chunk, int) and passed + rows > skip:
-                    yield chunk if passed >= skip else after(chunk, skip - passed)
+                    cut = max(skip - passed, 0)
+                    yield replace(after(chunk, cut) if cut else chunk, first=passed - before + cut)
                 passed += rows
         except InputError as fault:
             if whole:

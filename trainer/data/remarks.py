@@ -24,6 +24,7 @@ class Kind(StrEnum):
     unknown = "unknown"  # characters that become `<unk>`
     unknown_answers = "unknown_answers"  # such in what is trained of an answer
     by_bytes = "by_bytes"  # characters that are spelt byte by byte
+    truncated_answers = "truncated_answers"  # a cut took trained tokens of it
     empty = "empty"  # an answer that trains nothing but what closes it
 
 

@@ -17,14 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config_data import DataConfig, data_of, training_sources
+from tritune.trainer.data import remarks
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
-from tritune.trainer.data.encode import Conversations, Documents, Encoder, Labelled
+from tritune.trainer.data.encode import Conversations, Documents, Labelled
+from tritune.trainer.data.encoded import Encoder
 from tritune.trainer.data.entry import Entry
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
+from tritune.trainer.data.held_out import find_ends, is_contiguous
 from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
-from tritune.trainer.data.remarks import require_rendered
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.data.tokenizing import plain_backend
 from tritune.trainer.data.unread import KeyReader
@@ -35,19 +37,22 @@ from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.
 DECIDES = ("kind", "columns", "text_unit", "max_length", "overlong", "stride", "group", "duplicates", "similarity", "bad_rows",
-            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn")  # fmt: skip
+            "unsupervised", "train_on", "last_turn_only", "turns", "special_tokens", "ignore", "system_turn",
+            "held_out")  # fmt: skip
 
 
 @dataclass
 class Splits:
     """Tokenized rows by split (train, validation, test, retention), for classification the label set, the names of the
-    sources that training rows come from, by their numbers in `Examples.sources`, and by config key the cache's folder of each
-    source, where `rejects.jsonl` says what was left out."""
+    sources that training rows come from, by their numbers in `Examples.sources`, by config key the cache's folder of each
+    source, where `rejects.jsonl` says what was left out, and the config keys of those of which the end of each file is held
+    out."""
 
     examples: dict[str, Examples]
     labels: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
+    at_ends: list[str] = field(default_factory=list)
 
     def rejects(self) -> Iterator[dict[str, str]]:
         """Every row that was left out: place, fate, why, and the config key of its source."""
@@ -121,7 +126,7 @@ def read_splits(
         documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
-    return Splits(examples, labels, list(sources), reader.folders)
+    return Splits(examples, labels, list(sources), reader.folders, reader.at_ends)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class Reader:
     watch: Watch
     tokenizer_key: str
     folders: dict[str, Path] = field(default_factory=dict)
+    at_ends: list[str] = field(default_factory=list)
 
     def entries(
         self, path: str, key: str, data: DataConfig, objective: str, encoder: Encoder, shares: dict[str, float],
@@ -142,6 +148,7 @@ class Reader:
         """The splits of one source, from the cache or built into it."""
         root = cache_root(self.config.cache.dir)
         source = source_of(path, key, data, objective, encoder)
+        at_ends = bool(shares) and is_contiguous(path, key, data, objective)
         parts = {
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
@@ -154,6 +161,8 @@ class Reader:
 
         def build(folder: Path) -> dict[str, Any]:
             source.settle()
+            if at_ends:
+                source.ends = find_ends(path, key, data, objective, shares, self.watch.beat)
             seen: set[str] = set()
             rows = tokens = 0
             with TableFiles(folder, ("train", *shares)) as files:
@@ -177,14 +186,18 @@ class Reader:
 
         found = build_once(root, key_of(parts), build, self.watch.beat, self.watch.say)
         self.folders[key] = root / key_of(parts)
+        if at_ends:
+            self.at_ends.append(key)
         for entry in found.values():
-            require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
+            remarks.require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
         if objective == "sft" and self.config.data.require_stop_token:
-            require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops)
+            require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops, data)
         return found
 
 
-def require_stop_token(reports: Sequence[DataReport], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> None:
+def require_stop_token(
+    reports: Sequence[DataReport], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], data: DataConfig
+) -> None:
     """Refuse splits in which no row trains a stop token.
 
     Raises:
@@ -192,7 +205,11 @@ def require_stop_token(reports: Sequence[DataReport], tokenizer: PreTrainedToken
     """
     if not all(report.stop_rows for report in reports):
         rule = "no stop token is trained in any row, so the model would not learn to end an answer"
-        remedy = "Use a template whose answers end with one, or data.require_stop_token=false"
+        cut = any(remarks.Kind.truncated_answers in report.remarks for report in reports)
+        remedy = (
+            f"{f'Answers are cut: raise data.max_length={data.max_length}. Else u' if cut else 'U'}se a template whose"
+        )
+        remedy += " answers end with one, or data.require_stop_token=false"
         raise InputError(f"stop tokens {tokenizer.convert_ids_to_tokens(sorted(stops))}", rule, remedy)
 
 
@@ -212,7 +229,14 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
     for name, report in reports.items():
         if not report.rows:
             key = f"data.{name}_share={shares[name]}" if name in shares else f"{source.key}={source.path}"
-            raise InputError(key, f"of {rows:,} rows none falls to {name}", "Give more rows, or another share")
+            raise InputError(key, f"of {rows:,} rows none falls to {name}", _more(source, name, shares))
+
+
+def _more(source: Source, name: str, shares: dict[str, float]) -> str:
+    """What gives a split rows that has none."""
+    if not shares or source.ends is not None or source.data.group:
+        return "Give more rows, or another share"
+    return "Give more rows, another share, or data.held_out=contiguous, which holds out the end of each file"
 
 
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:

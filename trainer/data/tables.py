@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import BadRows, Duplicates, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data import remarks
 from tritune.trainer.data.columns import named_columns
+from tritune.trainer.data.encoded import BEYOND
 from tritune.trainer.data.examples import (
     NAMED,
     SCHEMA,
@@ -229,6 +230,8 @@ def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> Non
             else f"{lost.dropped:,} of {lost.dropped + kept:,} rows {'has' if lost.dropped == 1 else 'have'}"
         )
         remedy = f"Mend them, raise data.max_length={data.max_length}"
+        if any(BEYOND in place for place in lost.dropped_places) and data.overlong is Overlong.cut:
+            remedy += ", cut what is asked instead: data.overlong=cut_prompt_start"
         remedy += ", or drop them: data.unsupervised=drop" if kept else ", or check the chat template"
         places = name_places(lost.dropped_places, lost.dropped)
         raise InputError(places, f"{count} no token to train on", remedy)

@@ -58,7 +58,9 @@ def label_texts(
     """
     config, tokenizer = opened.config, opened.tokenizer
     length = min(config.data.max_length, context or config.data.max_length)
-    data = replace(config.data, max_length=length, overlong=Overlong.cut)
+    data = replace(
+        config.data, max_length=length, overlong=config.data.overlong if config.data.overlong.cuts else Overlong.cut
+    )
     encode = Labelled(tokenizer, data, config.objective)
     batches: list[pa.RecordBatch] = []
     numbers: list[int] = []
