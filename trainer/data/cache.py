@@ -29,7 +29,7 @@ from tritune.trainer.errors import InputError, StopRequested
 from tritune.trainer.regular import open_regular, read_regular
 
 HASH_BYTES = 1 << 26
-FORMAT = 5  # of the entries; a change of what rows become raises it
+FORMAT = 6  # of the entries; a change of what rows become raises it
 NOTE_BYTES = 1 << 20  # what this process reads of a note that another left
 SETTLED_SECONDS = 2.0  # how old a file's last change must be for its hash to be remembered
 WAIT_SECONDS = 0.1  # between looks at a lock that another process holds

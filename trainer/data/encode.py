@@ -10,13 +10,14 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config_choices import Overlong, SpecialTokens, Turns
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.examples import Columns
 from tritune.trainer.data.kinds import Record
+from tritune.trainer.data.label_prompt import label_prompt
 from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.remarks import Kind, Remark
 from tritune.trainer.data.spans import ChatTemplate
@@ -214,29 +215,23 @@ class Labelled:
         self.data, self.backend = data, plain_backend(tokenizer)
         self.control = ControlTokens(tokenizer, keep=data.special_tokens is SpecialTokens.keep)
         self.unspelt = Unspelt(tokenizer)
-        prompt = objective.prompt if isinstance(objective, ClassifyTokenConfig) else "{text}"
-        self.head, _, tail = prompt.partition("{text}")
-        self.tail = self.backend.encode(tail, add_special_tokens=False).ids if tail else []
-        # What follows the text must follow its words, not an end-of-text token that some tokenizers put there.
-        self.begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
-        if data.max_length <= len(self.tail):
+        self.prompt = label_prompt(tokenizer, objective)
+        if data.max_length <= len(self.backend.encode(self.prompt.tail, add_special_tokens=False).ids):
             remedy = "Raise data.max_length or shorten objective.prompt"
             raise InputError(f"data.max_length={data.max_length}", "the prompt leaves no room for the text", remedy)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        out = Encoded()
-        encoded = encode_texts(self.control, self.unspelt, records, out, self.head, specials=not self.tail)
-        room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
-        for record, said, ids, _ in encoded:
+        out, prompt = Encoded(), self.prompt
+        encoded = encode_texts(self.control, self.unspelt, records, out, prompt.specials, prompt.head, prompt.tail)
+        for record, said, ids, encoding in encoded:
             if not (record.text or "").strip():
                 out.bad.append(InputError(record.place, "the text is empty", "Remove the row"))
                 continue
-            ids = self.begin + ids
-            full = len(ids) + len(self.tail)
+            full = len(prompt.begin) + len(ids)
             if not out.fits(full, record.place, self.data):
                 continue
             digest = record.digest()
-            row = ids[:room] + self.tail
+            row = prompt.begin + ids if full <= self.data.max_length else self._cut(ids, encoding, record.text or "")
             if not row:
                 out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
                 continue
@@ -245,6 +240,13 @@ class Labelled:
             out.stops.append(False)
             out.points.append(record.point(digest))
         return out
+
+    def _cut(self, ids: list[int], encoding: Encoding, text: str) -> list[int]:
+        """The text is cut, never what follows it."""
+        end = len(self.prompt.head) + len(text)
+        after = next((i for i, (_, stop) in enumerate(encoding.offsets) if stop > end), len(ids))
+        room = max(self.data.max_length - (len(ids) - after), 0)
+        return ((self.prompt.begin + ids[:after])[:room] + ids[after:])[-self.data.max_length :]
 
 
 class Documents:
@@ -267,7 +269,7 @@ class Documents:
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
-        encoded = encode_texts(self.control, self.unspelt, records, out, "", specials=True)
+        encoded = encode_texts(self.control, self.unspelt, records, out, specials=True)
         for record, said, tokens, encoding in encoded:
             ids = np.array(tokens + self.end, np.int32)
             num_bytes = self.unspelt.spelt(ids, _reached(record.text or "", encoding.offsets, len(self.end)))
@@ -288,15 +290,16 @@ class Documents:
 
 
 def encode_texts(
-    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, head: str, specials: bool
-) -> Iterator[tuple[Record, Said, list[int], Encoding]]:
-    """Yield records with what is said of their texts, and the tokens of `head` and text; faults go to `out`."""
+    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, specials: bool,
+    head: str = "", tail: str = "",
+) -> Iterator[tuple[Record, Said, list[int], Encoding]]:  # fmt: skip
+    """Yield records with what is said of their texts, and the tokens of `head`, text and `tail`; faults go to `out`."""
     kept, texts, hidden = [], [], []
     for record in records:
         text = record.text or ""
         found = control.found(text)
         try:
-            texts.append(head + (control.mask(text, record.place) if found and not control.keep else text))
+            texts.append(head + (control.mask(text, record.place) if found and not control.keep else text) + tail)
         except InputError as error:
             out.bad.append(error)
             continue
@@ -305,7 +308,7 @@ def encode_texts(
     places = [record.place for record, _ in kept]
     for (record, found), (ids, encoding) in zip(kept, control.encode(texts, hidden, places, specials), strict=True):
         said: Said = [(Kind.control, found)] if found else []
-        yield record, said + unspelt.said(ids, head + (record.text or ""), encoding), ids, encoding
+        yield record, said + unspelt.said(ids, head + (record.text or "") + tail, encoding), ids, encoding
 
 
 def _reached(text: str, offsets: list[tuple[int, int]], extra: int) -> np.ndarray:

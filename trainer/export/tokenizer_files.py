@@ -21,7 +21,7 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
     """
     config, tokenizer = source.config, source.tokenizer
     template = tokenizer.chat_template
-    name_rendering(tokenizer, config.objective)
+    exact = name_rendering(tokenizer, config.objective)
     try:
         tokenizer.save_pretrained(directory)
         changed = changed_tokenizer(directory, tokenizer)
@@ -31,6 +31,9 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
         rule = f"saved and read back, it is not the tokenizer that the run trains with: {changed}"
         remedy = "Save its fast form with transformers first, or take it as it is with export.insist=true"
         raise InputError(f"model.tokenizer={config.model.tokenizer or config.model.path}", rule, remedy)
+    if not exact:
+        say("export    its chat template renders the prompt, in other tokens than those of training: the tokenizer tells a "
+            "text after its first token from a text at the start")  # fmt: skip
     if changed is not None:
         say(f"export    the tokenizer comes back as another one, and is written as it is (export.insist): {changed}")
 
