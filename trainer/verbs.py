@@ -113,7 +113,8 @@ def evaluate(config: Config, run: Path | None) -> None:
     choices = lay_out_choices(config, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
-    results, backend, recorders = {}, Local("single", world), {}
+    results: dict[str, dict[str, Any]] = {}
+    backend, recorders = Local("single", world), {}
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
@@ -223,7 +224,7 @@ def report(config: Config, run: Path | None) -> None:
 
 def _below(opened: Opened, labels: list[str], run: Path | None) -> float | None:
     """The probability below which a classifier abstains: `evaluation.abstain_below`, else what the run or the export says."""
-    from tritune.trainer.evaluation.abstention import threshold_of_run
+    from tritune.trainer.evaluation.abstention import threshold_of_run, threshold_said
 
     given = opened.config.evaluation.abstain_below
     if given is not None and not labels:
@@ -233,9 +234,7 @@ def _below(opened: Opened, labels: list[str], run: Path | None) -> float | None:
         return given
     below, line = threshold_of_run(run, opened.step) if run is not None else (opened.below, None)
     if line is None and below is not None:
-        line = (
-            f"abstain   below a probability of {below:.4g}, as {opened.what} says; evaluation.abstain_below changes it"
-        )
+        line = f"abstain   {threshold_said(below)}, as {opened.what} says; evaluation.abstain_below changes it"
     if line is not None:
         _say(line)
     return below

@@ -62,7 +62,11 @@ def told(abstain: dict[str, Any]) -> str | None:
         )
     parts = [f"{n}: {_share(f['coverage'])} answered, {_share(f['answered_accuracy'])} of these right"
              for n, f in abstain["splits"].items()]  # fmt: skip
-    return f"abstain   below a probability of {below:.4g}, chosen on validation; " + "; ".join(parts)
+    return f"abstain   {threshold_said(below)}, chosen on validation; " + "; ".join(parts)
+
+
+def threshold_said(below: float) -> str:
+    return f"below a probability of {below:.4g}" if below > 0 else "never (a threshold of 0)"
 
 
 def threshold_of_run(run: Path, step: int | None) -> tuple[float | None, str | None]:
