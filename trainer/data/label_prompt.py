@@ -6,6 +6,7 @@ Text and prompt are tokenized as one, as whoever serves the model will do with a
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ _TEMPLATE = (
     "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
     "{{- raise_exception('This model reads one text, in one turn of the user, and answers with a label.') -}}"
     "{%- endif -%}"
-    "{{- HEAD + messages[0]['content'] + TAIL -}}"
+    "{{- BEGIN + GAP + HEAD + messages[0]['content'] + TAIL -}}"
 )
+# A blank that some tokenizers put before a text at its start, if it has none, and not after BOS.
+_GAPS = ("''", "' '", "('' if messages[0]['content'][:1] == ' ' else ' ')")
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,14 @@ def label_prompt(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig)
 
 
 def label_template(tokenizer: PreTrainedTokenizerBase, objective: ClassifyTokenConfig) -> tuple[str, bool]:
-    """Return a chat template that renders one user's turn into the prompt, and whether its tokens are those of training.
-
-    After BOS some tokenizers put no blank before a text, where they do at its start: the template writes it then.
-    """
+    """Return a chat template that renders one user's turn into the prompt, and whether its tokens are those of training."""
     prompt = label_prompt(tokenizer, objective)
     before, after = _specials(tokenizer, prompt)
     expected = [
         prompt.begin + tokenizer(prompt.around(text), add_special_tokens=prompt.specials)["input_ids"]
         for text in _PROBES
     ]
-    templates = [_filled(before + gap + prompt.head, prompt.tail + after) for gap in ("", " ")]
+    templates = [_filled(gap, BEGIN=before, HEAD=prompt.head, TAIL=prompt.tail + after) for gap in _GAPS]
     for template in templates:
         if [_rendered(tokenizer, template, text) for text in _PROBES] == expected:
             return template, True
@@ -89,9 +89,7 @@ def _spelt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-def _filled(head: str, tail: str) -> str:
-    """Python's escapes are Jinja's, but for characters beyond the basic plane, which stand as they are."""
-    texts = {"HEAD": json.dumps(head, ensure_ascii=False), "TAIL": json.dumps(tail, ensure_ascii=False)}
-    begin, _, rest = _TEMPLATE.partition("HEAD")
-    middle, _, end = rest.partition("TAIL")
-    return begin + texts["HEAD"] + middle + texts["TAIL"] + end
+def _filled(gap: str, **texts: str) -> str:
+    """The template with `gap` and texts; JSON's escapes are Jinja's but beyond the basic plane, where characters are kept."""
+    values = {"GAP": gap} | {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+    return re.sub("|".join(values), lambda found: values[found[0]], _TEMPLATE)

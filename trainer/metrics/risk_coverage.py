@@ -21,7 +21,7 @@ def least_threshold(confidence: np.ndarray, right: np.ndarray, target: float) ->
         confidence: float64 [N], largest probabilities. right: bool [N].
     """
     edges, answered, hits = _cumulated(confidence, right)
-    good = np.flatnonzero(hits >= target * answered)
+    good = np.flatnonzero(hits / answered >= target)
     if not len(good):
         return None
     last = int(good[-1])
