@@ -72,8 +72,11 @@ def threshold_said(below: float) -> str:
 def threshold_of_run(run: Path, step: int | None) -> tuple[float | None, str | None]:
     """The threshold in a run's `summary.json`, and a line for the user where it is that of another step's weights."""
     summary = read_json(run / "summary.json", dict, "Move it away: no threshold is known without it") or {}
-    below = (summary.get("abstain") or {}).get("below")
-    if below is None or summary.get("tested_step") == step:
+    abstain = summary.get("abstain")
+    below = abstain.get("below") if isinstance(abstain, dict) else None
+    if type(below) not in (int, float):
+        return None, None
+    if summary.get("tested_step") == step:
         return below, None
     rule = (
         f"its threshold was chosen with the weights of step {summary.get('tested_step')}, and these are of step {step}"
