@@ -150,7 +150,17 @@ def require_an_export_that_says_what_it_is(ask, run: Path, adapter: bool) -> Non
         assert code == 0, err
         [answer] = json.loads(out)["answers"]
         assert answer["guess"] == names["label"]
-        assert answer["probability"] == pytest.approx(float(names["probabilities"].max()), abs=2e-6)
+        assert answer["probability"] == pytest.approx(names["probabilities"].detach().max().item(), abs=2e-6)
+    for given, threshold, label in ((f"model.path={folder}", 1, None), (f"run.dir={run}", 0, answer["guess"])):
+        code, out, err = ask(
+            given, "--prompt", "old hat 7", f"evaluation.abstain_below={threshold}", "backend.device=cpu"
+        )
+        assert code == 0, err
+        assert json.loads(out)["answers"] == [{**answer, "text": label, "abstained": label is None}]
+    code, out, err = ask(f"model.path={folder}", "--prompt", "x", "data.labels=[red,blue,green]", "backend.device=cpu")
+    assert (code, out) == (2, "")
+    assert "tritune_label_token_ids" in err
+    assert "Leave out data.labels" in err
 
 
 def require_the_same_labels(ask, run: Path, kind: str) -> None:
@@ -159,7 +169,8 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
     asked = run / "asked.jsonl"
     texts = [re.search(r"(?:Is it )?(.*?)(?:\? It is)?$", row["input"].strip())[1] for row in told]
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
-    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}', '{"text": ']) + "\n")
+    bad = ['{"text": null}', '{"other": "x"}', '{"text": " "}', '{"text": ']
+    asked.write_text("\n".join([*lines, *bad, json.dumps({"text": "far too long " * 100})]) + "\n")
     where = [[f"run.dir={run}"], [f"model.path={run / 'export'}"]]
     if not kind.startswith("classify_token"):
         where[1] += ["objective=classify"]
@@ -173,9 +184,9 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
         assert [row["answers"][0]["probability"] for row in said[:20]] == pytest.approx(
             [r["probability"] for r in told], abs=2e-6
         )
-        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 4
+        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 4 + [False]
         assert [row.get("id") for row in said[:20]] == list(range(20))
-        assert "4 of 24 prompts have no answer. The first: " in err
+        assert "4 of 25 prompts have no answer. The first: " in err
         assert f"{asked}:21" in err
         code, out, err = ask(*open_it, "--prompt", " ", "backend.device=cpu")
         assert (code, out) == (2, "")
