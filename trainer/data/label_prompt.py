@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.redact import MARK, redact
 from tritune.trainer.tokenizer import adds_bos
 
 TEXT = "{text}"  # the place of the row's text in `objective.prompt`
@@ -52,6 +53,11 @@ def label_prompt(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig)
     head, _, tail = prompt.partition(TEXT)
     begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
     return LabelPrompt(head, tail, begin, specials=not tail)
+
+
+def is_secret(objective: ClassifyTokenConfig) -> bool:
+    """Whether the prompt holds what must not be written down, or was read back with that blotted out."""
+    return redact(objective.prompt) != objective.prompt or MARK in objective.prompt
 
 
 def label_template(tokenizer: PreTrainedTokenizerBase, objective: ClassifyTokenConfig) -> tuple[str, bool]:

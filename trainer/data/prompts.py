@@ -14,7 +14,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.columns import columns_of, how_to_map
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.forms import asked, conversation, merged, tools_of
-from tritune.trainer.data.label_prompt import label_prompt, label_template
+from tritune.trainer.data.label_prompt import is_secret, label_prompt, label_template
 from tritune.trainer.data.records import Row, read_all
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
@@ -47,7 +47,7 @@ def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfi
     exact = True
     if objective.name == "sft" and not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
-    elif isinstance(objective, ClassifyTokenConfig):
+    elif isinstance(objective, ClassifyTokenConfig) and not is_secret(objective):
         tokenizer.chat_template, exact = label_template(tokenizer, objective)
     return exact
 

@@ -46,6 +46,8 @@ def labels_part(source: Source, form: Form) -> list[str]:
             "likeliest among them is the answer, by which the scores below are counted.",
             _block([json.dumps(fields[PROMPT], ensure_ascii=False)]),
         ]
+    elif TOKEN_IDS in fields:
+        parts.append("Its prompt held a secret and is not written here: whoever asks the model must know it.")
     parts.append(_block(_lines(source, fields)))
     if BELOW in fields:
         parts.append(_abstains(source.facts["abstain"], where))

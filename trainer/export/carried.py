@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig
-from tritune.trainer.data.label_prompt import TEXT
+from tritune.trainer.data.label_prompt import TEXT, is_secret
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.methods.adapter_io import LABELS
 from tritune.trainer.model_folder import read_settings_file
@@ -62,7 +62,8 @@ def fields_of(source: Source) -> dict[str, Any]:
     """The fields of ours for this model; none where it is no classifier, or one by a head that never abstains."""
     fields: dict[str, Any] = {}
     if source.labels and isinstance(source.config.objective, ClassifyTokenConfig):
-        fields[PROMPT] = source.config.objective.prompt
+        if not is_secret(source.config.objective):
+            fields[PROMPT] = source.config.objective.prompt
         fields[TOKEN_IDS] = label_token_ids(source.labels, source.tokenizer)
     if source.labels and source.abstain_below is not None:
         fields[BELOW] = source.abstain_below
@@ -72,11 +73,11 @@ def fields_of(source: Source) -> dict[str, Any]:
 def in_config(settings: dict[str, Any], source: Source) -> dict[str, Any]:
     """`config.json` with what the model says of itself, and without what its base said there."""
     kept = {key: value for key, value in settings.items() if key not in _FIELDS}
-    if PROMPT in settings and not source.heads:  # these went with it
+    if TOKEN_IDS in settings and not source.heads:  # these went with it
         kept.pop("id2label", None)
         kept.pop("label2id", None)
     fields = fields_of(source)
-    if PROMPT in fields:
+    if TOKEN_IDS in fields:
         kept["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
         kept["label2id"] = {label: i for i, label in enumerate(source.labels)}
     return kept | fields
