@@ -18,7 +18,7 @@ from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source
-from tritune.trainer.export.carried import Carried, of_adapter, of_config
+from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
@@ -109,7 +109,7 @@ def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) ->
 
 
 def _open_plain(config: Config, as_trained: bool) -> Opened:
-    labels, carried = config.data.labels, Carried()
+    labels, carried = config.data.labels, NOTHING
     if config.model.path:
         settings = load_architecture(config.model, 0)
         carried = of_config(settings, f"model.path={config.model.path}", labels)
@@ -126,7 +126,7 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
     if config.objective.name == "classify" and config.model.path:
         named: dict[Any, str] = settings.id2label or {}
         labels = labels or [named[i] for i in range(len(named))]
-    return _with(carried, _assemble(config, labels, str(config.model.path or config.model.config)))
+    return _assemble(config, labels, str(config.model.path or config.model.config), carried)
 
 
 def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
@@ -139,17 +139,6 @@ def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
     given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
     chosen = objective if given else replace(usual, prompt=carried.prompt)
     return replace(config, objective=chosen, data=replace(config.data, labels=carried.labels))
-
-
-def _with(carried: Carried, opened: Opened) -> Opened:
-    """With what an export carries of a classifier.
-
-    Raises:
-        InputError: the tokenizer or the labels are others than it was trained with.
-    """
-    if isinstance(opened.config.objective, ClassifyTokenConfig):
-        carried.require_tokens(opened.tokenizer, opened.what)
-    return replace(opened, below=carried.below) if opened.labels else opened
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
@@ -223,7 +212,7 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
         config = _as_trained(config, carried, as_trained)
         labels = config.data.labels if isinstance(config.objective, ClassifyTokenConfig) else []
     try:
-        opened = _with(carried, _assemble(replace(config, model=model), labels, str(name)))
+        opened = _assemble(replace(config, model=model), labels, str(name), carried)
     except InputError as error:
         if given.adapter is None and error.value == f"model.path={model.path}":
             rule = f"its base, {model.path}, does not open: {error.rule}"
@@ -232,9 +221,17 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     return replace(opened, model=add_saved_adapter(source, opened.model, len(opened.tokenizer)))
 
 
-def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:
-    """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read."""
+def _assemble(
+    config: Config, labels: list[str], what: str, carried: Carried = NOTHING, trained: bool = False
+) -> Opened:  # fmt: skip
+    """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read.
+
+    Args:
+        carried: what an export says of the classifier in it.
+    """
     tokenizer = load_tokenizer(config.model)
+    if isinstance(config.objective, ClassifyTokenConfig):
+        carried.require_tokens(tokenizer, f"model.path={what}")
     architecture = load_architecture(config.model, len(tokenizer))
     stops = stop_token_ids(tokenizer, model_stop_ids(config.model, architecture))
     choose_pad_token(tokenizer, config.model.pad_token, stops)
@@ -252,4 +249,5 @@ def _assemble(config: Config, labels: list[str], what: str, trained: bool = Fals
     if trained:  # last: by the tokenizer's own template it is settled where answers stop
         name_rendering(tokenizer, config.objective)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
-    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what)
+    below = carried.below if labels else None
+    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below)

@@ -240,6 +240,8 @@ ASKS = ["{text}\nLabel:", "Is it {text}? It is", "A \"{text}\" \\n'{{x}}' é🙂
 def test_the_label_template_gives_what_training_read(shared, tmp_path, name):
     """Classification by token: a text in one turn of the user becomes, with other tools, the tokens before the label."""
     tokenizer = tokenizer_of(name, shared)
+    tokenizer.save_pretrained(tmp_path)
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
     texts = ["Which is it?", " blank before", "two\nlines", "trailing ", "ends.\n", "\n", "123", "é ß 日本 🙂", "a. "]
     for prompt in ASKS:
         objective = ClassifyTokenConfig(prompt=prompt)
@@ -247,10 +249,8 @@ def test_the_label_template_gives_what_training_read(shared, tmp_path, name):
         usable = [text for text in texts if text.strip()]
         trained = encode([Record("a:1", text=text) for text in usable]).columns.batch()["ids"].to_pylist()
         assert [text_ids(tokenizer, text, objective) for text in usable] == trained
-        tokenizer.chat_template, exact = label_template(tokenizer, objective)
+        elsewhere.chat_template, exact = label_template(tokenizer, objective)
         assert exact
-        tokenizer.save_pretrained(tmp_path)
-        elsewhere = AutoTokenizer.from_pretrained(tmp_path)
         talks = [[{"role": "user", "content": text}] for text in usable]
         said = [
             elsewhere.apply_chat_template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks

@@ -58,6 +58,9 @@ class Carried:
             raise InputError(value, rule, "Leave out data.labels and model.tokenizer, or export it again from its run")
 
 
+NOTHING = Carried()
+
+
 def fields_of(source: Source) -> dict[str, Any]:
     """The fields of ours for this model; none where it is no classifier, or one by a head that never abstains."""
     fields: dict[str, Any] = {}
@@ -103,7 +106,7 @@ def of_config(config: Any, value: str, given: list[str]) -> Carried:
     """
     fields = {name: getattr(config, name) for name in _FIELDS if getattr(config, name, None) is not None}
     if not fields:
-        return Carried()
+        return NOTHING
     named: Mapping[Any, str] = config.id2label or {}
     return _checked(given or [str(named[i]) for i in sorted(named)], fields, value)
 
