@@ -152,7 +152,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         pulse.phase("export rehearsal")
         with world.together("trying the export"):
             if world.rank == 0:
-                source = Source(config, model, lambda ids: ids, tokenizer, heads, labels or [])
+                source = Source(config, model, lambda ids: ids, tokenizer, heads, splits.labels)
                 rehearse(source, export_path(config, directory.path), say)
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""

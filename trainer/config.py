@@ -117,6 +117,8 @@ class EvaluationConfig:
     )  # sft: beginnings of an answer of which one is right; gives accuracy
     out: str | None = None  # `tritune evaluate`: JSONL of every row; default: predictions.jsonl in run.dir
     samples: int = 8  # held-out rows on which base and tuned answer freely, for the report
+    abstain: float | None = None  # a classifier answers so that this share of its answers on validation is right
+    abstain_below: float | None = None  # evaluate, generate: abstain below it; default: the run's own
 
 
 @dataclass

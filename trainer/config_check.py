@@ -143,6 +143,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
     rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
     _check_results(c, rule)
+    _check_abstention(c, rule, training)
     _check_backend(c, rule, world_size)
     rule(c.verify.steps >= 2, "verify.steps", "a curve has two steps. Use 2 or more")
     rule(c.verify.parameters_every >= 1, "verify.parameters_every", "an interval is at least one step. Use 1 or more")
@@ -218,6 +219,34 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(0 < c.generate.top_p <= 1, "generate.top_p", "a share of the probability, in (0, 1]. Use e.g. 0.95")
     rule(c.generate.top_k >= 0, "generate.top_k", "a count of tokens. Use 0 for no limit")
     rule(c.generate.batch_size >= 1, "generate.batch_size", "a forward needs a row. Use 1 or more")
+
+
+def _check_abstention(c: Config, rule: Callable[[bool, str, str], None], training: bool) -> None:
+    """The rules for a classifier that may abstain."""
+    e = c.evaluation
+    rule(e.abstain is None or 0 < e.abstain < 1, "evaluation.abstain", "a share of answers in (0, 1). Use e.g. 0.95")
+    rule(
+        e.abstain is None or c.objective.name.startswith("classify"),
+        "evaluation.abstain",
+        f"a classifier may abstain, and this is {c.objective.name}. Leave it out",
+    )
+    held_out = bool(c.data.validation or c.data.validation_share) and "validation" in e.splits
+    rule(
+        not training or e.abstain is None or held_out,
+        "evaluation.abstain",
+        "the threshold is chosen on a validation split that is scored in the end. Give data.validation or "
+        "data.validation_share, and name validation in evaluation.splits",
+    )
+    rule(
+        e.abstain_below is None or 0 <= e.abstain_below <= 1,
+        "evaluation.abstain_below",
+        "a probability from 0, which answers every row, to 1. Use e.g. 0.8",
+    )
+    rule(
+        not training or e.abstain_below is None,
+        "evaluation.abstain_below",
+        "a run chooses its threshold by evaluation.abstain=<accuracy>; this key is for reading a model. Leave it out",
+    )
 
 
 def _check_backend(c: Config, rule: Callable[[bool, str, str], None], world_size: int | None) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError, ExportError, InputError, reason
+from tritune.trainer.evaluation.abstention import outcomes, settle, told
+from tritune.trainer.evaluation.predictions import Recorder
 from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
@@ -64,7 +66,9 @@ def finish(run: Run, base: Scores) -> None:
     """Score the tuned model, print base against tuned, export, write `summary.json`, `samples.json` and `report.html`."""
     config, state = run.config, run.state
     step = _use_best(run)
-    tuned, samples = _score(run, "tuned"), _sample(run, "tuned")
+    recorders: dict[str, Recorder] = {}
+    tuned, samples = _score(run, "tuned", recorders), _sample(run, "tuned")
+    abstain = _abstention(run, recorders, tuned)
     results = {name: {"base": base.get(name), "tuned": figures} for name, figures in tuned.items()}
     if results:
         run.progress.say(base_against_tuned(results, {n: len(run.splits[n]) for n in results}))
@@ -85,6 +89,7 @@ def finish(run: Run, base: Scores) -> None:
                 "parameters": {"trainable": trainable, "total": total},
                 "best": {"metric": config.evaluation.metric, "value": state.best, "step": state.best_step},
                 "eval": results,
+                "abstain": abstain,
             }
             run.directory.write_json("summary.json", {**summary, "export": None})
             run.pulse.phase("export")
@@ -146,12 +151,28 @@ def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     return done.to_json()
 
 
-def _score(run: Run, who: str) -> Scores:
+def _abstention(run: Run, recorders: dict[str, Recorder], tuned: Scores) -> dict[str, Any] | None:
+    """Choose the threshold below which a classifier abstains, and add to each split's figures what it comes to there."""
+    found = {name: outcomes(kept, run.splits[name], run.backend) for name, kept in recorders.items()}
+    if not found:
+        return None
+    abstain = settle(found, run.config.evaluation.abstain)
+    for name, figures in abstain["splits"].items():
+        tuned[name] |= figures
+    if (line := told(abstain)) is not None:
+        run.progress.say(line)
+    return abstain
+
+
+def _score(run: Run, who: str, recorders: dict[str, Recorder] | None = None) -> Scores:
+    """Score the splits; into `recorders` goes what a classifier makes of each of their rows."""
     scores = {}
     for name in run.config.evaluation.splits:
         if name in run.splits:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
             objective: Objective = LanguageModel() if name == "retention" else run.objective
+            if recorders is not None and isinstance(objective, Classify):
+                objective = recorders[name] = Recorder(objective)
             scores[name] = score(run, objective, name)
     return scores
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config_choices import Dtype
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.data.splits import Watch
 from tritune.trainer.distributed import World
-from tritune.trainer.errors import InputError, reason
+from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source
+from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.methods import apply_method
-from tritune.trainer.methods.adapter_io import LABELS
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.model import (
     CLASS_HEAD,
@@ -41,8 +40,6 @@ from tritune.trainer.scorer import TokenScorer
 from tritune.trainer.state import TrainState
 from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 
-_LABELS = "Give data.labels=[...] in the order of the outputs"
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -56,6 +53,7 @@ class Opened:
         stops: ids that end an answer.
         what: how to call it in a message.
         step: of the run it comes from; None elsewhere.
+        below: the probability below which a classifier abstains, where an export says so.
     """
 
     config: Config
@@ -66,14 +64,16 @@ class Opened:
     stops: list[int]
     what: str
     step: int | None = None
+    below: float | None = None
 
 
-def open_model(config: Config, run: Path | None, world: World, settle: bool = True) -> Opened:
+def open_model(config: Config, run: Path | None, world: World, settle: bool = True, as_trained: bool = False) -> Opened:
     """Load tokenizer, architecture and weights.
 
     Args:
         run: the run directory to read; None for `config.model` as it stands.
         settle: make it ready to compute; without, parameters stay what training held them in (float32 masters).
+        as_trained: an export that says that it is a classifier by token is one, also where the config has objective=sft.
 
     Raises:
         InputError: there is nothing to open there, or it does not fit the configuration.
@@ -82,9 +82,9 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
     if run is not None:
         opened = _open_run(config, run, world)
     elif (adapter := _find_adapter(config.model)) is not None:
-        opened = _open_adapter(config, adapter)
+        opened = _open_adapter(config, adapter, as_trained)
     else:
-        opened = _open_plain(config)
+        opened = _open_plain(config, as_trained)
     opened.model.eval()
     if settle:  # every parameter in the dtype that computes, as in training; buffers keep theirs (rotary frequencies)
         opened.model.requires_grad_(False)
@@ -110,10 +110,13 @@ def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) ->
     return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts)
 
 
-def _open_plain(config: Config) -> Opened:
-    labels = config.data.labels
+def _open_plain(config: Config, as_trained: bool) -> Opened:
+    labels, carried = config.data.labels, NOTHING
     if config.model.path:
         settings = load_architecture(config.model, 0)
+        carried = of_config(settings, f"model.path={config.model.path}", labels)
+        config = _as_trained(config, carried, as_trained)
+        labels = config.data.labels
         kinds = settings.architectures or []
         classifier = any("SequenceClassification" in kind for kind in kinds)
         if classifier != (config.objective.name == "classify") and kinds:
@@ -125,7 +128,19 @@ def _open_plain(config: Config) -> Opened:
     if config.objective.name == "classify" and config.model.path:
         named: dict[Any, str] = settings.id2label or {}
         labels = labels or [named[i] for i in range(len(named))]
-    return _assemble(config, labels, str(config.model.path or config.model.config))
+    return _assemble(config, labels, str(config.model.path or config.model.config), carried)
+
+
+def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
+    """With the labels and the prompt of a classifier by token that the export carries, where the config gives no others."""
+    objective = config.objective
+    asked = isinstance(objective, ClassifyTokenConfig) or (insist and objective.name == "sft")
+    if carried.prompt is None or not asked:
+        return config
+    usual = ClassifyTokenConfig()
+    given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
+    chosen = objective if given else replace(usual, prompt=carried.prompt)
+    return replace(config, objective=chosen, data=replace(config.data, labels=carried.labels))
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
@@ -174,7 +189,7 @@ def _find_adapter(model: ModelConfig) -> Path | None:
     return found
 
 
-def _open_adapter(config: Config, source: Path) -> Opened:
+def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     """PEFT's model on the base that `model.path` names beside `model.adapter`, or that the adapter itself names."""
     settings, given = read_settings(source), config.model
     name = given.adapter or given.path
@@ -191,14 +206,15 @@ def _open_adapter(config: Config, source: Path) -> Opened:
     remedy = f"name both: model.adapter={name} model.path=<folder or hub id of its base>"
     if not model.path:
         raise InputError(f"model.path={name}", "the adapter does not say which model it belongs to", f"N{remedy[1:]}")
-    labels: list[str] = []
+    carried = of_adapter(source, f"model.path={source}", config.data.labels)
     if settings["task_type"] == "SEQ_CLS":
-        labels = config.data.labels
-        if not labels and (source / LABELS).is_file():
-            labels = _read_labels(source)
-    objective = replace(config.objective, name="classify") if labels else config.objective
+        labels = carried.labels
+        config = replace(config, objective=ObjectiveConfig("classify")) if labels else config
+    else:
+        config = _as_trained(config, carried, as_trained)
+        labels = config.data.labels if isinstance(config.objective, ClassifyTokenConfig) else []
     try:
-        opened = _assemble(replace(config, model=model, objective=objective), labels, str(name))
+        opened = _assemble(replace(config, model=model), labels, str(name), carried)
     except InputError as error:
         if given.adapter is None and error.value == f"model.path={model.path}":
             rule = f"its base, {model.path}, does not open: {error.rule}"
@@ -207,20 +223,18 @@ def _open_adapter(config: Config, source: Path) -> Opened:
     return replace(opened, model=add_saved_adapter(source, opened.model, len(opened.tokenizer)))
 
 
-def _read_labels(source: Path) -> list[str]:
-    try:
-        labels = json.loads((source / LABELS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"model.path={source}", f"its {LABELS} does not read ({reason(error)})", _LABELS) from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise InputError(f"model.path={source}", f"its {LABELS} is no list of names", _LABELS)
-    return labels
+def _assemble(
+    config: Config, labels: list[str], what: str, carried: Carried = NOTHING, trained: bool = False
+) -> Opened:  # fmt: skip
+    """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read.
 
-
-def _assemble(config: Config, labels: list[str], what: str, trained: bool = False) -> Opened:
-    """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read."""
+    Args:
+        carried: what an export says of the classifier in it.
+    """
     tokenizer = load_tokenizer(config.model)
     config = settle_template(config, tokenizer, Watch().say)
+    if isinstance(config.objective, ClassifyTokenConfig):
+        carried.require_tokens(tokenizer, f"model.path={what}")
     architecture = load_architecture(config.model, len(tokenizer))
     stops = stop_token_ids(tokenizer, model_stop_ids(config.model, architecture))
     choose_pad_token(tokenizer, config.model.pad_token, stops)
@@ -233,8 +247,10 @@ def _assemble(config: Config, labels: list[str], what: str, trained: bool = Fals
     if trained:
         apply_method(config.method, model, heads, config.seed, find_unused(model, heads))
         widen_masters(model)
-        name_rendering(tokenizer, config.objective)
     if not heads:
         set_generation(model, tokenizer)
+    if trained:  # last: by the tokenizer's own template it is settled where answers stop
+        name_rendering(tokenizer, config.objective)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
-    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what)
+    below = carried.below if labels else None
+    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below)

@@ -91,10 +91,12 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.build import lay_out_choices, make_objective
     from tritune.trainer.data.records import require_sources
     from tritune.trainer.data.splits import read_splits, require_length
+    from tritune.trainer.evaluation.abstention import outcomes
     from tritune.trainer.evaluation.evaluate import evaluate as score
     from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.finite import require_a_loss
+    from tritune.trainer.metrics.risk_coverage import answered_figures
     from tritune.trainer.model import context_length
     from tritune.trainer.objectives.language_model import LanguageModel
     from tritune.trainer.rundir import write_whole_json
@@ -113,16 +115,19 @@ def evaluate(config: Config, run: Path | None) -> None:
     choices = lay_out_choices(config, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
-    results, backend, recorders = {}, Local("single", world), {}
-    out = config.evaluation.out or (run and run / "predictions.jsonl")
+    results: dict[str, dict[str, Any]] = {}
+    backend, recorders = Local("single", world), {}
+    out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
         how = LanguageModel() if name == "retention" else objective
-        if out is not None:
+        if out is not None or below is not None:
             how = recorders[name] = Recorder(how)
         results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size,
                               tokenizer.pad_token_id, choices.get(name))  # fmt: skip
         require_a_loss(results[name]["loss"], opened.model, opened.what, f"on {name}")
+        if below is not None and name != "retention":
+            results[name] |= answered_figures(*outcomes(recorders[name], examples, backend), below)
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
@@ -130,7 +135,7 @@ def evaluate(config: Config, run: Path | None) -> None:
         rows = (
             {"split": name, **line}
             for name, kept in recorders.items()
-            for line in described(kept, splits.examples[name], splits.labels, tokenizer)
+            for line in described(kept, splits.examples[name], splits.labels, tokenizer, below)
         )
         _say(f"evaluate  {write_predictions(Path(out), rows):,} rows in {out}")
 
@@ -138,13 +143,16 @@ def evaluate(config: Config, run: Path | None) -> None:
 def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     """Answer prompts from the command line and from `generate.file`; JSONL to `generate.out` or standard output.
 
-    A classifier answers with a label. A prompt that cannot be answered has an `error` in the place of answers; only where no
-    prompt can be, that is an error.
+    A classifier answers with a label, or abstains: null, beside its best guess. A prompt that cannot be answered has an `error`
+    in the place of answers; only where no prompt can be, that is an error.
     """
     if not prompts and config.generate.file is None:
         raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
-    world, opened = _open(config, run)
-    answered = (_labels if opened.labels else _words)(opened, config, prompts, world)
+    world, opened = _open(config, run, as_trained=True)
+    if opened.config.objective.name != config.objective.name:
+        _say(f"generate  {opened.what} is a classifier ({opened.config.objective.name}): it answers with a label")
+    below = _below(opened, opened.labels, run)
+    answered = _labels(opened, config, prompts, below) if opened.labels else _words(opened, config, prompts, world)
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]
     if len(faults) == len(answered) and faults:
         raise faults[0]
@@ -182,13 +190,13 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
     return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]
 
 
-def _labels(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
+def _labels(opened: Opened, config: Config, prompts: list[str], below: float | None) -> list[Answered]:
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
     from tritune.trainer.model import context_length
 
     objective = make_objective(opened.config, opened.labels, opened.tokenizer)
-    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config))
+    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config), below)
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
@@ -216,14 +224,32 @@ def report(config: Config, run: Path | None) -> None:
     _say(f"report    {write_report(run)}")
 
 
-def _open(config: Config, run: Path | None):
+def _below(opened: Opened, labels: list[str], run: Path | None) -> float | None:
+    """The probability below which a classifier abstains: `evaluation.abstain_below`, else what the run or the export says."""
+    from tritune.trainer.evaluation.abstention import threshold_of_run, threshold_said
+
+    given = opened.config.evaluation.abstain_below
+    if given is not None and not labels:
+        remedy = "Give a classifier, or leave it out"
+        raise InputError(f"evaluation.abstain_below={given}", f"{opened.what} answers with words, not labels", remedy)
+    if given is not None or not labels:
+        return given
+    below, line = threshold_of_run(run, opened.step) if run is not None else (opened.below, None)
+    if line is None and below is not None:
+        line = f"abstain   {threshold_said(below)}, as {opened.what} says; evaluation.abstain_below changes it"
+    if line is not None:
+        _say(line)
+    return below
+
+
+def _open(config: Config, run: Path | None, as_trained: bool = False):
     from tritune.trainer import distributed
     from tritune.trainer.open import open_model
 
     world = distributed.start(config.backend, config.train.deterministic)
     if run is not None:
         _require_its_base(config, run)
-    return world, open_model(config, run, world)
+    return world, open_model(config, run, world, as_trained=as_trained)
 
 
 def _require_its_base(config: Config, run: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritune.launch.cli import main as cli
 
@@ -62,14 +63,17 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
     other.write_text("\n\n".join(f"ZEBRAS RUN {i} MILES" for i in range(20)))
     sft = [f"data.train={sft_file}", "data.max_length=160", "data.test_share=0.2", "data.validation_share=0.1"]
     labels = [f"data.train={label_file}", "data.max_length=96", "data.test_share=0.2", "train.batch_size=16"]
+    abstains = [*labels, "data.validation_share=0.2", "evaluation.abstain=0.6"]
     return {
         "sft full": [*sft, f"data.retention={other}"],
         "sft lora": [*sft, "method=lora", "method.rank=4", "method.bias=all", "data.retention=" + str(other)],
         "sft bfloat16": [*sft, "model.dtype=bfloat16"],
         "sft lora bfloat16": [*sft, "model.dtype=bfloat16", "method=lora", "method.rank=4"],
-        "classify full": [*labels, "objective=classify"],
+        "classify full": [*abstains, "objective=classify"],
         "classify lora": [*labels, "objective=classify", "method=lora", "method.rank=4"],
-        "classify_token": [*labels, "objective=classify_token", "objective.prompt='Is it {text}? It is'"],
+        "classify_token": [*abstains, "objective=classify_token", "objective.prompt='Is it {text}? It is'"],
+        "classify_token lora": [*abstains, "objective=classify_token", "objective.prompt='Is it {text}? It is'",
+                                "method=lora", "method.rank=4"],
         "pretrain": ["objective=pretrain", f"data.train={text}", f"data.retention={other}", "data.validation_share=0.2",
                      "data.max_length=64"],
     }  # fmt: skip
@@ -92,10 +96,76 @@ def require_rows_give_the_figures(run: Path, by_token: bool) -> None:
             )
             assert all(row["label"] in row["input"] for row in rows)
             assert all(max(row["probabilities"].values()) == row["probability"] for row in rows)
+            require_the_same_coverage(run, split, rows, figure)
         else:
             tokens = sum(row["tokens"] for row in rows)
             assert sum(row["loss"] * row["tokens"] for row in rows) / tokens == pytest.approx(figure["loss"], rel=1e-9)
             assert all(row["reference"] for row in rows)
+
+
+def require_the_same_coverage(run: Path, split: str, rows: list[dict], figure: dict) -> None:
+    """Who is abstained on, and how often the others are right, is what the threshold in the run's summary says."""
+    abstain = summary(run)["abstain"]
+    assert abstain["curves"][split][-1] == [1.0, pytest.approx(figure["accuracy"]), pytest.approx(0.5, abs=0.5)]
+    if abstain["below"] is None:
+        assert not any(row["abstained"] for row in rows)
+        assert "coverage" not in figure
+        return
+    answered = [row for row in rows if not row["abstained"]]
+    assert all((row["probability"] >= abstain["below"]) != row["abstained"] for row in rows)
+    assert 0 < len(answered) == round(figure["coverage"] * len(rows))
+    right = sum(row["prediction"] == row["label"] for row in answered) / len(answered)
+    assert right == pytest.approx(figure["answered_accuracy"])
+    if split == "validation":
+        assert abstain["target"] <= right
+        assert len(answered) < len(rows), "a threshold that refuses nobody proves nothing"
+
+
+def require_an_export_that_says_what_it_is(ask, run: Path, adapter: bool) -> None:
+    """A classifier by token: other tools read its labels, render its prompt and load it; the card's own lines give its label."""
+    for folder in [run / "export", *([run / "merged"] if adapter else [])]:
+        beside = adapter and folder.name == "export"
+        if not beside:
+            config = AutoModelForCausalLM.from_pretrained(folder).config
+            assert config.id2label == {0: "blue", 1: "green", 2: "red"}
+            assert config.label2id == {"blue": 0, "green": 1, "red": 2}
+            said = {key: getattr(config, key) for key in vars(config) if key.startswith("tritune_")}
+        else:
+            assert json.loads((folder / "labels.json").read_text()) == ["blue", "green", "red"]
+            said = json.loads((folder / "tritune.json").read_text())
+        assert said["tritune_prompt"] == "Is it {text}? It is"
+        assert said["tritune_abstain_below"] == summary(run)["abstain"]["below"]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "old hat"}], tokenize=False)
+        assert rendered == "<bos>Is it old hat? It is"
+        card = (folder / "README.md").read_text()
+        assert '"Is it {text}? It is"' in card
+        assert f"below {summary(run)['abstain']['below']:.6g}" in card
+        lines = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("...", "old hat 7")
+        names: dict = {}
+        base = yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
+        lines = lines.replace('from_pretrained("base', f'from_pretrained("{Path(base).parent}/base')
+        exec(lines.replace('"."', repr(str(folder))).replace('open("', f'open("{folder}/'), names)
+        code, out, err = ask(f"model.path={folder}", "--prompt", "old hat 7", "backend.device=cpu")
+        assert code == 0, err
+        [answer] = json.loads(out)["answers"]
+        assert answer["guess"] == names["label"]
+        assert answer["probability"] == pytest.approx(names["probabilities"].detach().max().item(), abs=2e-6)
+    refused = not answer["abstained"]
+    code, out, err = ask(
+        f"model.path={folder}",
+        "--prompt",
+        "old hat 7",
+        f"evaluation.abstain_below={int(refused)}",
+        "backend.device=cpu",
+    )
+    assert code == 0, err
+    label = None if refused else answer["guess"]
+    assert json.loads(out)["answers"] == [{**answer, "text": label, "abstained": refused}]
+    code, out, err = ask(f"model.path={folder}", "--prompt", "x", "data.labels=[red,blue,green]", "backend.device=cpu")
+    assert (code, out) == (2, "")
+    assert "tritune_label_token_ids" in err
+    assert "Leave out data.labels" in err
 
 
 def require_the_same_labels(ask, run: Path, kind: str) -> None:
@@ -104,27 +174,32 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
     asked = run / "asked.jsonl"
     texts = [re.search(r"(?:Is it )?(.*?)(?:\? It is)?$", row["input"].strip())[1] for row in told]
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
-    asked.write_text("\n".join([*lines, '{"text": null}', '{"other": "x"}', '{"text": " "}', '{"text": ']) + "\n")
-    where = [[f"run.dir={run}"], [f"model.path={run / 'export'}", "objective=classify"]]
-    for open_it in where[: 1 if kind == "classify_token" else 2]:
+    bad = ['{"text": null}', '{"other": "x"}', '{"text": " "}', '{"text": ']
+    asked.write_text("\n".join([*lines, *bad, json.dumps({"text": "far too long " * 100})]) + "\n")
+    where = [[f"run.dir={run}"], [f"model.path={run / 'export'}"]]
+    if not kind.startswith("classify_token"):
+        where[1] += ["objective=classify"]
+    for open_it in where:
         code, out, err = ask(*open_it, f"generate.file={asked}", "backend.device=cpu", "data.max_length=96")
         assert code == 0, err
         said = [json.loads(line) for line in out.splitlines()]
-        assert [row["answers"][0]["text"] for row in said[:20]] == [row["prediction"] for row in told]
+        assert [row["answers"][0]["guess"] for row in said[:20]] == [row["prediction"] for row in told]
+        assert [row["answers"][0]["abstained"] for row in said[:20]] == [row["abstained"] for row in told]
+        assert all(a["text"] == (None if a["abstained"] else a["guess"]) for r in said[:20] for a in r["answers"])
         assert [row["answers"][0]["probability"] for row in said[:20]] == pytest.approx(
             [r["probability"] for r in told], abs=2e-6
         )
-        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 4
+        assert [bool(row.get("error")) for row in said] == [False] * 20 + [True] * 4 + [False]
         assert [row.get("id") for row in said[:20]] == list(range(20))
-        assert "4 of 24 prompts have no answer. The first: " in err
+        assert "4 of 25 prompts have no answer. The first: " in err
         assert f"{asked}:21" in err
-        code, out, err = ask(*open_it, "--prompt", " ", "backend.device=cpu")
-        assert (code, out) == (2, "")
-        assert "the text is empty" in err
+    code, out, err = ask(where[0][0], "--prompt", " ", "backend.device=cpu")
+    assert (code, out) == (2, "")
+    assert "the text is empty" in err
 
 
-FAST = ["sft lora", "classify_token"]
-SLOW = ["sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
+FAST = ["sft lora", "classify_token lora"]
+SLOW = ["classify_token", "sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
@@ -137,7 +212,7 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, ask, kinds
     code, table, err = evaluate(f"run.dir={run}")
     assert code == 0, err
     assert figures(run) == tuned(run)
-    require_rows_give_the_figures(run, by_token=kind == "classify_token")
+    require_rows_give_the_figures(run, by_token=kind.startswith("classify_token"))
     assert json.loads((run / "evaluation.json").read_text())["step"] == 6
     before = json.loads((run / "base.json").read_text())
     for split, found in tuned(run).items():
@@ -153,6 +228,11 @@ def test_a_run_evaluated_again_gives_what_it_wrote(tritune, evaluate, ask, kinds
     # The base by itself is what the run scored before its first step.
     if kind.startswith("classify"):
         require_the_same_labels(ask, run, kind)
+    if kind.startswith("classify_token"):
+        adapter = kind.endswith("lora")
+        if adapter:
+            assert cli(["export", f"run.dir={run}", "export.form=merged", f"export.dir={run / 'merged'}"]) == 0
+        require_an_export_that_says_what_it_is(ask, run, adapter)
     if not kind.startswith("classify "):  # its head was random then
         code, table, err = evaluate(f"model.path={base}", *data)
         assert code == 0, err

@@ -12,10 +12,12 @@ from encoded import conversations
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tritune.launch.cli import main as cli
-from tritune.trainer.config import Config, GenerateConfig, ModelConfig
+from tritune.trainer.config import ClassifyTokenConfig, Config, GenerateConfig, ModelConfig
 from tritune.trainer.config_data import DataConfig
+from tritune.trainer.data.encode import Labelled
 from tritune.trainer.data.kinds import Record
-from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts
+from tritune.trainer.data.label_prompt import label_template
+from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts, text_ids
 from tritune.trainer.evaluation.generate import generate, lack_of_room
 from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -229,6 +231,44 @@ def test_the_plain_template_gives_what_training_read(shared, tmp_path, name):
     said = [elsewhere.apply_chat_template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks]
     ours = [text for text, a, b in zip(texts, said, trained, strict=True) if a != b]
     assert set(ours) <= {"<s>x"}, "which is text to us where others take it for the token"
+
+
+ASKS = ["{text}\nLabel:", "Is it {text}? It is", "A \"{text}\" \\n'{{x}}' é🙂:", "Say {text}", "{text}"]
+
+
+@pytest.mark.parametrize("name", ["bytes", "stories", "tinystories", "phi3", "llama2"])
+def test_the_label_template_gives_what_training_read(shared, tmp_path, name):
+    """Classification by token: a text in one turn of the user becomes, with other tools, the tokens before the label."""
+    tokenizer = tokenizer_of(name, shared)
+    tokenizer.save_pretrained(tmp_path)
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Which is it?", " blank before", "two\nlines", "trailing ", "ends.\n", "\n", "123", "é ß 日本 🙂", "a. "]
+    for prompt in ASKS:
+        objective = ClassifyTokenConfig(prompt=prompt)
+        encode = Labelled(tokenizer, DataConfig(max_length=500), objective)
+        usable = [text for text in texts if text.strip()]
+        trained = encode([Record("a:1", text=text) for text in usable]).columns.batch()["ids"].to_pylist()
+        assert [text_ids(tokenizer, text, objective) for text in usable] == trained
+        elsewhere.chat_template, exact = label_template(tokenizer, objective)
+        assert exact
+        talks = [[{"role": "user", "content": text}] for text in usable]
+        said = [
+            elsewhere.apply_chat_template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks
+        ]
+        assert [t for t, a, b in zip(usable, said, trained, strict=True) if a != b] == [], prompt
+        for talk in (talks[0] * 2, [{"role": "system", "content": "x"}]):
+            with pytest.raises(Exception, match="one text, in one turn of the user"):
+                elsewhere.apply_chat_template(talk)
+        # A row that is too long loses of its text, and never of what follows it.
+        whole = max(trained, key=len)
+        after = prompt.partition("{text}")[2]
+        cut = Labelled(tokenizer, DataConfig(max_length=len(whole) - 2), objective)
+        [short] = cut([Record("a:1", text=usable[trained.index(whole)])]).columns.batch()["ids"].to_pylist()
+        assert len(short) == len(whole) - 2
+        kept = next(n for n in range(len(whole), -1, -1) if short[len(short) - n :] == whole[len(whole) - n :])
+        assert short[: len(short) - kept] == whole[: len(short) - kept]
+        spelt = str(tokenizer.decode(tokenizer(after, add_special_tokens=False)["input_ids"])).strip()
+        assert tokenizer.decode(whole[len(whole) - kept :]).endswith(spelt)
 
 
 def test_rows_that_are_no_prompt(tmp_path):

@@ -11,12 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import harness
+import numpy as np
 import pytest
 import yaml
 from tritune.launch.cli import main as cli
 from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
 from tritune.trainer.errors import InputError
+from tritune.trainer.evaluation.abstention import settle
 from tritune.trainer.objectives import Loss
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.report import write_report
@@ -170,6 +172,35 @@ def test_what_comes_from_data_and_model_is_escaped(tritune, reported, tmp_path, 
     text = (tmp_path / "run" / "report.html").read_text()
     assert "<script" not in text.lower()
     assert (tmp_path / "run" / "samples.json").stat().st_size > 10
+
+
+def test_accuracy_over_coverage(tmp_path):
+    """The table's cells by their definition; without a classifier there is no such part."""
+    rng = np.random.default_rng(5)
+    confidence = rng.random(400)
+    splits = {
+        "validation": (confidence, rng.random(400) < confidence),
+        "test": (confidence, rng.random(400) < confidence),
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config())))
+    for target, words in ((0.7, "It abstains below"), (0.9999, "No threshold makes"), (None, "evaluation.abstain=")):
+        abstain = (
+            settle({"validation": (confidence, confidence > 2)}, target) if target == 0.9999 else settle(splits, target)
+        )
+        (tmp_path / "summary.json").write_text(json.dumps({"abstain": abstain}))
+        write_report(tmp_path)
+        page = check(tmp_path / "report.html")
+        assert words in page.text
+        assert [a["alt"] for t, a in page.tags if t == "img"] == ["Accuracy over coverage"]
+        [head] = [c for c in page.cells if c[0] == "split" and "95%" in c]
+        for name, (sure, right) in splits.items() if target != 0.9999 else ():
+            [row] = [c for c in page.cells if c[0] == name and len(c) == len(head)]
+            order = np.argsort(-sure)
+            shares = [float(share.rstrip("%")) / 100 for share in head[1:]]
+            assert row[1:] == [f"{right[order[: round(400 * share)]].mean():.1%}" for share in shares]
+    (tmp_path / "summary.json").write_text(json.dumps({"abstain": None}))
+    write_report(tmp_path)
+    assert "over coverage" not in check(tmp_path / "report.html").text
 
 
 def test_a_stopped_run(tritune, reported, tmp_path, stop_at):

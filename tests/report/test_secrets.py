@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from tritune.launch.cli import main as cli
 
 TOKEN = "hf_AbC123dEf456GhI789jKl012MnO345pQr6"
@@ -52,6 +53,16 @@ def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, stop_at
     assert leaks(tmp_path) == []
     assert TOKEN not in first.err + second.err
     assert PASSWORD not in first.err + second.err
+    for folder in (
+        tmp_path / "export",
+        tmp_path / "again",
+    ):  # nor is a prompt with `***` in it passed off for the run's
+        card, config = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
+        assert "held a secret" in card
+        assert config["id2label"] == {"0": "blue", "1": "green", "2": "red"}
+        assert len(config["tritune_label_token_ids"]) == 3
+        assert "tritune_prompt" not in config
+        assert "***" not in AutoTokenizer.from_pretrained(folder).chat_template
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config_choices import Overlong, SpecialTokens, Turns
 from tritune.trainer.config_data import ROLES, DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
@@ -18,6 +18,7 @@ from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.cutting import Content, Run, asked_contents, runs_to_cut, tokens_within, without
 from tritune.trainer.data.encoded import BEYOND, Encoded
 from tritune.trainer.data.kinds import Record, turns_of
+from tritune.trainer.data.label_prompt import label_prompt
 from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.remarks import Kind, Remark
 from tritune.trainer.data.spans import ChatTemplate
@@ -191,28 +192,23 @@ class Labelled:
         self.data, self.backend = data, plain_backend(tokenizer)
         self.control = ControlTokens(tokenizer, keep=data.special_tokens is SpecialTokens.keep)
         self.unspelt = Unspelt(tokenizer)
-        prompt = objective.prompt if isinstance(objective, ClassifyTokenConfig) else "{text}"
-        self.head, _, tail = prompt.partition("{text}")
-        self.tail = self.backend.encode(tail, add_special_tokens=False).ids if tail else []
-        # What follows the text must follow its words, not an end-of-text token that some tokenizers put there.
-        self.begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
-        if data.max_length <= len(self.tail):
+        self.prompt = label_prompt(tokenizer, objective)
+        if data.max_length <= len(self.backend.encode(self.prompt.tail, add_special_tokens=False).ids):
             remedy = "Raise data.max_length or shorten objective.prompt"
             raise InputError(f"data.max_length={data.max_length}", "the prompt leaves no room for the text", remedy)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        out = Encoded()
-        encoded = encode_texts(self.control, self.unspelt, records, out, self.head, specials=not self.tail)
-        room = self.data.max_length - len(self.tail)  # the text is cut, never what follows it
+        out, prompt = Encoded(), self.prompt
+        encoded = encode_texts(self.control, self.unspelt, records, out, prompt.specials, prompt.head, prompt.tail)
         for record, said, ids, encoding in encoded:
             if not (record.text or "").strip():
                 out.bad.append(InputError(record.place, "the text is empty", "Remove the row"))
                 continue
-            full = len(self.begin) + len(ids) + len(self.tail)
+            full = len(prompt.begin) + len(ids)
             if not out.fits(full, record.place, self.data):
                 continue
             digest = record.digest()
-            row = (self.begin + self._shortened(ids, encoding, full, record))[:room] + self.tail
+            row = prompt.begin + ids if full <= self.data.max_length else self._cut(ids, encoding, record.text or "")
             if not row:
                 out.bad.append(InputError(record.place, "the tokenizer makes nothing of the text", "Remove the row"))
                 continue
@@ -222,14 +218,19 @@ class Labelled:
             out.points.append(record.point(digest))
         return out
 
-    def _shortened(self, ids: list[int], encoding: Encoding, full: int, record: Record) -> list[int]:
-        """Without what `data.overlong` takes from within the text; what it takes from its end stays."""
-        excess = full - self.data.max_length
-        if excess <= 0 or self.data.overlong is Overlong.cut:
-            return ids
-        text = _prompt(encoding, len(self.head), len(record.text or ""))
-        runs = runs_to_cut(text, excess, self.data.overlong is Overlong.cut_prompt_middle)
-        return without(ids, [], runs or [])[0]
+    def _cut(self, ids: list[int], encoding: Encoding, text: str) -> list[int]:
+        """The text is cut where `data.overlong` says, never what follows it."""
+        begin, most, start = self.prompt.begin, self.data.max_length, len(self.prompt.head)
+        end = start + len(text)
+        kept = ids
+        if self.data.overlong is not Overlong.cut:
+            middle = self.data.overlong is Overlong.cut_prompt_middle
+            runs = runs_to_cut(_prompt(encoding, start, len(text)), len(begin) + len(ids) - most, middle)
+            kept = without(ids, [], runs or [])[0]
+        after = next((i for i, (_, stop) in enumerate(encoding.offsets) if stop > end), len(ids))
+        after -= len(ids) - len(kept)
+        room = max(most - (len(kept) - after), 0)
+        return ((begin + kept[:after])[:room] + kept[after:])[-most:]
 
 
 class Documents:
@@ -252,7 +253,7 @@ class Documents:
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         out = Encoded()
-        encoded = encode_texts(self.control, self.unspelt, records, out, "", specials=True)
+        encoded = encode_texts(self.control, self.unspelt, records, out, specials=True)
         for record, said, tokens, encoding in encoded:
             ids = np.array(tokens + self.end, np.int32)
             num_bytes = self.unspelt.spelt(ids, _reached(record.text or "", encoding.offsets, len(self.end)))
@@ -273,15 +274,16 @@ class Documents:
 
 
 def encode_texts(
-    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, head: str, specials: bool
-) -> Iterator[tuple[Record, Said, list[int], Encoding]]:
-    """Yield records with what is said of their texts, and the tokens of `head` and text; faults go to `out`."""
+    control: ControlTokens, unspelt: Unspelt, records: Sequence[Record], out: Encoded, specials: bool,
+    head: str = "", tail: str = "",
+) -> Iterator[tuple[Record, Said, list[int], Encoding]]:  # fmt: skip
+    """Yield records with what is said of their texts, and the tokens of `head`, text and `tail`; faults go to `out`."""
     kept, texts, hidden = [], [], []
     for record in records:
         text = record.text or ""
         found = control.found(text)
         try:
-            texts.append(head + (control.mask(text, record.place) if found and not control.keep else text))
+            texts.append(head + (control.mask(text, record.place) if found and not control.keep else text) + tail)
         except InputError as error:
             out.bad.append(error)
             continue
@@ -290,7 +292,7 @@ def encode_texts(
     places = [record.place for record, _ in kept]
     for (record, found), (ids, encoding) in zip(kept, control.encode(texts, hidden, places, specials), strict=True):
         said: Said = [(Kind.control, found)] if found else []
-        yield record, said + unspelt.said(ids, head + (record.text or ""), encoding), ids, encoding
+        yield record, said + unspelt.said(ids, head + (record.text or "") + tail, encoding), ids, encoding
 
 
 def _prompt(encoding: Encoding, start: int, length: int) -> list[list[Content]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
@@ -14,6 +14,7 @@ from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.columns import columns_of, how_to_map
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.forms import asked, conversation, merged, tools_of
+from tritune.trainer.data.label_prompt import is_secret, label_prompt, label_template
 from tritune.trainer.data.records import Row, read_all
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
@@ -32,16 +33,23 @@ PLAIN_TEMPLATE = (
 
 ASKED = "the prompt"
 
+T = TypeVar("T")
+
 
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """`PLAIN_TEMPLATE` for this tokenizer, which may or may not begin a text with BOS."""
     return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos(tokenizer) else "''")
 
 
-def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> None:
-    """Give a tokenizer without a chat template the one by which prompts and responses were trained."""
+def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> bool:
+    """Give a tokenizer the chat template by which the model was trained, where it has another or none: of prompts and
+    responses, or of a text and its label. Return whether it renders the tokens of training."""
+    exact = True
     if objective.name == "sft" and not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
+    elif isinstance(objective, ClassifyTokenConfig) and not is_secret(objective):
+        tokenizer.chat_template, exact = label_template(tokenizer, objective)
+    return exact
 
 
 def chat_ids(
@@ -89,24 +97,32 @@ def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedToke
     Raises:
         InputError: the file does not open.
     """
-    prompts = [
-        _asked_or_not(Row({"prompt": t}, f"--prompt {i}"), DataConfig(), config, tokenizer)
-        for i, t in enumerate(given, 1)
+    read = read_asked(given, config, lambda row, data: _prompt(row, data, config, tokenizer))
+    return [Prompt(row.fields, [], row.place, p) if isinstance(p, InputError) else p for row, p in read]
+
+
+def read_asked(
+    given: Sequence[str], config: Config, made: Callable[[Row, DataConfig], T]
+) -> Iterator[tuple[Row, T | InputError]]:
+    """Rows of the command line, then those of `generate.file`, each with what `made` makes of it or with its fault.
+
+    Raises:
+        InputError: the file does not open.
+    """
+    rows: list[tuple[Row | InputError, DataConfig]] = [
+        (Row({"prompt": text}, f"--prompt {i}"), DataConfig()) for i, text in enumerate(given, 1)
     ]
     if config.generate.file is not None:
-        for row in read_all(config.generate.file, "generate.file", TextUnit.line):
-            if isinstance(row, InputError):
-                prompts.append(Prompt({}, [], row.value, row))
-            else:
-                prompts.append(_asked_or_not(row, config.data, config, tokenizer))
-    return prompts
-
-
-def _asked_or_not(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    try:
-        return _prompt(row, data, config, tokenizer)
-    except InputError as error:
-        return Prompt(row.fields, [], row.place, error)
+        rows += [(row, config.data) for row in read_all(config.generate.file, "generate.file", TextUnit.line)]
+    for row, data in rows:
+        if isinstance(row, InputError):
+            yield Row({}, row.value), row
+            continue
+        try:
+            one: T | InputError = made(row, data)
+        except InputError as fault:
+            one = fault
+        yield row, one
 
 
 def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -157,13 +173,8 @@ def text_ids(
     control = _control(tokenizer, None, len(tokenizer), keep)
     hidden = not keep and bool(control.found(text))
     text = control.mask(text, ASKED) if hidden else text
+    prompt = label_prompt(tokenizer, objective or ObjectiveConfig())
+    ids = next(control.encode([prompt.around(text)], [hidden], [ASKED], specials=prompt.specials))[0]
     if isinstance(objective, ClassifyTokenConfig):
-        head, _, tail = objective.prompt.partition("{text}")
-        begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
-        return (
-            begin
-            + next(control.encode([head + text], [hidden], [ASKED], specials=not tail))[0]
-            + (tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else [])
-        )
-    ids = next(control.encode([text], [hidden], [ASKED], specials=True))[0]
+        return prompt.begin + ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some end every text

@@ -9,52 +9,53 @@ from typing import Any
 import pyarrow as pa
 import torch
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Overlong, TextUnit
+from tritune.trainer.config_choices import Overlong
+from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.columns import columns_of
-from tritune.trainer.data.encode import Labelled
+from tritune.trainer.data.encode import Encoded, Labelled
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.forms import value_of
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import evaluation_batches
-from tritune.trainer.data.records import Row, read_all
+from tritune.trainer.data.prompts import read_asked
+from tritune.trainer.data.records import Row
 from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.evaluation.predictions import likeliest
 from tritune.trainer.objectives import Objective
 from tritune.trainer.open import Opened
 from tritune.trainer.scorer import TokenScorer
 
+Asked = Sequence[tuple[Row, str | InputError]]
+ENCODED = 1000  # texts at a time
 
-def read_texts(given: Sequence[str], config: Config) -> list[tuple[Row, str | InputError]]:
+
+def read_texts(given: Sequence[str], config: Config) -> Asked:
     """The texts of the command line, then those of `generate.file` (`text` or `prompt`); in the place of a row without one its
     fault."""
-    found: list[tuple[Row, str | InputError]] = [
-        (Row({"prompt": text}, f"--prompt {i}"), text) for i, text in enumerate(given, 1)
-    ]
-    if config.generate.file is not None:
-        for row in read_all(config.generate.file, "generate.file", TextUnit.line):
-            if isinstance(row, InputError):
-                found.append((Row({}, row.value), row))
-                continue
-            columns = columns_of(row.fields.keys(), config.data)
-            column = columns.get("text", columns.get("prompt"))
-            try:
-                if column is None:
-                    rule = f"it has {some_names(row.fields)}, and a classifier reads a text in text or prompt"
-                    raise InputError(row.place, rule, "Map it: data.columns.text=<name in the file>")
-                found.append((row, value_of(row, column)))
-            except InputError as fault:
-                found.append((row, fault))
-    return found
+    return list(read_asked(given, config, _text))
+
+
+def _text(row: Row, data: DataConfig) -> str:
+    columns = columns_of(row.fields.keys(), data)
+    column = columns.get("text", columns.get("prompt"))
+    if column is None:
+        rule = f"it has {some_names(row.fields)}, and a classifier reads a text in text or prompt"
+        raise InputError(row.place, rule, "Map it: data.columns.text=<name in the file>")
+    return value_of(row, column)
 
 
 @torch.no_grad()
 def label_texts(
-    opened: Opened, objective: Objective, texts: Sequence[tuple[Row, str | InputError]], context: int | None
+    opened: Opened, objective: Objective, texts: Asked, context: int | None, below: float | None = None
 ) -> Iterator[tuple[Row, dict[str, Any] | InputError]]:
-    """For each text `{"text": label, "probability": p, "probabilities": {label: p}}`, or its fault.
+    """For each text what the model answers, or the text's fault.
+
+    An answer is `{"text": label, "abstained": false, "guess": label, "probability": p, "probabilities": {label: p}}`; where the
+    model abstains, its text is None.
 
     Args:
         context: tokens that the model can read; a longer text is cut as it is in training.
+        below: the probability below which it abstains; None never does.
     """
     config, tokenizer = opened.config, opened.tokenizer
     length = min(config.data.max_length, context or config.data.max_length)
@@ -62,32 +63,47 @@ def label_texts(
         config.data, max_length=length, overlong=config.data.overlong if config.data.overlong.cuts else Overlong.cut
     )
     encode = Labelled(tokenizer, data, config.objective)
-    batches: list[pa.RecordBatch] = []
-    numbers: list[int] = []
-    faults: dict[int, InputError] = {}
-    for i, (row, text) in enumerate(texts):
-        if isinstance(text, InputError):
-            faults[i] = text
-            continue
-        encoded = encode([Record(place=row.place, text=text)])
-        if encoded.bad:
-            faults[i] = encoded.bad[0]
-            continue
-        batches.append(encoded.columns.batch())
-        numbers.append(i)
+    faults = {i: text for i, (_, text) in enumerate(texts) if isinstance(text, InputError)}
+    # A text's number is its place: two rows of a file may have the same one.
+    records = [Record(place=str(i), text=text) for i, (_, text) in enumerate(texts) if not isinstance(text, InputError)]
+    tables = []
+    for start in range(0, len(records), ENCODED):
+        for encoded in _encoded(encode, records[start : start + ENCODED]):
+            for fault in encoded.bad:
+                number = int(fault.value)
+                faults[number] = InputError(texts[number][0].place, fault.rule, fault.remedy)
+            tables.append(pa.Table.from_batches([encoded.columns.batch()]))
+    examples = Examples(tables, opened.labels)
     chances: dict[int, torch.Tensor] = {}
-    if numbers:
+    if len(examples):
         scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
         device = next(opened.model.parameters()).device
-        examples = Examples([pa.Table.from_batches(batches)], opened.labels)
         for batch in evaluation_batches(examples, config.evaluation.batch_size, tokenizer.pad_token_id, 0, 1, device):
             found = objective.rows(scorer, batch)["probabilities"].cpu()
-            chances |= {numbers[s]: found[d] for d, s in enumerate(batch.sample_ids.tolist()) if s >= 0}
+            numbers = [(d, int(examples.place(s))) for d, s in enumerate(batch.sample_ids.tolist()) if s >= 0]
+            chances |= {number: found[d] for d, number in numbers}
     for i, (row, _) in enumerate(texts):
-        yield row, faults[i] if i in faults else _said(opened.labels, chances[i])
+        yield row, faults[i] if i in faults else _said(opened.labels, chances[i], below)
 
 
-def _said(labels: Sequence[str], chances: torch.Tensor) -> dict[str, Any]:
+def _encoded(encode: Labelled, records: list[Record]) -> list[Encoded]:
+    """All at once; where the tokenizer fails on a text, one by one, and that one is a fault."""
+    try:
+        return [encode(records)]
+    except InputError as error:
+        if len(records) == 1:
+            return [Encoded(bad=[error])]
+    return [one for record in records for one in _encoded(encode, [record])]
+
+
+def _said(labels: Sequence[str], chances: torch.Tensor, below: float | None) -> dict[str, Any]:
     best = int(chances.argmax())
     each = likeliest(labels, chances)
-    return {"text": labels[best], "probability": each[labels[best]], "probabilities": each}
+    abstained = below is not None and float(chances[best]) < below
+    return {
+        "text": None if abstained else labels[best],
+        "abstained": abstained,
+        "guess": labels[best],
+        "probability": each[labels[best]],
+        "probabilities": each,
+    }

@@ -15,6 +15,7 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.objectives import Loss, Objective
 
 DIGITS, MOST = 6, 100
+SHOWN = 256  # tokens of a text without a prompt that are written: a document may be a book
 
 
 class Recorder:
@@ -64,12 +65,17 @@ class _Once(nn.Module):
 
 
 def described(
-    recorder: Recorder, examples: Examples, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[dict[str, Any]]:
+    recorder: Recorder, examples: Examples, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase,
+    below: float | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A JSON object for each row, in the split's order.
 
-    Of a classifier: place, input, label (null where there is none), prediction, its probability, and those of all labels. Else:
-    place, input and reference (what the answer's or the text's predicted tokens spell), their mean loss and their number.
+    Of a classifier: place, input, label (null where there is none), prediction, its probability, those of all labels, and whether
+    it abstains. Else: place, input and reference (what the answer's or the text's predicted tokens spell), their mean loss and
+    their number; of a text without a prompt the reference is its first `SHOWN` tokens, and `shown` says so where it has more.
+
+    Args:
+        below: the probability below which a classifier abstains; None never does.
     """
     for row, number in enumerate(examples.numbers.tolist()):
         found = recorder.kept[number]
@@ -82,14 +88,17 @@ def described(
                 "input": tokenizer.decode(ids, skip_special_tokens=True), "label": labels[label] if label >= 0 else None,
                 "prediction": labels[best], "probability": round(float(chances[best]), DIGITS),
                 "probabilities": likeliest(labels, chances),
+                "abstained": below is not None and float(chances[best]) < below,
             }  # fmt: skip
         else:
             trained = examples.trained(row)
             first, tokens = int(trained[0]) if len(trained) else len(ids), int(found["tokens"])
+            written = trained[:SHOWN] if first == 1 else trained
             line |= {
                 "input": tokenizer.decode(ids[:first]),
-                "reference": tokenizer.decode([ids[i] for i in trained], skip_special_tokens=True),
+                "reference": tokenizer.decode([ids[i] for i in written], skip_special_tokens=True),
                 "loss": float(found["nll"]) / max(tokens, 1), "tokens": tokens,
+                **({"shown": len(written)} if len(written) < len(trained) else {}),
             }  # fmt: skip
         yield line
 

@@ -9,6 +9,7 @@ import yaml
 from tritune.trainer import __version__
 from tritune.trainer.config import Config, LoraConfig
 from tritune.trainer.config_choices import Form
+from tritune.trainer.export.card_labels import asking, labels_part
 from tritune.trainer.model import auto_class
 from tritune.trainer.redact import redact
 
@@ -27,6 +28,7 @@ def write_card(directory: Path, source: Source, form: Form, agreement: Agreement
         _what(config, form),
         "## Load",
         "```python\n" + _snippet(source, form) + "\n```",
+        *labels_part(source, form),
         "## Scores",
         _scores(source.facts.get("eval") or {}),
         "## Training",
@@ -80,17 +82,17 @@ def _base_name(config: Config) -> str:
 
 def _snippet(source: Source, form: Form) -> str:
     auto = auto_class(source.model.config, bool(source.heads)).__name__
-    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    lines, asked = [f"from transformers import {auto}, AutoTokenizer", ""], asking(source, form)
     if form is not Form.adapter:
         lines += ['tokenizer = AutoTokenizer.from_pretrained(".")', f'model = {auto}.from_pretrained(".")']
-        return "\n".join(lines)
+        return "\n".join([*lines, *asked])
     options = f", num_labels={len(source.labels)}" if source.heads else ""
-    lines[0:1] = ["from peft import PeftModel", lines[0]]
+    lines[0:1] = [*(["import json", ""] if asked else []), "from peft import PeftModel", lines[0]]
     lines += ['tokenizer = AutoTokenizer.from_pretrained(".")']
     lines += [f'base = {auto}.from_pretrained("{_base_name(source.config)}"{options})']
     if source.config.model.add_tokens or source.config.model.chat_template == "chatml":
         lines += ["base.resize_token_embeddings(len(tokenizer))"]
-    return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")'])
+    return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")', *asked])
 
 
 def _scores(results: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ class Source:
         model: the Hugging Face model, with the method's layers in it.
         logits: input ids -> logits, as the model computed them in training.
         heads: modules that are new; labels: of a classifier.
-        facts: of the run, for the model card: step, tokens, scores.
+        facts: of the run, for the model card: step, tokens, scores, abstention.
     """
 
     config: Config
@@ -30,6 +30,11 @@ class Source:
     heads: list[str]
     labels: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def abstain_below(self) -> float | None:
+        """The probability below which a classifier abstains; None where it never does."""
+        return (self.facts.get("abstain") or {}).get("below")
 
 
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tritune.trainer.config import ClassifyTokenConfig
+from tritune.trainer.data.label_prompt import is_secret
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export.source import Source
@@ -21,7 +23,7 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
     """
     config, tokenizer = source.config, source.tokenizer
     template = tokenizer.chat_template
-    name_rendering(tokenizer, config.objective)
+    exact = name_rendering(tokenizer, config.objective)
     try:
         tokenizer.save_pretrained(directory)
         changed = changed_tokenizer(directory, tokenizer)
@@ -31,6 +33,13 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
         rule = f"saved and read back, it is not the tokenizer that the run trains with: {changed}"
         remedy = "Save its fast form with transformers first, or take it as it is with export.insist=true"
         raise InputError(f"model.tokenizer={config.model.tokenizer or config.model.path}", rule, remedy)
+    if isinstance(config.objective, ClassifyTokenConfig) and is_secret(config.objective):
+        say(
+            "export    objective.prompt holds a secret, or *** in its place: it is not written, and whoever asks must know it"
+        )
+    if not exact:
+        say("export    its chat template renders the prompt, in other tokens than those of training: the tokenizer tells a "
+            "text after its first token from a text at the start")  # fmt: skip
     if changed is not None:
         say(f"export    the tokenizer comes back as another one, and is written as it is (export.insist): {changed}")
 

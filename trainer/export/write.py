@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.export.carried import in_config, write_beside
 from tritune.trainer.export.merge import merged_state
-from tritune.trainer.methods.adapter_io import LABELS, save_adapter, whole
+from tritune.trainer.methods.adapter_io import save_adapter, whole
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
@@ -38,8 +39,7 @@ def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -
     if base is not None and Path(base).is_dir():
         base = str(Path(base).resolve())  # a relative path would depend on where the reader stands
     size = save_adapter(directory, config.method, source.model, source.heads, base, config.model.revision)
-    if source.labels:
-        (directory / LABELS).write_text(json.dumps(source.labels, ensure_ascii=False) + "\n")
+    write_beside(directory, source)
     if not source.heads:
         source.model.generation_config.save_pretrained(directory)
     return size
@@ -56,7 +56,8 @@ def write_whole(directory: Path, source: Source, say: Callable[[str], None]) -> 
     # `save_pretrained` notes the dtype of the masters; whoever loads the model wants that of the file.
     path = directory / "config.json"
     name = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": name}, indent=2) + "\n")
+    settings = in_config(json.loads(path.read_text()), source) | {"dtype": name}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
     _copy_processors(directory, source, say)
     return sum(p.stat().st_size for p in directory.glob("*.safetensors"))
 

@@ -17,10 +17,23 @@ from tritune.trainer.metrics.progress import duration
 from tritune.trainer.report.data_plots import pictures as data_pictures
 from tritune.trainer.report.plots import curves
 from tritune.trainer.report.record import Record
+from tritune.trainer.report.risk import coverage_table, risk_pictures
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-SHARES = ("accuracy", "macro_precision", "macro_recall", "macro_f1")  # shown in percent
-NAMES = {"bits_per_byte": "bits per byte", "macro_f1": "macro F1"}
+SHARES = (
+    "accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "coverage",
+    "answered_accuracy",
+)  # shown in percent
+NAMES = {
+    "bits_per_byte": "bits per byte",
+    "macro_f1": "macro F1",
+    "coverage": "answered (coverage)",
+    "answered_accuracy": "accuracy where answered",
+}
 TASKS = {
     "pretrain": "continued pre-training on plain text",
     "sft": "supervised fine-tuning on prompts and answers",
@@ -42,7 +55,10 @@ def render(record: Record) -> str:
         ended=record.summary.get("time") or record.status.get("time", ""),
         results=_results(record),
         samples=[{k: _marked(v) if isinstance(v, str) else v for k, v in s.items()} for s in record.samples],
-        pictures=curves(record.steps, record.evaluations) + data_pictures(record.audit.get("splits", {})),
+        coverage=coverage_table(record.summary.get("abstain")),
+        pictures=curves(record.steps, record.evaluations)
+        + risk_pictures(record.summary.get("abstain"))
+        + data_pictures(record.audit.get("splits", {})),
         data=_data(record.data),
         speed=_speed(record),
         written=_written(record.summary.get("export")),

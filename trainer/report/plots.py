@@ -62,7 +62,7 @@ def _loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
             axes.set_yscale("log")
             axes.set_title("Loss (logarithmic)")
         axes.legend(loc="upper right")
-        return _address(figure)
+        return address(figure)
 
 
 def _by_source(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -84,7 +84,7 @@ def _sources(points: dict[str, list[tuple[int, float]]]) -> str:
             label = " " + name.replace("$", r"\$")  # one that begins with _ would be hidden
             axes.plot(*_columns(_smooth(values)), linewidth=1.4, label=label)
         axes.legend(loc="upper right", ncols=2)
-        return _address(figure)
+        return address(figure)
 
 
 def _simple(points: list[tuple[int, float]], title: str, color: str, marker: str = "", floor: bool = True) -> str:
@@ -93,7 +93,7 @@ def _simple(points: list[tuple[int, float]], title: str, color: str, marker: str
         axes.plot(*_columns(points), color=color, linewidth=1.4, marker=marker, markersize=4)
         if floor:
             axes.set_ylim(0, 1.08 * max(y for _, y in points) or 1)
-        return _address(figure)
+        return address(figure)
 
 
 def _axes(title: str, wide: bool) -> tuple[Figure, Any]:
@@ -121,7 +121,7 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return smooth
 
 
-def _address(figure: Figure) -> str:
+def address(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

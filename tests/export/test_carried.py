@@ -1,0 +1,100 @@
+"""What an export of a classifier says of itself: written, read back, and refused where it is something else."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
+from tritune.trainer.errors import InputError
+from tritune.trainer.export.card_labels import labels_part
+from tritune.trainer.export.carried import Carried, in_config, of_adapter, of_config, write_beside
+from tritune.trainer.export.source import Form, Source
+from tritune.trainer.objectives.classify import label_token_ids
+from tritune.trainer.tokenizer import byte_tokenizer
+
+LABELS = ["grün", 'b"lue```', "red"]
+ABSTAIN = {
+    "target": 0.9,
+    "below": 0.625,
+    "splits": {
+        "validation": {"coverage": 0.5, "answered_accuracy": 0.91},
+        "test": {"coverage": 0.0, "answered_accuracy": None},
+    },
+}
+
+
+def source(objective: ObjectiveConfig, labels: list[str], below: bool = True) -> Source:
+    heads = ["score"] if objective.name == "classify" else []
+    facts = {"abstain": ABSTAIN} if below else {}
+    return Source(Config(objective=objective), None, None, byte_tokenizer(), heads, labels, facts)  # type: ignore[arg-type]
+
+
+TOKEN = ClassifyTokenConfig(prompt='Is "{text}"\n```\nit? ')
+
+
+def test_what_a_config_says_comes_back():
+    written = json.loads(json.dumps(in_config({"vocab_size": 7}, source(TOKEN, LABELS))))
+    assert written["vocab_size"] == 7
+    read = SimpleNamespace(**{**written, "id2label": {int(k): v for k, v in written["id2label"].items()}})
+    tokens = label_token_ids(LABELS, byte_tokenizer())
+    assert of_config(read, "x", []) == Carried(LABELS, TOKEN.prompt, tokens, 0.625)
+    assert written["label2id"] == {label: i for i, label in enumerate(LABELS)}
+
+
+def test_what_the_base_said_does_not_stay():
+    """A model that was a classifier by token and was trained on as another one."""
+    before = in_config({"vocab_size": 7}, source(TOKEN, LABELS))
+    assert in_config(before, source(ObjectiveConfig("sft"), [])) == {"vocab_size": 7}
+    head = in_config(before, source(ObjectiveConfig("classify"), ["a", "b"], below=False))
+    assert not [key for key in head if key.startswith("tritune_")]
+    assert of_config(SimpleNamespace(vocab_size=7), "x", []) == Carried()
+
+
+def test_what_stands_beside_an_adapter_comes_back(tmp_path):
+    write_beside(tmp_path, source(TOKEN, LABELS))
+    tokens = label_token_ids(LABELS, byte_tokenizer())
+    read = of_adapter(tmp_path, "x", [])
+    assert read == Carried(LABELS, TOKEN.prompt, tokens, 0.625)
+    read.require_tokens(byte_tokenizer(), "x")
+    with pytest.raises(InputError, match="not those that this tokenizer has"):
+        of_adapter(tmp_path, "x", LABELS[::-1]).require_tokens(byte_tokenizer(), "x")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_beside(empty, source(ObjectiveConfig("sft"), []))
+    assert list(empty.iterdir()) == []
+    assert of_adapter(empty, "x", []) == Carried()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tritune_prompt", 5), ("tritune_prompt", "no place"), ("tritune_label_token_ids", [1, 2]),
+     ("tritune_label_token_ids", None), ("tritune_label_token_ids", [1, 2, "3"]), ("tritune_abstain_below", 1.5),
+     ("tritune_abstain_below", True), ("tritune_abstain_below", "0.5"), ("tritune_abstain_below", float("nan"))],
+)  # fmt: skip
+def test_something_else_is_refused(tmp_path, field, value):
+    write_beside(tmp_path, source(TOKEN, LABELS))
+    path = tmp_path / "tritune.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(InputError, match=field):
+        of_adapter(tmp_path, "model.path=x", [])
+
+
+@pytest.mark.parametrize("form", [Form.adapter, Form.merged])
+def test_the_cards_part(form):
+    """Prompts and labels are JSON, so that nothing in them ends a block."""
+    text = "\n\n".join(labels_part(source(TOKEN, LABELS), form))
+    lines = text.splitlines()
+    assert json.dumps(TOKEN.prompt) in lines
+    assert [line for line in lines if line.startswith("```")] == ["```text", "```"] * 2
+    tokens = label_token_ids(LABELS, byte_tokenizer())
+    for label, token in zip(LABELS, tokens, strict=True):
+        assert any(line.startswith(json.dumps(label, ensure_ascii=False)) and f" {token} " in line for line in lines)
+    assert "below 0.625" in text
+    assert (
+        "on validation it answers 50.0% of the rows and is right in 91.0% of these; on test it answers 0.0% of the rows."
+        in text
+    )
+    assert ("tritune.json" in text) == (form is Form.adapter)
+    assert labels_part(source(ObjectiveConfig("sft"), []), form) == []

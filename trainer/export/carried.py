@@ -1,0 +1,147 @@
+"""What an export of a classifier says of itself, so that nobody has to be told: its labels, its prompt, when it abstains.
+
+In a whole model's `config.json`, where transformers keeps fields that it does not know; beside an adapter, which has none, in
+`labels.json` and `tritune.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+from tritune.trainer.config import ClassifyTokenConfig
+from tritune.trainer.data.label_prompt import TEXT, is_secret
+from tritune.trainer.errors import InputError, reason
+from tritune.trainer.methods.adapter_io import LABELS
+from tritune.trainer.model_folder import read_settings_file
+from tritune.trainer.objectives.classify import label_token_ids
+from tritune.trainer.shown import bounded
+
+if TYPE_CHECKING:
+    from tritune.trainer.export.source import Source
+
+SIDECAR = "tritune.json"
+PROMPT, TOKEN_IDS, BELOW = "tritune_prompt", "tritune_label_token_ids", "tritune_abstain_below"
+_FIELDS = (PROMPT, TOKEN_IDS, BELOW)
+_REMEDY = "Mend the file, or export the model again from its run"
+_GIVE = "Give data.labels=[...] in the order of the outputs"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What an export says of the classifier in it; empty of any other model.
+
+    Attributes:
+        labels: in the order of the outputs, or of the label tokens.
+        prompt: `objective.prompt` of a classifier by token; None of any other.
+        token_ids: its label tokens.
+        below: the probability below which it abstains.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    prompt: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    below: float | None = None
+
+    def require_tokens(self, tokenizer: PreTrainedTokenizerBase, value: str) -> None:
+        """Refuse a tokenizer that names other label tokens than those that were trained.
+
+        Raises:
+            InputError: it does.
+        """
+        if self.prompt is not None and label_token_ids(self.labels, tokenizer) != self.token_ids:
+            rule = f"its {TOKEN_IDS} are not those that this tokenizer has for {', '.join(self.labels[:5])}"
+            raise InputError(value, rule, "Leave out data.labels and model.tokenizer, or export it again from its run")
+
+
+NOTHING = Carried()
+
+
+def fields_of(source: Source) -> dict[str, Any]:
+    """The fields of ours for this model; none where it is no classifier, or one by a head that never abstains."""
+    fields: dict[str, Any] = {}
+    if source.labels and isinstance(source.config.objective, ClassifyTokenConfig):
+        if not is_secret(source.config.objective):
+            fields[PROMPT] = source.config.objective.prompt
+        fields[TOKEN_IDS] = label_token_ids(source.labels, source.tokenizer)
+    if source.labels and source.abstain_below is not None:
+        fields[BELOW] = source.abstain_below
+    return fields
+
+
+def in_config(settings: dict[str, Any], source: Source) -> dict[str, Any]:
+    """`config.json` with what the model says of itself, and without what its base said there."""
+    kept = {key: value for key, value in settings.items() if key not in _FIELDS}
+    if TOKEN_IDS in settings and not source.heads:  # these went with it
+        kept.pop("id2label", None)
+        kept.pop("label2id", None)
+    fields = fields_of(source)
+    if TOKEN_IDS in fields:
+        kept["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
+        kept["label2id"] = {label: i for i, label in enumerate(source.labels)}
+    return kept | fields
+
+
+def write_beside(directory: Path, source: Source) -> None:
+    """The files beside an adapter; none where there is nothing to say."""
+    if source.labels:
+        (directory / LABELS).write_text(json.dumps(source.labels, ensure_ascii=False) + "\n")
+    if fields := fields_of(source):
+        (directory / SIDECAR).write_text(json.dumps(fields, ensure_ascii=False, indent=2) + "\n")
+
+
+def of_config(config: Any, value: str, given: list[str]) -> Carried:
+    """What a whole model's config, as transformers read it, says.
+
+    Args:
+        value: what the user gave, for messages.
+        given: `data.labels`, in place of its own.
+
+    Raises:
+        InputError: a field holds something else.
+    """
+    fields = {name: getattr(config, name) for name in _FIELDS if getattr(config, name, None) is not None}
+    if not fields:
+        return NOTHING
+    named: Mapping[Any, str] = config.id2label or {}
+    return _checked(given or [str(named[i]) for i in sorted(named)], fields, value)
+
+
+def of_adapter(folder: Path, value: str, given: list[str]) -> Carried:
+    """What the files beside an adapter say.
+
+    Args:
+        given: `data.labels`, in place of those.
+
+    Raises:
+        InputError: they do not read.
+    """
+    labels: Any = given
+    if not given and (folder / LABELS).is_file():
+        try:
+            labels = json.loads((folder / LABELS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(value, f"its {LABELS} does not read ({reason(error)})", _GIVE) from None
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise InputError(value, f"its {LABELS} is no list of names", _GIVE)
+    fields = read_settings_file(folder / SIDECAR, value) if (folder / SIDECAR).is_file() else {}
+    return _checked(labels, fields, value)
+
+
+def _checked(labels: list[str], fields: Mapping[str, Any], value: str) -> Carried:
+    prompt, token_ids, below = (fields.get(name) for name in _FIELDS)
+
+    def require(holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise InputError(value, f"its {name} is {bounded(str(fields.get(name)), 60)}, and {rule}", _REMEDY)
+
+    require(prompt is None or (isinstance(prompt, str) and TEXT in prompt), PROMPT, f"a prompt has {TEXT} in it")
+    are_ids = isinstance(token_ids, list) and all(type(i) is int for i in token_ids)
+    rule = f"there is one for each of the {len(labels)} labels"
+    require(prompt is None or (are_ids and len(token_ids or []) == len(labels) > 1), TOKEN_IDS, rule)
+    require(below is None or (type(below) in (int, float) and 0 <= below <= 1), BELOW, "a probability is from 0 to 1")
+    return Carried(labels, prompt, list(token_ids or []), below)
