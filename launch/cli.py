@@ -37,7 +37,7 @@ Every verb takes the same Hydra overrides:
   tracking.wandb=true    W&B, offline without a key; tracking.tensorboard=true; both are off unless asked
   --config-dir DIR       a folder of your own groups, e.g. DIR/experiment/mine.yaml
 
-`tritune config` shows every key with its value; trainer/config.py says what each means.
+`tritune config` shows every key with its value; conf/README.md says what each means.
 Under torchrun: torchrun --nproc-per-node 8 -m tritune.trainer [overrides]
 
 exit status: 0 done, 1 failed, 2 wrong input, 75 stopped on request (the same command goes on)

@@ -22,7 +22,6 @@ PROOFS = ("parity", "resume")
 
 def verify(argv: list[str]) -> int:
     """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
-    from tritune.trainer.__main__ import checked_config
     from tritune.trainer.compose import split_argv
     from tritune.trainer.rundir import run_path
     from tritune.trainer.shown import shown
@@ -33,7 +32,7 @@ def verify(argv: list[str]) -> int:
                 f"verify {' '.join(argv[:1])}".strip(), f"there is {', '.join(PROOFS)}", "Write one of them"
             )
         config_dir, overrides = split_argv(argv[1:])
-        config = checked_config(overrides, config_dir, None)
+        config = _checked(overrides, config_dir)
         directory = run_path(config, overrides)
         devices = gpus(config.backend.device.value)
         processes.preload(on_cpu=not devices)
@@ -44,6 +43,21 @@ def verify(argv: list[str]) -> int:
     except INPUT_ERRORS as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
+
+
+def _checked(overrides: list[str], config_dir: str | None) -> Config:
+    """The user's configuration with the proof's end: its runs have `verify.steps` steps, and need no other.
+
+    Raises:
+        InputError, ConfigFaults: what is wrong.
+    """
+    from tritune.trainer.__main__ import checked_config
+    from tritune.trainer.compose import compose_partly
+    from tritune.trainer.verify.cells import length
+
+    composed, _ = compose_partly(overrides, config_dir)
+    end = [] if composed is None else length(max(composed.verify.steps, 1))  # a wrong one is said of verify.steps alone
+    return checked_config([*overrides, *end], config_dir, None)
 
 
 def _parity(config: Config, given: list[str], overrides: list[str], directory: Path, count: int) -> int:

@@ -35,7 +35,7 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)  # instead of `path`: an architecture with random weights
     tokenizer: str | None = None  # hub id, folder, or "bytes" (built in); default: `path`
     dtype: Dtype = Dtype.float32
-    attention: Attention = Attention.sdpa
+    attention: Attention = Attention.sdpa  # PyTorch's fused attention, or the model's own plain code
     chat_template: str | None = None  # a Jinja file, chatml or plain; default: the tokenizer's own, else plain
     pad_token: str | None = None  # default: the tokenizer's own, unless it is a stop token
     add_tokens: list[str] = field(default_factory=list)  # new tokens; embeddings are resized
@@ -43,7 +43,7 @@ class ModelConfig:
 
 @dataclass
 class MethodConfig:
-    name: str = "full"
+    name: str = "full"  # what trains: every parameter, or low-rank updates beside a frozen base
 
 
 @dataclass
@@ -51,18 +51,18 @@ class LoraConfig(MethodConfig):
     """LoRA (Hu et al. 2021, arXiv 2106.09685)."""
 
     name: str = "lora"
-    rank: int = 16
+    rank: int = 16  # of the update of each adapted layer
     alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of the adapted layers' inputs that the update does not see
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # suffixes or globs of linear layers
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)  # suffixes or globs of layers that `targets` names and that stay as they are
     bias: Bias = Bias.none
     modules_to_save: list[str] = field(default_factory=list)  # trained whole and saved with the adapter
 
 
 @dataclass
 class ObjectiveConfig:
-    name: str = "sft"
+    name: str = "sft"  # what is learnt of a row, and which loss measures it
 
 
 @dataclass
@@ -73,13 +73,13 @@ class ClassifyTokenConfig(ObjectiveConfig):
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: str = "adamw"  # the optimizer
     lr: float | None = None  # the peak; default: by the method and the model's width (rate.py), said at the start
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.01  # not on biases, norms and embeddings
     max_norm: float = 1.0  # gradient clipping
-    schedule: Schedule = Schedule.cosine
+    schedule: Schedule = Schedule.cosine  # how the rate goes on after its warm-up
     warmup_ratio: float = 0.03  # share of all steps
     warmup_steps: int | None = None  # instead of the share
     decay_ratio: float = 0.2  # wsd: share of all steps spent going down
@@ -91,13 +91,13 @@ class TrainConfig:
     batch_size: int = 32  # sequences (or blocks) per optimizer step over all ranks; it defines the run
     micro_batch_size: int | None = None  # sequences per forward on one rank; only splits the batch
     accumulation: int | None = None  # derived; refused if it disagrees
-    epochs: int | None = None
+    epochs: int | None = None  # how often every row comes; this or max_steps is needed
     max_steps: int | None = None  # the earlier of the two ends the run
     max_nonfinite: int = 3  # steps in a row with a NaN or infinite gradient before the run fails
     unpack: bool = False  # compute each row of a pack apart: slower, the same run; for proofs
-    log_every: int = 1
+    log_every: int = 1  # steps between rows of metrics.jsonl and lines of the log
     deterministic: bool = False  # refuse nondeterministic GPU kernels
-    activation_checkpointing: Activations = Activations.none
+    activation_checkpointing: Activations = Activations.none  # less memory, more time
     activation_offload: bool = False  # with full: layer inputs wait for backward in host memory
     compile: bool = False  # torch.compile on each decoder layer
     compile_seconds: float = 900.0  # that the dry run may take with it before the run is ended with a message
@@ -108,7 +108,7 @@ class TrainConfig:
 @dataclass
 class EvaluationConfig:
     every: int | None = None  # steps; default: once per epoch
-    batch_size: int = 64
+    batch_size: int = 64  # rows per forward on one rank
     metric: str = "loss"  # of the validation split; picks the best checkpoint
     base: bool = True  # score the untouched model too, for base against tuned
     splits: list[str] = field(default_factory=lambda: ["validation", "test", "retention"])  # scored before and after
@@ -124,7 +124,7 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int | None = None  # steps; default: with each evaluation
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that are kept; the best one is kept beside them
     asynchronous: bool = False  # copy the state to host memory, and write it while training goes on
     step: int | None = None  # evaluate, generate, export: of this step; default: the newest, or the best with use_best
 
@@ -145,12 +145,12 @@ class GenerateConfig:
     out: str | None = None  # JSONL; default: standard output
     system: str | None = None  # a system turn before each prompt, where there is a chat template
     template: bool = True  # apply the chat template, where there is one
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # an answer ends there, if it did not before
     num_samples: int = 1  # answers to each prompt
     temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    top_k: int = 0  # 0: no limit
-    batch_size: int = 16
+    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
+    top_k: int = 0  # draw among so many likeliest tokens; 0: no limit
+    batch_size: int = 16  # prompts answered at a time
 
 
 @dataclass
@@ -164,24 +164,24 @@ class TrackingConfig:
     """Nothing leaves the machine unless one of these is turned on."""
 
     wandb: bool = False  # through W&B's own client; offline where no key is found
-    tensorboard: bool = False
-    project: str = "tritune"
-    entity: str | None = None
+    tensorboard: bool = False  # event files in run.dir; needs `pip install tensorboard`
+    project: str = "tritune"  # W&B's project
+    entity: str | None = None  # W&B's user or team; default: the key's own
     name: str | None = None  # default: the run directory's name
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    group: str | None = None  # W&B's group of runs
+    tags: list[str] = field(default_factory=list)  # W&B's tags of the run
 
 
 @dataclass
 class KernelsConfig:
     """Our Triton kernels, or PyTorch: for all of them, and each on its own."""
 
-    name: str = "auto"
-    linear_cross_entropy: Implementation = Implementation.auto
-    lora: Implementation = Implementation.auto
-    rms_norm: Implementation = Implementation.auto
-    rope: Implementation = Implementation.auto
-    glu: Implementation = Implementation.auto
+    name: str = "auto"  # for all: auto is Triton on a GPU, and PyTorch elsewhere
+    linear_cross_entropy: Implementation = Implementation.auto  # losses from hidden states and the head
+    lora: Implementation = Implementation.auto  # adapted layers
+    rms_norm: Implementation = Implementation.auto  # norms, with the residual's addition
+    rope: Implementation = Implementation.auto  # rotation of queries and keys
+    glu: Implementation = Implementation.auto  # SwiGLU and GeGLU
     self_check: bool = True  # compare each with its reference on this model's shapes before training
     loss_chunk_tokens: int = 4096  # logits are made for this many tokens at a time, never stored whole
 
@@ -196,10 +196,10 @@ class RunConfig:
 class VerifyConfig:
     """`tritune verify parity | resume`: what is compared with what."""
 
-    steps: int = 20
+    steps: int = 20  # of each run of the proof, whatever train.max_steps and train.epochs say
     backends: list[str] = field(
         default_factory=lambda: ["ddp", "fsdp", "fsdp+offload", "hsdp", "zero1", "zero2", "zero3", "zero3+offload"]
-    )
+    )  # parity: NAME, NAME+offload or NAME@PROCESSES, each beside one process
     parameters_every: int = 1  # parity: steps between comparisons of parameters; each costs a checkpoint
     order: int = (
         0  # of a step's micro-batches and of the norm's terms; not 0: a random one, which changes rounding alone
@@ -212,7 +212,7 @@ class VerifyConfig:
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: int = 0  # of everything that is drawn: weights, order, dropout
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -30,8 +30,8 @@ class Offload(StrEnum):
 
 @dataclass
 class BackendConfig:
-    name: str = "auto"
-    device: Device = Device.auto
+    name: str = "auto"  # where the state lives; auto: single for one process, ddp for several
+    device: Device = Device.auto  # auto: the GPU where there is one
     timeout_seconds: int = 1800  # a collective that waits longer fails the run
     join_seconds: float = 20.0  # torchrun starts all ranks at once: one that has not come by then has died
 

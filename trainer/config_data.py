@@ -49,11 +49,11 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # instead of `train`: several, mixed
     streaming: bool = False  # read the training rows as they are needed: for what fits neither memory nor disk
     temperature: float = 1.0  # sources: shares are weights to the power 1 / temperature
-    validation: str | None = None
-    test: str | None = None
+    validation: str | None = None  # a file as `train`, scored while it trains
+    test: str | None = None  # a file as `train`, scored before and after
     retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
     validation_share: float = 0.0  # cut from `train` as `held_out` says, where `validation` is not given
-    test_share: float = 0.0
+    test_share: float = 0.0  # the same for `test`
     held_out: HeldOut = HeldOut.auto  # what the shares are: rows by content hash, or the end of each file
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
@@ -98,7 +98,7 @@ class Check(StrEnum):
     unreadable = "unreadable"  # a source or a split gives no rows at all
     bad_rows = "bad_rows"  # rows that cannot be read, or too long with data.overlong=refuse
     unsupervised = "unsupervised"  # rows without a token to train on
-    empty_answers = "empty_answers"
+    empty_answers = "empty_answers"  # rows whose answer holds nothing
     empty_prompts = "empty_prompts"  # rows that ask nothing
     unrendered = "unrendered"  # contents, calls of tools, tools or thoughts that the template leaves out
     control_tokens = "control_tokens"  # texts that spell tokens which frame turns
@@ -108,19 +108,19 @@ class Check(StrEnum):
     truncation = "truncation"  # rows above data.max_length
     truncated_answers = "truncated_answers"  # such of which an answer lost its end
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
-    double_bos = "double_bos"
+    double_bos = "double_bos"  # rows that begin with two BOS tokens
     template_mismatch = "template_mismatch"  # a model is trained on something other than it is asked with
-    duplicates_exact = "duplicates_exact"
-    duplicates_near = "duplicates_near"
+    duplicates_exact = "duplicates_exact"  # rows that stand in the same source before
+    duplicates_near = "duplicates_near"  # rows that nearly do
     leakage_exact = "leakage_exact"  # rows of another split that stand in train
-    leakage_near = "leakage_near"
+    leakage_near = "leakage_near"  # rows of another split that nearly stand in train
     leakage_prompt = "leakage_prompt"  # their prompts do, with another answer
     split_leaked = "split_leaked"  # a twentieth of a split's rows or more stand in train
     contradictions = "contradictions"  # one text, several labels
     same_prompt = "same_prompt"  # one prompt, several answers
     unknown_labels = "unknown_labels"  # labels that the label set does not have
-    label_balance = "label_balance"
-    personal = "personal"
+    label_balance = "label_balance"  # labels with less than a tenth of the rows of the commonest
+    personal = "personal"  # addresses and numbers of persons
     unread = "unread"  # columns and message keys that hold something, and that nothing reads
     similar_labels = "similar_labels"  # labels that differ by case, space or Unicode form alone
     credentials = "credentials"  # keys and passwords
@@ -137,7 +137,7 @@ class AuditConfig:
     """`tritune audit`, and what of it runs before training."""
 
     fail_on: list[str] = field(default_factory=lambda: [c.value for c in FAIL_ON])  # exit status 2, and no training
-    near_duplicates: bool = True
+    near_duplicates: bool = True  # look for rows that are nearly the same
     personal: bool = True  # look for e-mail and IP addresses, telephone and card numbers, IBANs, keys and passwords
     out: str | None = None  # folder of the results; default: audit in run.dir, or here
 

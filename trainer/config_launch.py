@@ -16,8 +16,8 @@ class LaunchConfig:
     max_restarts: int = 0  # restarts in a row after a crash without a new checkpoint in between
     backoff_seconds: float = 5.0  # before the first restart; doubled for each after it, up to ten minutes
     watchdog: bool = True  # several processes: end the run when one of them hangs
-    hang_factor: float = 4.5  # a step may be silent for so many times the median of the last ones,
-    hang_seconds: float = 25.0  # but at least so long: the run has then ended within five medians, or 30 s
+    hang_factor: float = 4.5  # a step may be silent for so many times the median of the last ones
+    hang_seconds: float = 25.0  # at least so long a step may be silent: a hung run ends within five medians, or 30 s
     quiet_seconds: float = 1800.0  # what has no steps may be silent for so long: loading, evaluation, saving, export
     grace_seconds: float | None = None  # what the scheduler leaves between its request to stop and the kill, if known
 
@@ -26,19 +26,19 @@ class LaunchConfig:
 class SlurmConfig(LaunchConfig):
     """One Slurm job; `sbatch`'s own words are in brackets."""
 
-    max_restarts: int = 3
+    max_restarts: int = 3  # times in a row that the job is requeued after a crash without a new checkpoint
     grace_seconds: float | None = 120.0  # the stop is asked for so long before the time limit, or one minute earlier
-    job_name: str = "tritune"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    job_name: str = "tritune"  # [--job-name]
+    partition: str | None = None  # [--partition]; default: the cluster's
+    account: str | None = None  # [--account]; default: yours
+    qos: str | None = None  # [--qos]
     time: str | None = None  # [D-]HH:MM:SS, or minutes
     memory: str | None = None  # of each node, e.g. 200G [--mem]
     cpus_per_proc: int | None = None  # for each process; default: the cluster's
     gpus: bool = True  # one GPU for each process; false for a job on CPUs
-    constraint: str | None = None
-    reservation: str | None = None
-    exclusive: bool = False
+    constraint: str | None = None  # features that a node must have [--constraint]
+    reservation: str | None = None  # [--reservation]
+    exclusive: bool = False  # no other job on the nodes [--exclusive]
     directives: list[str] = field(default_factory=list)  # further #SBATCH words, e.g. --mail-type=FAIL
     modules: list[str] = field(default_factory=list)  # module load ...
     venv: str | None = None  # a virtual environment; default: the one that submits

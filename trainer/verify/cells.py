@@ -56,8 +56,12 @@ def base_overrides(config: Config, overrides: list[str], steps: int) -> list[str
         f"backend.device={config.backend.device.value}",
         f"backend.timeout_seconds={config.backend.timeout_seconds}",
     ]
-    every = f"evaluation.every={steps}"
-    return [*kept, *LEFT_OUT, every, f"train.max_steps={steps}", "train.epochs=null", "train.accumulation=null"]
+    return [*kept, *LEFT_OUT, f"evaluation.every={steps}", *length(steps), "train.accumulation=null"]
+
+
+def length(steps: int) -> list[str]:
+    """The overrides that end a run after so many steps, whatever end the user's configuration has, or if it has none."""
+    return [f"train.max_steps={steps}", "train.epochs=null"]
 
 
 def backend_overrides(config: Config, overrides: list[str], entry: str, processes: int) -> tuple[list[str], int]:
