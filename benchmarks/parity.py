@@ -5,7 +5,7 @@
 A tied two-layer Llama of 0.1M parameters, saved as safetensors; prompts and responses of ragged lengths; 24 rows a step on
 two ranks, or four for `hsdp` (2 x 2), in one or three micro-batches a rank. LoRA has dropout, gradients are clipped.
 `--only "bfloat16, lora, 1"` measures that row alone, and the record keeps the others. `--readme` puts the table between the
-marks in README.md. All figures of every step are in `results/parity.json`.
+marks in benchmarks/README.md; the front page has one of its rows. All figures of every step are in `results/parity.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MARKS = ("<!-- parity: python benchmarks/parity.py --readme -->", "<!-- /parity 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table into benchmarks/README.md")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure anew, as the table names them")
     arguments = parser.parse_args()
@@ -54,7 +54,7 @@ def main() -> None:
     lines = table(cells)
     print("\n".join(lines))
     if arguments.readme:
-        put(Path(__file__).parents[1] / "README.md", lines)
+        put(Path(__file__).with_name("README.md"), lines)
 
 
 def prove(folder: Path, common: list[str], chosen: list[str], count: int) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class FsdpConfig(BackendConfig):
 
 @dataclass
 class HsdpConfig(FsdpConfig):
-    """FSDP2 on a mesh of replicas x shards: sharded within a group of ranks, replicated between the groups."""
+    """FSDP2 on a mesh of replicas x shards: sharded within a group of ranks, replicated between the groups. Beside its own
+    key it takes those of `backend=fsdp`."""
 
     name: str = "hsdp"
     shards: int | None = None  # ranks that share one copy; default: those of a machine, or half of them where it is one

@@ -60,12 +60,13 @@ def test_editable_imports_from_another_folder(tmp_path):
     assert Path(out.stdout.strip()) == ROOT / "conf" / "__init__.py"
 
 
-def test_wheel_holds_every_module_and_yaml(wheel):
+def test_wheel_holds_every_module_option_and_template(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("trainer", "kernels", "launch", "conf"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".sh") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".yaml", ".j2") and "__pycache__" not in path.parts:
                 assert f"tritune/{path.relative_to(ROOT)}" in names
+    assert "tritune/conf/README.md" in names, "where `tritune --help` says that every key is"
     assert not [n for n in names if n.split("/")[0] in ("kernels", "trainer", "conf", "launch", "tests")]
 
 

@@ -1,4 +1,7 @@
-"""Every command of the README, run as it stands there, on small files. A command without a case here fails."""
+"""Every command of the front page and of the folders' manuals, run as printed on small files of the names that it has.
+
+What is added to a command, or why it is not run here, stands in one of two tables; a line of theirs without its command fails.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +18,42 @@ import harness
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = re.findall(
-    r"^    ((?:make|tritune|torchrun|\.) .*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
-)
-SMALL = ["train.max_steps=2", "data.max_length=64", "train.batch_size=4", "backend.device=cpu"]
-# What a case adds, so that it fits these files; hub models become the small one.
+MANUALS = ["README.md", *(f"{folder}/README.md" for folder in ("trainer", "launch", "kernels", "benchmarks", "conf"))]
+BLOCK_LINE = re.compile(r"^(?:    )?((?:tritune|make|pip|python|torchrun|apt-get|\.) .*?)(?:\s+#.*)?$", re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a manual: lines of indented and of fenced blocks."""
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    indented = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+    return BLOCK_LINE.findall(f"{indented}\n{fenced}")
+
+
+COMMANDS = list(dict.fromkeys(c for manual in MANUALS for c in commands((ROOT / manual).read_text())))
+HUB = ["model.path=MODEL"]  # in place of the hub's model
+HUB_LLAMA = [*HUB, "model.pad_token=null"]  # it has no reserved tokens
+# What is added, and why. Every other command runs as printed.
 ADDED = {
-    "tritune train experiment=banking77": SMALL,
-    "tritune train experiment=qwen3_0_6b_sft": [*SMALL, "model.path=MODEL", "data.validation_share=0.3"],
-    "tritune train method=lora": SMALL,
-    "tritune audit objective=sft": ["data.max_length=64"],
-    "tritune train objective=sft model.path=MODEL data.sources": SMALL,
-    "tritune train objective=sft model.path=MODEL data.train=rows.jsonl data.streaming": [*SMALL, "data.pack_window=4"],
-    "tritune evaluate run.dir=runs/intents": [],
-    "tritune evaluate model.path=runs/lora/export": ["data.max_length=64", "backend.device=cpu"],
-    "tritune generate run.dir=runs/lora": ["backend.device=cpu"],
-    "tritune generate model.path=runs/lora/export": ["generate.max_new_tokens=8", "backend.device=cpu"],
-    "tritune export run.dir=runs/lora": [],
-    "tritune report run.dir=runs/lora": [],
-    "tritune config experiment=banking77": [],
-    "tritune doctor\n": ["backend.device=cpu"],
-    "tritune submit experiment=llama3_8b_lora": [
-        *SMALL,
-        "model.path=MODEL",
-        "model.pad_token=null",
-        "run.dir=runs/job",
-    ],
+    "tritune train experiment=qwen3_0_6b_sft": HUB,
+    "tritune submit experiment=llama3_8b_lora": HUB_LLAMA,
 }
+# What runs in another test, or not at all, and why.
 ELSEWHERE = {
     "tritune verify": "test_the_proofs_run, which is slow",
     "tritune doctor launch=slurm": "tests/launch/test_doctor.py, on a virtual cluster",
-    "tritune train method=lora model.path=MODEL data.train=rows.jsonl train.epochs=2 launch.num_procs=2": "the next test",
-    "torchrun --nnodes=2": "the one after it",
+    "tritune train method=lora model.path=MODEL data.train=rows.jsonl train.epochs=2 launch.num_procs=2":
+        "test_the_watched_command_runs, which is slow",
+    "torchrun --nnodes=2": "test_two_machines_without_a_scheduler_train_what_one_does, with one process a machine, not eight",
+    "torchrun --nproc-per-node 8": "test_the_torchrun_command_runs, with two processes in place of eight",
     "make demo": "tests/launch/test_quickstart.py, and by hand in a fresh clone",
     "make test": "this very run",
+    "pip install .": "tests/launch/test_packaging.py builds the wheel and installs it",
     ". .venv/bin/activate": "by hand in a fresh clone",
     "tritune generate run.dir=runs/quickstart/tuned": "tests/launch/test_quickstart.py",
-}
-TORCHRUN = "torchrun --nproc-per-node 8 -m tritune.trainer experiment=llama3_8b_lora"
+    "python benchmarks/kernels.py": "it needs a GPU; tests/kernels/test_benchmarks.py reads its parts",
+    "apt-get install": "it needs root and a network; tests/launch/test_slurm.py runs where these packages are",
+}  # fmt: skip
+SMALL = ["train.max_steps=2", "data.max_length=64", "train.batch_size=4", "backend.device=cpu"]  # of the torchruns alone
 
 
 @pytest.fixture(scope="module")
@@ -73,66 +74,60 @@ def workspace(tmp_path_factory) -> Path:
         drink = "tea" if name == "train.csv" else "milk"  # a test split that stands in training is refused
         rows = [f"{'hot' if i % 2 else 'cold'} {drink} {i},{'warm' if i % 2 else 'cool'}" for i in range(16)]
         (folder / name).write_text("text,category\n" + "\n".join(rows) + "\n")
-    harness.write_prompts(folder / "rows.jsonl", 8, seed=3)
-    chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}] for i in range(16)]
+    harness.write_prompts(folder / "rows.jsonl", 24, seed=3)
+    chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}] for i in range(200)]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
     return folder
 
 
-def case(command: str) -> str | None:
-    return None if elsewhere(command) else next((start for start in ADDED if f"{command}\n".startswith(start)), None)
+def line_of(table: dict, command: str) -> str | None:
+    return next((start for start in table if command.startswith(start)), None)
 
 
-def elsewhere(command: str) -> bool:
-    return any(command.startswith(start) for start in ELSEWHERE)
+def test_there_are_commands_and_no_line_without_one():
+    assert len(COMMANDS) > 20
+    assert commands("text\n\n    tritune a  # b\n\n```sh\npip c\n```\ntritune d\n") == ["tritune a", "pip c"]
+    for table in (ADDED, ELSEWHERE):
+        assert {line_of(table, command) for command in COMMANDS} - {None} == set(table)
+    assert not [c for c in COMMANDS if line_of(ELSEWHERE, c) is None and not c.startswith("tritune ")], "none runs these"
 
 
-def test_every_command_has_a_case():
-    assert len(COMMANDS) > 10
-    for command in COMMANDS:
-        assert case(command) or elsewhere(command) or command.startswith(TORCHRUN), command
-    assert len({case(c) for c in COMMANDS} - {None}) == len(ADDED), "a case without its command"
-
-
-def test_the_commands_run_in_the_readme_s_order(workspace, monkeypatch, capfd):
+def test_the_commands_run_as_printed(workspace, monkeypatch, capfd):
     """In one process and one folder, since the later ones read what the earlier wrote."""
     from tritune.launch.cli import main
 
     monkeypatch.chdir(workspace)
     for command in COMMANDS:
-        start = case(command)
-        if start is None:
-            continue
-        arguments = [*shlex.split(command)[1:], *ADDED[start]]
-        code = main(arguments)
-        out = capfd.readouterr()
-        assert code == 0, f"{command}\n{out.err}"
+        if line_of(ELSEWHERE, command) is None:
+            code = main([*shlex.split(command)[1:], *ADDED.get(line_of(ADDED, command) or "", [])])
+            assert code == 0, f"{command}\n{capfd.readouterr().err}"
     assert (workspace / "runs/intents/report.html").is_file()
-    assert len((workspace / "answers.jsonl").read_text().splitlines()) == 8
+    assert len((workspace / "answers.jsonl").read_text().splitlines()) == 24
     assert (workspace / "merged/model.safetensors").is_file()
     assert (workspace / "runs/lora/export/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_the_proofs_run(workspace, monkeypatch):
-    """With a few steps; long enough to be killed."""
+    """As printed: without an end of training, with the length that verify.steps has by itself."""
     from tritune.launch.cli import main
 
     monkeypatch.chdir(workspace)
     proofs = [shlex.split(c)[1:] for c in COMMANDS if c.startswith("tritune verify")]
     assert [words[1] for words in proofs] == ["parity", "resume"]
     for words in proofs:
-        steps = ["verify.steps=4"] if words[1] == "parity" else ["verify.steps=40", "verify.kill_at=6"]
-        assert main([*words, *SMALL, *steps]) == 0, words
-        assert json.loads((workspace / f"runs/proof/{words[1]}.json").read_text())["holds"]
+        assert main(words) == 0, words
+        proof = json.loads((workspace / f"runs/proof/{words[1]}.json").read_text())
+        assert proof["holds"]
+        assert len(proof["steps"] if words[1] == "resume" else proof["reference"]) == 20
 
 
 @pytest.mark.slow
 def test_the_torchrun_command_runs(workspace):
     """With two processes in place of eight, and the small model in place of the hub's."""
-    (command,) = [c for c in COMMANDS if c.startswith(TORCHRUN)]
+    (command,) = [c for c in COMMANDS if c.startswith("torchrun --nproc-per-node 8")]
     words = shlex.split(command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"))
-    extra = [*SMALL, "model.path=MODEL", "model.pad_token=null", "data.validation_share=0.3"]
+    extra = [*SMALL, *HUB_LLAMA, "data.validation_share=0.3"]
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:], *extra], cwd=workspace,
                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert out.returncode == 0, out.stderr
@@ -142,7 +137,7 @@ def test_the_torchrun_command_runs(workspace):
 @pytest.mark.slow
 def test_the_watched_command_runs(workspace):
     (command,) = [c for c in COMMANDS if "launch.max_restarts=3" in c]
-    words = [sys.executable, "-m", "tritune.launch.cli", *shlex.split(command)[1:], *SMALL]
+    words = [sys.executable, "-m", "tritune.launch.cli", *shlex.split(command)[1:]]
     out = subprocess.run(words, cwd=workspace, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     assert json.loads((workspace / "runs/two/environment.json").read_text())["world_size"] == 2
@@ -156,7 +151,7 @@ def test_two_machines_without_a_scheduler_train_what_one_does(workspace):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     command = command.replace("HOST", "127.0.0.1").replace("29500", port).replace("per-node=8", "per-node=1")
-    extra = [*SMALL, "model.path=MODEL", "model.pad_token=null", "export.enabled=false", "data.validation_share=0.3"]
+    extra = [*SMALL, *HUB_LLAMA, "export.enabled=false", "data.validation_share=0.3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     jobs = []
