@@ -32,7 +32,7 @@ def verify(argv: list[str]) -> int:
                 f"verify {' '.join(argv[:1])}".strip(), f"there is {', '.join(PROOFS)}", "Write one of them"
             )
         config_dir, overrides = split_argv(argv[1:])
-        config = _checked(overrides, config_dir)
+        config = checked(overrides, config_dir)
         directory = run_path(config, overrides)
         devices = gpus(config.backend.device.value)
         processes.preload(on_cpu=not devices)
@@ -45,7 +45,7 @@ def verify(argv: list[str]) -> int:
         return EXIT_INPUT
 
 
-def _checked(overrides: list[str], config_dir: str | None) -> Config:
+def checked(overrides: list[str], config_dir: str | None) -> Config:
     """The user's configuration with the proof's end: its runs have `verify.steps` steps, and need no other.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The manuals: README.md is short, links lead somewhere, every file has its line, every key its meaning, figures are the record's."""
+"""The manuals: the front page is short, links lead somewhere, every file has its line and every key its meaning."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ def only_a_docstring(path: Path) -> bool:
 
 
 def committed_files(folder: str) -> list[str]:
-    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", folder], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", folder], cwd=ROOT, capture_output=True, text=True
+    )
     if out.returncode:
         pytest.skip("the files of a checkout are asked of git")
     kinds = (".py", ".j2", ".sh")
-    return [f for f in out.stdout.split() if f.endswith(kinds) and (ROOT / f).is_file() and not only_a_docstring(ROOT / f)]
+    return [
+        f for f in out.stdout.split() if f.endswith(kinds) and (ROOT / f).is_file() and not only_a_docstring(ROOT / f)
+    ]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -44,7 +48,9 @@ def test_every_file_has_one_line_in_its_folder_s_manual(folder):
     assert not [name for name in lines if not name.startswith(f"{folder}/")], "lines that belong elsewhere"
     assert not [name for name, count in Counter(lines).items() if count > 1], "files with two lines"
     folders = tuple(name for name in lines if name.endswith("/"))
-    assert not [f for f in committed_files(folder) if f not in lines and not f.startswith(folders)], "files without a line"
+    assert not [f for f in committed_files(folder) if f not in lines and not f.startswith(folders)], (
+        "files without a line"
+    )
 
 
 def anchors(manual: Path) -> set[str]:

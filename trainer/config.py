@@ -55,7 +55,9 @@ class LoraConfig(MethodConfig):
     alpha: float = 32.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # share of the adapted layers' inputs that the update does not see
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # suffixes or globs of linear layers
-    exclude: list[str] = field(default_factory=list)  # suffixes or globs of layers that `targets` names and that stay as they are
+    exclude: list[str] = field(
+        default_factory=list
+    )  # suffixes or globs of layers that `targets` names and that stay as they are
     bias: Bias = Bias.none
     modules_to_save: list[str] = field(default_factory=list)  # trained whole and saved with the adapter
 

@@ -43,8 +43,8 @@ ELSEWHERE = {
     "tritune doctor launch=slurm": "tests/launch/test_doctor.py, on a virtual cluster",
     "tritune train method=lora model.path=MODEL data.train=rows.jsonl train.epochs=2 launch.num_procs=2":
         "test_the_watched_command_runs, which is slow",
-    "torchrun --nnodes=2": "test_two_machines_without_a_scheduler_train_what_one_does, with one process a machine, not eight",
-    "torchrun --nproc-per-node 8": "test_the_torchrun_command_runs, with two processes in place of eight",
+    "torchrun --nnodes=2": "test_two_machines_without_a_scheduler_train_what_one_does, on CPU, one process a machine",
+    "torchrun --nproc-per-node 8": "test_the_torchrun_command_runs, on CPU, with two processes in place of eight",
     "make demo": "tests/launch/test_quickstart.py, and by hand in a fresh clone",
     "make test": "this very run",
     "pip install .": "tests/launch/test_packaging.py builds the wheel and installs it",
@@ -53,7 +53,7 @@ ELSEWHERE = {
     "python benchmarks/kernels.py": "it needs a GPU; tests/kernels/test_benchmarks.py reads its parts",
     "apt-get install": "it needs root and a network; tests/launch/test_slurm.py runs where these packages are",
 }  # fmt: skip
-SMALL = ["train.max_steps=2", "data.max_length=64", "train.batch_size=4", "backend.device=cpu"]  # of the torchruns alone
+CPU = ["backend.device=cpu"]  # for the torchruns: two processes cannot share a GPU
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_there_are_commands_and_no_line_without_one():
     assert commands("text\n\n    tritune a  # b\n\n```sh\npip c\n```\ntritune d\n") == ["tritune a", "pip c"]
     for table in (ADDED, ELSEWHERE):
         assert {line_of(table, command) for command in COMMANDS} - {None} == set(table)
-    assert not [c for c in COMMANDS if line_of(ELSEWHERE, c) is None and not c.startswith("tritune ")], "none runs these"
+    assert not [c for c in COMMANDS if line_of(ELSEWHERE, c) is None and not c.startswith("tritune ")], (
+        "none runs these"
+    )
 
 
 def test_the_commands_run_as_printed(workspace, monkeypatch, capfd):
@@ -127,8 +129,7 @@ def test_the_torchrun_command_runs(workspace):
     """With two processes in place of eight, and the small model in place of the hub's."""
     (command,) = [c for c in COMMANDS if c.startswith("torchrun --nproc-per-node 8")]
     words = shlex.split(command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"))
-    extra = [*SMALL, *HUB_LLAMA, "data.validation_share=0.3"]
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:], *extra], cwd=workspace,
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:], *HUB_LLAMA, *CPU], cwd=workspace,
                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert (workspace / "runs/llama/summary.json").is_file()
@@ -151,7 +152,7 @@ def test_two_machines_without_a_scheduler_train_what_one_does(workspace):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     command = command.replace("HOST", "127.0.0.1").replace("29500", port).replace("per-node=8", "per-node=1")
-    extra = [*SMALL, *HUB_LLAMA, "export.enabled=false", "data.validation_share=0.3"]
+    extra = [*HUB_LLAMA, *CPU]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     jobs = []
@@ -168,7 +169,7 @@ def test_two_machines_without_a_scheduler_train_what_one_does(workspace):
     one = [w.replace("runs/two-machines", "runs/one-machine") for w in one]
     subprocess.run([*torchrun, *one, *extra], cwd=workspace, env=env, check=True, timeout=300)
     both = [harness.rows(workspace / "runs" / name) for name in ("two-machines", "one-machine")]
-    assert len(both[0]) == 2
+    assert len(both[0]) > 4
     assert [(r["loss"], r["grad_norm"], r["batch"]) for r in both[0]] == [
         (r["loss"], r["grad_norm"], r["batch"]) for r in both[1]
     ]

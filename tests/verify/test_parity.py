@@ -12,7 +12,7 @@ import planted
 import pytest
 import today
 from tritune.launch import processes
-from tritune.launch.verify import verify
+from tritune.launch.verify import checked, verify
 
 ALL = "ddp,fsdp,fsdp+offload,hsdp@4,zero1,zero2,zero3,zero3+offload"
 METHODS = {
@@ -35,6 +35,19 @@ def rows_and_model(tmp_path_factory):
 
 def certificate(directory, kind="parity"):
     return json.loads((directory / f"{kind}.json").read_text())
+
+
+def test_a_proof_needs_no_end_of_training(tmp_path, capfd):
+    """Its length is verify.steps, whether the configuration gives another, or none; a wrong one is one fault, of that key."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    words = ["model=tiny", f"data.train={tmp_path}/rows.jsonl", "verify.steps=7"]
+    for end in ([], ["train.epochs=3"], ["train.max_steps=1"]):
+        train = checked([*words, *end], None).train
+        assert (train.max_steps, train.epochs) == (7, None)
+    assert verify(["parity", *words, "verify.steps=0", f"run.dir={tmp_path / 'run'}"]) == 2
+    said = capfd.readouterr().err
+    assert "verify.steps=0" in said
+    assert "train." not in said
 
 
 # Each day both methods and both splits of a batch, on all backends; which goes with which changes.
