@@ -39,7 +39,7 @@ def reference() -> str:
     parts += ["## Keys", *_table(("key", "takes", "default", "means"), _scalars())]
     for field in dataclasses.fields(Config):
         schema = get_type_hints(Config)[field.name]
-        if dataclasses.is_dataclass(schema):
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema):
             parts += _group(field.name, schema)
     parts += ["### What `audit.fail_on` may name", *_table(("finding", "is"), _members(Check))]
     identity = ", ".join(f"`{key}`" for key in IDENTITY)
