@@ -62,7 +62,8 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         text = f"{name}: {counted(report.bad, 'row')} that cannot be read"
         yield Finding(Check.bad_rows, severity, report.bad, text, list(report.bad_places), details={"split": name})
     if report.dropped:
-        severity = Severity.note if config.data.unsupervised is Unsupervised.drop else Severity.fault
+        asked = Severity.note if config.data.unsupervised is Unsupervised.drop else Severity.warning
+        severity = Severity.fault if report.ends_the_run(config.data.unsupervised) else asked
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
         places = list(report.dropped_places)
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
