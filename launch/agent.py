@@ -16,6 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
+from tritune.trainer.interrupted import to_the_end
 from tritune.trainer.pulse import NODE_DIR, end_with_parent
 
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"
@@ -64,4 +65,4 @@ def _log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(to_the_end(lambda: main(sys.argv[1:])))

@@ -74,7 +74,7 @@ class DataConfig:
     duplicates: Duplicates = Duplicates.keep  # rows that stand earlier in the same source
     similarity: float = 0.8  # from which texts are nearly the same: Jaccard similarity of their word 3-grams
     bad_rows: BadRows = BadRows.refuse
-    unsupervised: Unsupervised = Unsupervised.refuse
+    unsupervised: Unsupervised = Unsupervised.few  # rows without a token to train on
     unrendered: Unrendered = Unrendered.refuse  # what the chat template does not write of a row
     special_tokens: SpecialTokens = SpecialTokens.text  # what `<eos>` in a row says
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained

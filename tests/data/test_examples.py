@@ -214,6 +214,22 @@ def test_rows_whose_answer_is_cut_off():
     assert kept.report.rows == 1
 
 
+@pytest.mark.parametrize(("others", "ends"), [(49, True), (50, False)])
+def test_few_rows_whose_answer_is_cut_off_are_left_out_by_default(others, ends):
+    rows = [chat("q" * 90, "r", place="f:0"), *(chat("q", f"r{i}", place=f"f:{i + 1}") for i in range(others))]
+    if ends:
+        with pytest.raises(InputError, match=r"f:0 \(its answer lies beyond the cut\).*data.unsupervised=drop"):
+            conversations(rows, byte_tokenizer(), config(max_length=60))
+        return
+    report = conversations(rows, byte_tokenizer(), config(max_length=60)).report
+    assert (report.rows, report.dropped, report.beyond) == (50, 1, 1)
+    assert "f:0 (its answer lies beyond the cut)" in report.line()
+    with pytest.raises(InputError, match="f:0"):
+        conversations(rows, byte_tokenizer(), config(max_length=60, unsupervised=Unsupervised.refuse))
+    with pytest.raises(InputError, match=r"f:0.*f:x"):  # an empty answer is another matter, however few there are
+        conversations([*rows, chat("q", place="f:x")], byte_tokenizer(), config(max_length=60))
+
+
 def test_an_answer_at_position_zero_alone_is_no_supervision():
     """The first token of a row is never predicted."""
     tokenizer = byte_tokenizer()

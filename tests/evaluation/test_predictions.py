@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from harness import Rows
-from tritune.trainer.evaluation.predictions import SHOWN, Recorder, described
+from tritune.trainer.evaluation.predictions import SHOWN, Recorder, described, write_predictions
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.tokenizer import byte_tokenizer
 
@@ -24,3 +26,10 @@ def test_a_book_is_not_written_whole():
     assert (book["shown"], book["tokens"], book["loss"]) == (SHOWN, 800, 2.0)
     assert (brief["reference"], "shown" in brief) == ("brief", False)
     assert (answer["reference"], "shown" in answer) == ("abcdefgh" * 99, False)
+
+
+def test_secrets_of_a_text_are_blotted_out_and_labels_are_not(tmp_path):
+    key = "hf_" + "QwErTy123" * 4
+    line = {"input": f"my key is {key}", "answer": "reset_password", "probabilities": {"reset_password": 0.75}}
+    assert write_predictions(tmp_path / "p.jsonl", iter([line])) == 1
+    assert json.loads((tmp_path / "p.jsonl").read_text()) == {**line, "input": "my key is ***"}

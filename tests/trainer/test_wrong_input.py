@@ -402,13 +402,6 @@ def test_chat_template_file_that_is_not_utf8(refused, write):
     refused(f"model.chat_template={path}", words=[str(path), "UTF-8"])
 
 
-@pytest.mark.usefixtures("unloaded")
-def test_messages_without_a_template(refused, write, pretrained):
-    path = write([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
-    words = ["model.chat_template=None", "there is no template", "chatml"]
-    refused(f"data.train={path}", words=words, base=pretrained[1])
-
-
 # -- the model
 
 

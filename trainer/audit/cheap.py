@@ -12,7 +12,7 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, SpecialTokens, Unrendered, Unsupervised
+from tritune.trainer.config_choices import BadRows, Overlong, SpecialTokens, Unrendered
 from tritune.trainer.config_data import Check
 from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
@@ -62,7 +62,7 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         text = f"{name}: {counted(report.bad, 'row')} that cannot be read"
         yield Finding(Check.bad_rows, severity, report.bad, text, list(report.bad_places), details={"split": name})
     if report.dropped:
-        severity = Severity.note if config.data.unsupervised is Unsupervised.drop else Severity.fault
+        severity = Severity.fault if report.ends_the_run(config.data.unsupervised) else Severity.note
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
         places = list(report.dropped_places)
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})

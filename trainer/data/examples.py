@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tritune.trainer.config_choices import Unsupervised
 from tritune.trainer.data import remarks
 from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError
 
 NAMED = 3  # how many places a message lists
+FEW = 50  # data.unsupervised=few leaves out at most one row in so many
 
 # ids: the row's tokens. trained: [start, stop) pairs, flat, of positions whose tokens are predicted; never 0, before which
 # nothing stands. num_bytes: UTF-8 length of what the predicted tokens spell (0 where not counted). full_length: tokens before
@@ -38,6 +40,7 @@ class DataReport:
     Attributes:
         dropped, bad: rows without a supervised token, and rows that could not be read; `dropped_places` and `bad_places` have the
             first few, each with why.
+        beyond: those of `dropped` whose answer lies beyond data.max_length.
         duplicates, too_long: rows left out by `data.duplicates` and `data.overlong`.
         stop_rows: rows in which a stop token is trained.
         columns: our name -> the file's, as the first row was read; `others` has, by our name, columns that could have been it.
@@ -52,6 +55,7 @@ class DataReport:
     truncated_rows: int = 0
     truncated_tokens: int = 0
     dropped: int = 0
+    beyond: int = 0
     dropped_places: list[str] = field(default_factory=list)
     bad: int = 0
     bad_places: list[str] = field(default_factory=list)
@@ -63,6 +67,17 @@ class DataReport:
     unread: dict[str, int] = field(default_factory=dict)
     unread_texts: dict[str, int] = field(default_factory=dict)
     remarks: remarks.Said = field(default_factory=dict)
+
+    def ends_the_run(self, choice: Unsupervised, share: int | None = FEW) -> bool:
+        """Whether the rows without a token to train on are too many, or no mere matter of length, for what the config chose.
+
+        Args:
+            share: under `few`, at most one row in so many; None where the rows are read bit by bit, and none is counted.
+        """
+        if not self.dropped or choice is Unsupervised.drop:
+            return False
+        few = self.dropped == self.beyond and (share is None or self.beyond * share <= self.rows)
+        return choice is Unsupervised.refuse or not few
 
     def line(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import Packing, Unsupervised
+from tritune.trainer.config_choices import Packing
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
@@ -181,8 +181,8 @@ def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.Re
     divider.take(piece)
     divider.end()
     report = divider.sinks["train"].report
-    if report.dropped and source.data.unsupervised is Unsupervised.refuse:
-        require_supervision({"train": report}, source.data)
+    if report.ends_the_run(source.data.unsupervised, None):  # a window may have no other rows
+        require_supervision({"train": report}, source.data, None)
     require_rendered(report.remarks, report.rows, source.data)
     return batches, report, piece.seen
 

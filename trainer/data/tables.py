@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unsupervised
+from tritune.trainer.config_choices import BadRows, Duplicates, Overlong
 from tritune.trainer.config_data import DataConfig
 from tritune.trainer.data import remarks
 from tritune.trainer.data.columns import named_columns
 from tritune.trainer.data.encoded import BEYOND
 from tritune.trainer.data.examples import (
+    FEW,
     NAMED,
     SCHEMA,
     Columns,
@@ -198,6 +199,7 @@ class Divider:
         for place in piece.too_long:
             self._reject(place, "too long", f"it has more than data.max_length={self._data.max_length} tokens")
         report.dropped += len(piece.dropped)
+        report.beyond += sum(place.endswith(BEYOND) for place in piece.dropped)
         report.dropped_places += piece.dropped[: NAMED - len(report.dropped_places)]
         report.too_long += len(piece.too_long)
         add_counts(report.unread, piece.unread.rows)
@@ -216,14 +218,17 @@ def require_columns(source: Source, seen: set[str]) -> None:
             raise InputError(f"{key}={column}", rule, f"Name one of the first row's: {some_names(source.names)}")
 
 
-def require_supervision(reports: dict[str, DataReport], data: DataConfig) -> None:
+def require_supervision(reports: dict[str, DataReport], data: DataConfig, share: int | None = FEW) -> None:
     """Refuse a source of which rows, or all, train nothing.
+
+    Args:
+        share: as in `DataReport.ends_the_run`.
 
     Raises:
         InputError: it names the first such rows.
     """
     kept, lost = sum(r.rows for r in reports.values()), reports["train"]
-    if lost.dropped and (data.unsupervised is Unsupervised.refuse or not kept):
+    if lost.ends_the_run(data.unsupervised, share) or (lost.dropped and not kept):
         count = (
             "every row has"
             if not kept

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.objectives import Loss, Objective
+from tritune.trainer.redact import redact_tree
 
 DIGITS, MOST = 6, 100
 SHOWN = 256  # tokens of a text without a prompt that are written: a document may be a book
@@ -110,7 +111,12 @@ def likeliest(labels: Sequence[str], chances: Tensor) -> dict[str, float]:
 
 
 def write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> int:
-    """Write a JSON object a line; return how many."""
+    """Write a JSON object a line, secrets in its texts blotted out; return how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        return sum(1 for line in lines if file.write(json.dumps(line, ensure_ascii=False) + "\n"))
+        return sum(1 for line in lines if file.write(json.dumps(_without_secrets(line), ensure_ascii=False) + "\n"))
+
+
+def _without_secrets(line: dict[str, Any]) -> dict[str, Any]:
+    """Texts alone are looked through: a label's name, `reset_password`, says nothing of its probability."""
+    return {key: redact_tree(value) if isinstance(value, str) else value for key, value in line.items()}
