@@ -144,7 +144,7 @@ def show(name: str, figures: Any) -> None:
 
 def _config(rows: str, tokenizer: str, cache: str, length: int, objective: str) -> Any:
     from tritune.trainer.config import Config, ObjectiveConfig
-    from tritune.trainer.config_choices import Packing, Unsupervised
+    from tritune.trainer.config.choices import Packing, Unsupervised
 
     config = Config()
     config.model.tokenizer, config.data.train, config.cache.dir = tokenizer, rows, cache
@@ -157,7 +157,7 @@ def _config(rows: str, tokenizer: str, cache: str, length: int, objective: str) 
 def ours(rows: str, tokenizer_path: str, cache: str, length: str, objective: str) -> dict[str, Any]:
     from tritune.trainer.data.order import Order
     from tritune.trainer.data.splits import read_splits
-    from tritune.trainer.tokenizer import load_tokenizer
+    from tritune.trainer.model.tokenizer import load_tokenizer
 
     config = _config(rows, tokenizer_path, cache, int(length), objective)
     tokenizer = load_tokenizer(config.model)
@@ -176,7 +176,7 @@ def bare(rows: str, tokenizer_path: str) -> dict[str, Any]:
     from tritune.trainer.config import ModelConfig
     from tritune.trainer.data.encode import plain_backend
     from tritune.trainer.data.spans import ChatTemplate
-    from tritune.trainer.tokenizer import load_tokenizer
+    from tritune.trainer.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(tokenizer=tokenizer_path))
     template, texts = ChatTemplate(tokenizer), []
@@ -200,9 +200,9 @@ def start(rows: str, tokenizer_path: str, cache: str) -> dict[str, Any]:
     from tritune.trainer.data.feed import make_loader
     from tritune.trainer.data.loader import Dealer
     from tritune.trainer.data.splits import read_splits
-    from tritune.trainer.pulse import process_birth
-    from tritune.trainer.state import TrainState
-    from tritune.trainer.tokenizer import load_tokenizer, stop_token_ids
+    from tritune.trainer.model.tokenizer import load_tokenizer, stop_token_ids
+    from tritune.trainer.run.pulse import process_birth
+    from tritune.trainer.run.state import TrainState
 
     imported = time.monotonic()
     config = _config(rows, tokenizer_path, cache, 2048, "sft")
@@ -225,7 +225,7 @@ def stream(rows: str, tokenizer_path: str, count: str) -> dict[str, Any]:
     import resource
 
     from tritune.trainer.data.feed import open_stream
-    from tritune.trainer.tokenizer import load_tokenizer, stop_token_ids
+    from tritune.trainer.model.tokenizer import load_tokenizer, stop_token_ids
 
     config = _config(rows, tokenizer_path, "unused", 2048, "sft")
     config.data.streaming = True

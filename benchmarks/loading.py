@@ -46,13 +46,14 @@ class Placed(Exception):
 
 def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, Any]:
     """In a rank: load as `build` does, and return how memory rose."""
-    from tritune.trainer import build, distributed
-    from tritune.trainer.compose import load_config
+    from tritune.trainer import build
+    from tritune.trainer.config.compose import load_config
     from tritune.trainer.methods import apply_method
-    from tritune.trainer.model import load_architecture, storage_dtype, widen_masters
-    from tritune.trainer.optim import make_optimizer
-    from tritune.trainer.scorer import TokenScorer
-    from tritune.trainer.tokenizer import load_tokenizer
+    from tritune.trainer.model.load import load_architecture, storage_dtype, widen_masters
+    from tritune.trainer.model.optim import make_optimizer
+    from tritune.trainer.model.scorer import TokenScorer
+    from tritune.trainer.model.tokenizer import load_tokenizer
+    from tritune.trainer.parallel import distributed
 
     config = load_config(overrides, None, processes)
     world = distributed.start(config.backend, False)
@@ -91,7 +92,7 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
 def save_model(where: Path, layers: int) -> None:
     """Write a Llama in bf16, a file for every four layers, never holding more than one file's tensors."""
     from transformers import AutoConfig
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     config = AutoConfig.for_model(
         "llama", vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,

@@ -70,12 +70,12 @@ def write_text(path: Path, tokens: int) -> None:
 
 def build_run(size: str, folder: Path, steps: int) -> Any:
     """Tritune's `Run`, ready for `fit`."""
-    from tritune.trainer import distributed
     from tritune.trainer.build import build
-    from tritune.trainer.compose import load_config
+    from tritune.trainer.config.compose import load_config
     from tritune.trainer.metrics.progress import Progress
-    from tritune.trainer.rundir import RunDir
-    from tritune.trainer.stop import Stop
+    from tritune.trainer.parallel import distributed
+    from tritune.trainer.run.directory import RunDir
+    from tritune.trainer.run.stop import Stop
 
     text = folder / "text.txt"
     write_text(text, steps * BATCH * LENGTH + 10_000)

@@ -21,7 +21,7 @@ import torch
 from record import RESULTS, write_record
 from transformers import AutoConfig, AutoModelForCausalLM
 from tritune.launch.verify import verify
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 METHODS = {"full": ["method=full", "optim.lr=2e-3"],
            "lora": ["method=lora", "method.rank=8", "method.dropout=0.1", "optim.lr=5e-3"]}  # fmt: skip

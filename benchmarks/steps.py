@@ -88,7 +88,7 @@ def ours(name: str, model: Any, on: bool, ids: Tensor, dtype: torch.dtype) -> tu
     from tritune.trainer.batch import rows_of
     from tritune.trainer.config import LoraConfig
     from tritune.trainer.methods.lora import add_lora
-    from tritune.trainer.scorer import TokenScorer
+    from tritune.trainer.model.scorer import TokenScorer
 
     keys = add_lora(LoraConfig(rank=RANK, alpha=ALPHA), model, [], 0) if name == "8b-lora" else None
     model.to(ids.device)  # adapters are made on CPU, in float32

@@ -111,7 +111,7 @@ def state_bytes(backend: str, total: int, trained: int, ranks: int, bf16: bool) 
 def save_llama(where: Path, size: str, length: int) -> int:
     """Save a random Llama with the byte tokenizer; return its number of parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     vocab, hidden, intermediate, layers, heads = SIZES[size]
     config = AutoConfig.for_model(

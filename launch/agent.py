@@ -16,8 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tritune.trainer.interrupted import to_the_end
-from tritune.trainer.pulse import NODE_DIR, end_with_parent
+from tritune.trainer.run.interrupted import to_the_end
+from tritune.trainer.run.pulse import NODE_DIR, end_with_parent
 
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"
 

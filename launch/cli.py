@@ -6,8 +6,8 @@ import sys
 from functools import partial
 
 from tritune.trainer import __version__
-from tritune.trainer.interrupted import to_the_end
-from tritune.trainer.threads import wait_asleep
+from tritune.trainer.parallel.threads import wait_asleep
+from tritune.trainer.run.interrupted import to_the_end
 
 USAGE = """\
 usage: tritune VERB [--config-dir DIR] [key=value ...]
@@ -140,7 +140,7 @@ def _generate(argv: list[str]) -> int:
 
 def _config(argv: list[str]) -> int:
     import yaml
-    from tritune.trainer.compose import compose_partly, split_argv, to_dict, unheld_rules
+    from tritune.trainer.config.compose import compose_partly, split_argv, to_dict, unheld_rules
     from tritune.trainer.redact import redact
     from tritune.trainer.shown import TAIL, bounded, shown
 

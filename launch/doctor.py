@@ -22,9 +22,9 @@ from pathlib import Path
 
 from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, local_checks
 from tritune.launch.torchrun import gpus
-from tritune.trainer.compose import compose_partly, split_argv
 from tritune.trainer.config import Config
-from tritune.trainer.config_launch import SlurmConfig
+from tritune.trainer.config.compose import compose_partly, split_argv
+from tritune.trainer.config.launch import SlurmConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT
 from tritune.trainer.shown import shown
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, run_folder, versions
 from tritune.trainer.config import Config
-from tritune.trainer.distributed import World
+from tritune.trainer.parallel.distributed import World
 
 MESSAGE = 1 << 25  # bytes of the all-reduce
 LONG_SECONDS = 900  # the checks of one machine may take so much longer than another's

@@ -15,9 +15,9 @@ from contextlib import suppress
 
 from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
-from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.config.compose import load_config, split_argv
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS
-from tritune.trainer.rundir import run_path
+from tritune.trainer.run.directory import run_path
 from tritune.trainer.shown import shown
 
 EXIT_AGAIN = 77

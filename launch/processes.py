@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tritune.trainer.threads import wait_asleep
+from tritune.trainer.parallel.threads import wait_asleep
 
 # Only where no GPU is used: a process that has asked for one must not fork.
 PRELOAD = [

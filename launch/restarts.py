@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.checkpoint.names import newest_step
-from tritune.trainer.config_launch import LaunchConfig
+from tritune.trainer.config.launch import LaunchConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_INPUT, EXIT_STOPPED
-from tritune.trainer.rundir import note_death, now
+from tritune.trainer.run.directory import note_death, now
 from tritune.trainer.shown import shown
 
 LOG = "attempts.jsonl"

@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 from tritune.launch.torchrun import gpus
 from tritune.trainer.__main__ import checked_config
-from tritune.trainer.compose import load_config, split_argv, to_dict
 from tritune.trainer.config import Config
-from tritune.trainer.config_launch import SlurmConfig
+from tritune.trainer.config.compose import load_config, split_argv, to_dict
+from tritune.trainer.config.launch import SlurmConfig
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.redact import redact, redact_tree
-from tritune.trainer.rundir import LOCK, replace_file, run_path
-from tritune.trainer.runfiles import row_of
+from tritune.trainer.run.directory import LOCK, replace_file, run_path
+from tritune.trainer.run.files import row_of
 from tritune.trainer.shown import shown
 
 TEMPLATE = Path(__file__).with_name("slurm.sh.j2")

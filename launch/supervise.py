@@ -25,10 +25,10 @@ from typing import Any
 from tritune.launch import watchdog
 from tritune.launch.restarts import Outcome
 from tritune.launch.watchdog import Culprit, Rank
-from tritune.trainer.config_launch import LaunchConfig
+from tritune.trainer.config.launch import LaunchConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED
-from tritune.trainer.pulse import LAUNCHED, NODE_DIR, process_birth
-from tritune.trainer.rundir import write_whole_json
+from tritune.trainer.run.directory import write_whole_json
+from tritune.trainer.run.pulse import LAUNCHED, NODE_DIR, process_birth
 
 POLL_SECONDS = 0.2
 SHARED_SECONDS = 2.0  # between two looks at a file system that all machines use

@@ -10,16 +10,16 @@ from pathlib import Path
 from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
 from tritune.trainer.config import Config
+from tritune.trainer.config.overrides import override
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
-from tritune.trainer.overrides import override
-from tritune.trainer.rundir import run_path
+from tritune.trainer.run.directory import run_path
 from tritune.trainer.shown import shown
 
 
 def train(argv: list[str]) -> int:
     """Train on this machine; return the run's exit status."""
     from tritune.trainer.__main__ import checked_config, main
-    from tritune.trainer.compose import load_config, split_argv
+    from tritune.trainer.config.compose import load_config, split_argv
 
     if "RANK" in os.environ:  # torchrun or Slurm started this process as a worker already
         return main(argv)

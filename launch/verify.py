@@ -22,8 +22,8 @@ PROOFS = ("parity", "resume")
 
 def verify(argv: list[str]) -> int:
     """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
-    from tritune.trainer.compose import split_argv
-    from tritune.trainer.rundir import run_path
+    from tritune.trainer.config.compose import split_argv
+    from tritune.trainer.run.directory import run_path
     from tritune.trainer.shown import shown
 
     try:
@@ -52,7 +52,7 @@ def checked(overrides: list[str], config_dir: str | None) -> Config:
         InputError, ConfigFaults: what is wrong.
     """
     from tritune.trainer.__main__ import checked_config
-    from tritune.trainer.compose import compose_partly
+    from tritune.trainer.config.compose import compose_partly
     from tritune.trainer.verify.cells import length
 
     composed, _ = compose_partly(overrides, config_dir)

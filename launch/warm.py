@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from tritune.trainer.compose import compose_partly
+from tritune.trainer.config.compose import compose_partly
 
 compose_partly(["seed=0"])  # the schemas, Hydra's plugins and its parser's tables
 with suppress(ImportError):

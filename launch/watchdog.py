@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritune.trainer.pulse import DUMP_SIGNAL, proc_stat, start_ticks
+from tritune.trainer.run.pulse import DUMP_SIGNAL, proc_stat, start_ticks
 
 SUSPENDED_SECONDS = 5.0  # the launcher looks five times a second, unless it is stopped itself
 DUMP_SECONDS = 3.0  # how long a rank may take to write its stacks
@@ -21,8 +21,8 @@ SECONDARY = ("PeerError", "Connection closed by peer", "Connection reset by peer
              "BarrierTimeout")  # fmt: skip
 # Innermost frames of a rank that waits for others rather than holds them up.
 # With NCCL the wait is where the GPU's result is read.
-WAITING = ("torch/distributed/", "trainer/distributed.py", "torch/autograd/graph.py", "torch/cuda/", "trainer/metrics/meter.py",
-           "trainer/backends/")  # fmt: skip
+WAITING = ("torch/distributed/", "trainer/parallel/distributed.py", "torch/autograd/graph.py", "torch/cuda/",
+           "trainer/metrics/meter.py", "trainer/backends/")  # fmt: skip
 FRAME = re.compile(r'^\s*File "(?P<file>[^"\n]+)", line (?P<rest>\d.*)$', re.MULTILINE)  # as faulthandler writes it
 
 

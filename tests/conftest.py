@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the forked processes too
-for folder in ("kernels", "launch", "trainer"):  # judge.py, and what tests of one folder share
+for folder in ("kernels", "launch", "model", "trainer"):  # judge.py, and what tests of one folder share
     sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
 
 # Tokenized rows of the tests go where nobody's own are, and away with them.
@@ -82,7 +82,7 @@ def stop_at(monkeypatch):
     """`stop_at(step)`: the run in this process gets a SIGTERM in that step."""
     import signal
 
-    from tritune.trainer.state import TrainState
+    from tritune.trainer.run.state import TrainState
 
     def arm(step: int) -> None:
         advance = TrainState.advance

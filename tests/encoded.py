@@ -9,7 +9,7 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.pipeline import encode_records
 from tritune.trainer.data.splits import require_stop_token
 from tritune.trainer.data.tables import Divider, require_supervision
-from tritune.trainer.tokenizer import stop_token_ids
+from tritune.trainer.model.tokenizer import stop_token_ids
 
 
 def tokenized(records, encoder, data, block=None, labels=()) -> Examples:

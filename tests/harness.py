@@ -21,7 +21,7 @@ preload(on_cpu=True)
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 from tritune.trainer.data.examples import Columns, Examples  # noqa: E402
-from tritune.trainer.pulse import proc_stat  # noqa: E402
+from tritune.trainer.run.pulse import proc_stat  # noqa: E402
 
 
 class Rows:
@@ -93,7 +93,7 @@ def save_small_llama(where: Path, positions: int) -> Path:
     """A tied two-layer Llama with random weights, far from zero, saved with the byte tokenizer; returns `where`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -115,8 +115,8 @@ def save_small_vlm(where: Path, family: str = "gemma3", **text: object) -> Path:
     """
     import torch
     from transformers import AutoConfig
-    from tritune.trainer.model import auto_class
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.load import auto_class
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     tokenizer, gemma = byte_tokenizer(), family == "gemma3"
     vision = {"model_type": "siglip_vision_model" if gemma else "clip_vision_model", "hidden_size": 16, "image_size": 16,

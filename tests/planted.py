@@ -43,9 +43,9 @@ def rank_with_the_flag_set_after_the_forward(*args) -> None:
 def rank_with_the_head_read_through_full_tensor(*args) -> None:
     """Outside the module whose hooks gather it, the head's gradient stays what this rank alone computed."""
     from torch.distributed.tensor import DTensor
+    from tritune.trainer.model.scorer import TokenScorer
     from tritune.trainer.objectives import Loss
     from tritune.trainer.objectives.language_model import LanguageModel
-    from tritune.trainer.scorer import TokenScorer
 
     def score(self, batch, want):
         hidden = self.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state

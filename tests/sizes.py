@@ -6,7 +6,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tritune.trainer.chat_templates import CHATML
+from tritune.trainer.model.chat_templates import CHATML
 
 
 def save_tokenizer(where: Path, size: int):

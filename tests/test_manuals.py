@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tritune.trainer import config_reference
+from tritune.trainer.config import reference as config_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("trainer", "kernels", "launch", "benchmarks", "conf")
@@ -106,7 +106,7 @@ def test_every_key_has_a_meaning_and_every_option_a_line():
 def test_comments_are_read_where_they_stand():
     """Beside a field, at the end of one of several lines, and within its brackets; never those of the field before."""
     from tritune.trainer.config import VerifyConfig
-    from tritune.trainer.config_data import SourceConfig
+    from tritune.trainer.config.data import SourceConfig
 
     said = config_reference.comments(VerifyConfig)
     assert said["order"].startswith("of a step's micro-batches")

@@ -26,20 +26,20 @@ from tritune.trainer.errors import (
     StopRequested,
     of_surroundings,
 )
-from tritune.trainer.interrupted import to_the_end
-from tritune.trainer.last_word import last_word, status_of, tell_without
-from tritune.trainer.peers import Peers, open_peers
-from tritune.trainer.pulse import begin, end_with_parent, launch_time, note_error
+from tritune.trainer.parallel.peers import Peers, open_peers
+from tritune.trainer.parallel.threads import wait_asleep
+from tritune.trainer.run.interrupted import to_the_end
+from tritune.trainer.run.last_word import last_word, status_of, tell_without
+from tritune.trainer.run.pulse import begin, end_with_parent, launch_time, note_error
 from tritune.trainer.shown import shown
-from tritune.trainer.threads import wait_asleep
 
 CLOSING = "closing"  # the phase after the end is written down
 LOSS_SECONDS = 0.5  # word of a rank's death may come a moment after the error that a collective makes of it
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
-    from tritune.trainer.guard import Limit
-    from tritune.trainer.rundir import RunDir
+    from tritune.trainer.run.directory import RunDir
+    from tritune.trainer.run.guard import Limit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     peers = Peers()
     try:
         peers = open_peers(os.environ, _end_without)
-        from tritune.trainer.compose import load_config, split_argv
+        from tritune.trainer.config.compose import load_config, split_argv
 
         config_dir, argv = split_argv(argv)
         # Several look for the files together, in build: one may be missing on one machine alone.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"tritune: {shown(str(error))}", file=sys.stderr)
         peers.close(last_word(EXIT_INPUT, str(error)))
         return EXIT_INPUT
-    from tritune.trainer.rundir import run_path
+    from tritune.trainer.run.directory import run_path
 
     return run(config, run_path(config, argv), leader, given, peers)
 
@@ -74,7 +74,7 @@ def checked_config(overrides: list[str], config_dir: str | None, processes: int 
     Raises:
         InputError, ConfigFaults: what is wrong.
     """
-    from tritune.trainer.compose import load_config
+    from tritune.trainer.config.compose import load_config
     from tritune.trainer.data.records import require_sources
     from tritune.trainer.tracking import require_trackers
 
@@ -93,16 +93,16 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
     """
     begin("imports")
     peers.expect(config.backend.join_seconds if "TORCHELASTIC_RUN_ID" in os.environ else None)
-    from tritune.trainer import distributed
     from tritune.trainer.build import build
     from tritune.trainer.checkpoint.names import newest_step
     from tritune.trainer.finish import finish, score_base
-    from tritune.trainer.guard import Guard
     from tritune.trainer.loop import fit, warn_of_slow_save
     from tritune.trainer.metrics.progress import Progress
-    from tritune.trainer.pulse import Pulse
-    from tritune.trainer.rundir import RunDir
-    from tritune.trainer.stop import Stop
+    from tritune.trainer.parallel import distributed
+    from tritune.trainer.run.directory import RunDir
+    from tritune.trainer.run.guard import Guard
+    from tritune.trainer.run.pulse import Pulse
+    from tritune.trainer.run.stop import Stop
 
     stop, progress = Stop().install(), Progress(leader)
     rank, limits = int(os.environ.get("RANK", "0")), config.launch
@@ -264,7 +264,7 @@ def _end_without(lost: str) -> None:
 
 def _limits(config: Config) -> dict[str, Limit]:
     """Of the phases of a run. Compilation is the one that is known to go on without an end."""
-    from tritune.trainer.guard import Limit
+    from tritune.trainer.run.guard import Limit
 
     if not config.train.compile:
         return {}

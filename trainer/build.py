@@ -11,45 +11,35 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.acceleration import choose_kernels, install_kernels
-from tritune.trainer.activations import checkpoint_activations
-from tritune.trainer.attention import choose_attention
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
-from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Form, Packing
-from tritune.trainer.config_data import Check, training_sources
+from tritune.trainer.config.choices import Form, Packing
+from tritune.trainer.config.compose import to_dict
+from tritune.trainer.config.data import Check, training_sources
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.records import require_sources
 from tritune.trainer.data.splits import Splits, Watch, read_splits, require_length
-from tritune.trainer.distributed import World
-from tritune.trainer.dry_run import dry_run
 from tritune.trainer.errors import CheckpointError, InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
 from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
-from tritune.trainer.generation_config import model_stop_ids, set_generation
-from tritune.trainer.identity import (
-    check_resume,
-    moved,
-    record,
-    require_same_base,
-    require_same_run,
-    require_same_splits,
-)
-from tritune.trainer.layers import compile_layers
 from tritune.trainer.loop import Run
 from tritune.trainer.methods import apply_method
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
-from tritune.trainer.model import (
+from tritune.trainer.model.acceleration import choose_kernels, install_kernels
+from tritune.trainer.model.activations import checkpoint_activations
+from tritune.trainer.model.attention import choose_attention
+from tritune.trainer.model.generation_config import model_stop_ids, set_generation
+from tritune.trainer.model.layers import compile_layers
+from tritune.trainer.model.load import (
     CLASS_HEAD,
     context_length,
     count_parameters,
@@ -59,22 +49,32 @@ from tritune.trainer.model import (
     storage_dtype,
     widen_masters,
 )
+from tritune.trainer.model.meta import load_skeleton
+from tritune.trainer.model.optim import make_optimizer
+from tritune.trainer.model.reached import describe_unused, find_unused
+from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
+from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.model.weights import Weights
 from tritune.trainer.objectives import Objective, Sources
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
-from tritune.trainer.optim import make_optimizer
-from tritune.trainer.pulse import Pulse
-from tritune.trainer.rate import settle_rate
-from tritune.trainer.reached import describe_unused, find_unused
+from tritune.trainer.parallel.distributed import World
 from tritune.trainer.redact import redact_tree
-from tritune.trainer.rundir import RunDir, export_path
-from tritune.trainer.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
-from tritune.trainer.skeleton import load_skeleton
-from tritune.trainer.state import Due, TrainState
-from tritune.trainer.stop import Stop
-from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.run.directory import RunDir, export_path
+from tritune.trainer.run.dry_run import dry_run
+from tritune.trainer.run.identity import (
+    check_resume,
+    moved,
+    record,
+    require_same_base,
+    require_same_run,
+    require_same_splits,
+)
+from tritune.trainer.run.pulse import Pulse
+from tritune.trainer.run.rate import settle_rate
+from tritune.trainer.run.state import Due, TrainState
+from tritune.trainer.run.stop import Stop
 from tritune.trainer.tracking import open_sinks, require_trackers
-from tritune.trainer.weights import Weights
 
 
 def build(config: Config, world: World, directory: RunDir, progress: Progress, stop: Stop, pulse: Pulse) -> Run:

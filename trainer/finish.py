@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tritune.trainer.distributed import World
+from tritune.trainer.config.overrides import override
 from tritune.trainer.errors import CheckpointError, ExportError, InputError, reason
 from tritune.trainer.evaluation.abstention import outcomes, settle, told
 from tritune.trainer.evaluation.predictions import Recorder
@@ -16,14 +16,14 @@ from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run, score
-from tritune.trainer.model import context_length
+from tritune.trainer.model.load import context_length
 from tritune.trainer.objectives import Objective
 from tritune.trainer.objectives.classify import Classify
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.open import source_of
-from tritune.trainer.overrides import override
-from tritune.trainer.rundir import export_path, now
-from tritune.trainer.runfiles import read_json
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.run.directory import export_path, now
+from tritune.trainer.run.files import read_json
 from tritune.trainer.tracking import under
 
 Scores = dict[str, dict[str, float]]

@@ -14,21 +14,21 @@ from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Loader
-from tritune.trainer.distributed import World, generator_digest, seed_forward
 from tritune.trainer.errors import NonFiniteError, StopRequested
 from tritune.trainer.evaluation.choices import Choices
 from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
-from tritune.trainer.identity import run_identity
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.metrics.standstill import Standstill
+from tritune.trainer.model.optim import learning_rate, peak_rate, warmup_steps
+from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.objectives import Objective, means_by_source, window_weight
-from tritune.trainer.optim import learning_rate, peak_rate, warmup_steps
-from tritune.trainer.pulse import Pulse
-from tritune.trainer.rundir import RunDir
-from tritune.trainer.scorer import TokenScorer
-from tritune.trainer.state import Due, TrainState
-from tritune.trainer.stop import Stop
+from tritune.trainer.parallel.distributed import World, generator_digest, seed_forward
+from tritune.trainer.run.directory import RunDir
+from tritune.trainer.run.identity import run_identity
+from tritune.trainer.run.pulse import Pulse
+from tritune.trainer.run.state import Due, TrainState
+from tritune.trainer.run.stop import Stop
 from tritune.trainer.tracking import Sink, under
 
 

@@ -12,19 +12,19 @@ from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
-from tritune.trainer.config_choices import Dtype
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.data.splits import Watch
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
-from tritune.trainer.generation_config import model_stop_ids, set_generation
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
-from tritune.trainer.model import (
+from tritune.trainer.model.files import ADAPTER_CONFIG, adapter_folder
+from tritune.trainer.model.generation_config import model_stop_ids, set_generation
+from tritune.trainer.model.load import (
     CLASS_HEAD,
     cast_parameters,
     load_architecture,
@@ -32,13 +32,13 @@ from tritune.trainer.model import (
     storage_dtype,
     widen_masters,
 )
-from tritune.trainer.model_files import ADAPTER_CONFIG, adapter_folder
-from tritune.trainer.piece import piece_of
-from tritune.trainer.reached import find_unused
-from tritune.trainer.runfiles import read_json
-from tritune.trainer.scorer import TokenScorer
-from tritune.trainer.state import TrainState
-from tritune.trainer.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.model.reached import find_unused
+from tritune.trainer.model.scorer import TokenScorer
+from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import piece_of
+from tritune.trainer.run.files import read_json
+from tritune.trainer.run.state import TrainState
 
 
 @dataclass(frozen=True)

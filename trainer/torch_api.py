@@ -53,10 +53,10 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
         Use("torch.nn.attention.varlen.varlen_attn", "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=",
             "2.11 computes grouped heads only where keys and values are repeated", "2.12"),
     ),
-    "trainer/scorer.py": (
+    "trainer/model/scorer.py": (
         Use("torch.overrides.TorchFunctionMode.__torch_function__", "self, func, types, args, kwargs", _SUB, ours=True),
     ),
-    "trainer/activations.py": (
+    "trainer/model/activations.py": (
         Use("torch.utils.checkpoint.checkpoint", "function, use_reentrant=, context_fn=", _NEW),
         Use("torch.utils.checkpoint.create_selective_checkpoint_contexts", "policy_fn_or_list", _NEW),
         Use("torch.autograd.graph.save_on_cpu", "pin_memory=", _NEW),
@@ -65,12 +65,12 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
             "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
         )),
     ),
-    "trainer/layers.py": (
+    "trainer/model/layers.py": (
         Use("torch.nn.Module.compile", "self, dynamic=", _NEW),
         Use("torch._dynamo.config", None, "private: `torch.compile` has no option for it"),
         Use("torch._dynamo.config.specialize_float", None, "private: `torch.compile` has no option for it"),
     ),
-    "trainer/distributed.py": (
+    "trainer/parallel/distributed.py": (
         Use("torch.distributed.distributed_c10d._get_default_store", "",
             "private: waiting without a time limit needs the store that ranks met in, and none is handed out"),
         Use("torch.utils.deterministic._Deterministic.fill_uninitialized_memory", None,
@@ -98,7 +98,7 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
         Use("torch.distributed.device_mesh.DeviceMesh", None, _TYPE),
         Use("torch.distributed.device_mesh.init_device_mesh", "device_type, mesh_shape, mesh_dim_names=", _NEW),
     ),
-    "trainer/piece.py": (
+    "trainer/parallel/shard.py": (
         Use("torch.distributed.tensor.DTensor", None, _NEW),
         Use("torch.distributed.tensor.DTensor._local_tensor", None,
             "private: `to_local()` is a node of autograd and may be a copy; a checkpoint is read into this memory"),

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritune.trainer.compose import load_config, split_argv
+from tritune.trainer.config.compose import load_config, split_argv
+from tritune.trainer.config.overrides import value_of
 from tritune.trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -26,15 +27,14 @@ from tritune.trainer.errors import (
     of_panic,
     of_surroundings,
 )
-from tritune.trainer.overrides import value_of
 from tritune.trainer.redact import MARK
-from tritune.trainer.runfiles import read_config, read_json
+from tritune.trainer.run.files import read_config, read_json
 from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
-    from tritune.trainer.distributed import World
     from tritune.trainer.open import Opened
+    from tritune.trainer.parallel.distributed import World
 
     Answered = tuple[dict[str, Any], list[dict[str, Any]] | InputError]  # a prompt's fields, and what was said to it
 
@@ -95,12 +95,12 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.evaluation.evaluate import evaluate as score
     from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
     from tritune.trainer.evaluation.table import figures_table
-    from tritune.trainer.finite import require_a_loss
     from tritune.trainer.metrics.risk_coverage import answered_figures
-    from tritune.trainer.model import context_length
+    from tritune.trainer.model.finite import require_a_loss
+    from tritune.trainer.model.load import context_length
+    from tritune.trainer.model.scorer import TokenScorer
     from tritune.trainer.objectives.language_model import LanguageModel
-    from tritune.trainer.rundir import write_whole_json
-    from tritune.trainer.scorer import TokenScorer
+    from tritune.trainer.run.directory import write_whole_json
 
     require_sources(config.data)
     world, opened = _open(config, run)
@@ -175,7 +175,7 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import generate as answer
     from tritune.trainer.evaluation.generate import lack_of_room
-    from tritune.trainer.model import context_length
+    from tritune.trainer.model.load import context_length
 
     settings = config.generate
     speak = getattr(opened.model, "generate", None)
@@ -193,7 +193,7 @@ def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> 
 def _labels(opened: Opened, config: Config, prompts: list[str], below: float | None) -> list[Answered]:
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
-    from tritune.trainer.model import context_length
+    from tritune.trainer.model.load import context_length
 
     objective = make_objective(opened.config, opened.labels, opened.tokenizer)
     found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config), below)
@@ -202,10 +202,10 @@ def _labels(opened: Opened, config: Config, prompts: list[str], below: float | N
 
 def export(config: Config, run: Path | None) -> None:
     """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
-    from tritune.trainer import distributed
     from tritune.trainer.export import export as write
     from tritune.trainer.open import source_of
-    from tritune.trainer.rundir import export_path
+    from tritune.trainer.parallel import distributed
+    from tritune.trainer.run.directory import export_path
 
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
@@ -243,8 +243,8 @@ def _below(opened: Opened, labels: list[str], run: Path | None) -> float | None:
 
 
 def _open(config: Config, run: Path | None, as_trained: bool = False):
-    from tritune.trainer import distributed
     from tritune.trainer.open import open_model
+    from tritune.trainer.parallel import distributed
 
     world = distributed.start(config.backend, config.train.deterministic)
     if run is not None:
@@ -253,8 +253,8 @@ def _open(config: Config, run: Path | None, as_trained: bool = False):
 
 
 def _require_its_base(config: Config, run: Path) -> None:
-    from tritune.trainer.identity import require_same_base
-    from tritune.trainer.rundir import RunDir
+    from tritune.trainer.run.directory import RunDir
+    from tritune.trainer.run.identity import require_same_base
 
     require_same_base(config, RunDir(run), _say, reading=True)
 

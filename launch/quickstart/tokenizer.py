@@ -13,7 +13,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_
 
     Special tokens and chat template are those of the built-in byte tokenizer.
     """
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     plain = byte_tokenizer()
     learned = plain.train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)

@@ -14,10 +14,10 @@ from tritune.trainer.audit.findings import REMEDIES, Finding, Severity, beside, 
 from tritune.trainer.audit.repeats import Contents, repeats
 from tritune.trainer.audit.review import _documents
 from tritune.trainer.audit.texts import parts_of, read_texts, records_of
-from tritune.trainer.compose import load_config
-from tritune.trainer.config_data import FAIL_ON, Check
+from tritune.trainer.config.compose import load_config
+from tritune.trainer.config.data import FAIL_ON, Check
 from tritune.trainer.data.splits import read_splits
-from tritune.trainer.tokenizer import load_tokenizer
+from tritune.trainer.model.tokenizer import load_tokenizer
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 2), st.sampled_from("abc")), max_size=40)
 

@@ -12,7 +12,7 @@ def test_joining_compiles_nothing_and_leaves_torch_as_it_was(tmp_path):
     code = (
         "import torch\n"
         "from tritune.trainer.backends import zero_engine\n"
-        "from tritune.trainer.distributed import ensure_group\n"
+        "from tritune.trainer.parallel.distributed import ensure_group\n"
         "ensure_group(torch.device('cpu'))\n"
         "zero_engine._join()\n"
         "assert not hasattr(torch, 'build_shm_op')\n"

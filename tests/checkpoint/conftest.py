@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from saved import STEPS
-from tritune.trainer.stop import SIGNALS
+from tritune.trainer.run.stop import SIGNALS
 
 
 @pytest.fixture(scope="session")

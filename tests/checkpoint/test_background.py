@@ -11,9 +11,9 @@ import pytest
 import torch
 from tritune.trainer.checkpoint import store as store_module
 from tritune.trainer.checkpoint.store import CheckpointStore
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
-from tritune.trainer.piece import piece_of
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import piece_of
 from tritune.trainer.verify.compare import bit_equal
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -20,9 +20,9 @@ from saved import BEFORE, LAST, STEPS, figures, flip, list_in_manifest, require_
 from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import PARTIAL, STATE, CheckpointStore
 from tritune.trainer.checkpoint.tensors import save_tensors
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import EXIT_FAILED, EXIT_INPUT, CheckpointError
-from tritune.trainer.piece import piece_of
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import piece_of
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import torch
 from saved import BEFORE, LAST, list_in_manifest, require_same_run, reseal, shard
 from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import STATE, CheckpointStore
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import EXIT_INPUT, CheckpointError
-from tritune.trainer.piece import Piece, piece_of
-from tritune.trainer.state import TrainState
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece, piece_of
+from tritune.trainer.run.state import TrainState
 
 STEP = "step-00000001"
 

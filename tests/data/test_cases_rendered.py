@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from tritune.trainer.audit.read import read_audit
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Unrendered
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.choices import Unrendered
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.splits import Watch, read_splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import load_tokenizer
+from tritune.trainer.model.tokenizer import load_tokenizer
 
 THOUGHT = "<think>\nparity\n</think>\n\nYes."
 

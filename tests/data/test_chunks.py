@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.files import CHUNK_BYTES, LINE_BYTES
 from tritune.trainer.data.records import Row, parse_chunk, read_chunks
 from tritune.trainer.errors import InputError

@@ -14,15 +14,15 @@ from harness import mask_of
 from transformers import AutoTokenizer
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
-from tritune.trainer.config_choices import BadRows, Overlong, Unsupervised
-from tritune.trainer.config_data import Check, DataConfig
+from tritune.trainer.config.choices import BadRows, Overlong, Unsupervised
+from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.cutting import Content, runs_to_cut, without
 from tritune.trainer.data.encode import Conversations, Labelled
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 START, MIDDLE = Overlong.cut_prompt_start, Overlong.cut_prompt_middle
 LETTERS = "abcdefghijklmnopqrstuvwxyzäé漢😀"

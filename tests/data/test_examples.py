@@ -11,11 +11,11 @@ from harness import mask_of
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
-from tritune.trainer.config_choices import Unsupervised
+from tritune.trainer.config.choices import Unsupervised
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import adds_bos, byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.model.tokenizer import adds_bos, byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
 
 
 def config(**data) -> Config:

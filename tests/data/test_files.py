@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.files import LINE_BYTES, line_blocks, require_source, source_files
 from tritune.trainer.data.records import parse_chunk, read_chunks, read_rows
 from tritune.trainer.errors import InputError

@@ -9,12 +9,12 @@ import tracemalloc
 
 import pytest
 from tritune.trainer.config import Config, ObjectiveConfig
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.delimited import delimiter_of
 from tritune.trainer.data.records import parse_chunk, read_chunks, read_rows
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 TEMPLATE = (
     "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tritune.trainer.config_choices import SystemTurn, TextUnit
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import SystemTurn, TextUnit
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.kinds import Reading, Record
 from tritune.trainer.data.records import read_rows

@@ -8,17 +8,17 @@ import random
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from tritune.trainer.compose import load_config
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import HeldOut, Kind, TextUnit
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import HeldOut, Kind, TextUnit
+from tritune.trainer.config.compose import load_config
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import records
 from tritune.trainer.data.held_out import LEAST, MOVED, Ends, edges_of, end_near, find_ends, is_contiguous, records_in
 from tritune.trainer.data.kinds import Reading, Record
 from tritune.trainer.data.records import read_chunks
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.errors import ConfigFaults, InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "größer", "漢字", "mat", "and", "saw", "a", "bird"]
 

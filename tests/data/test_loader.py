@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy.stats import chi2
 from tritune.trainer.config import TrainConfig
-from tritune.trainer.config_check import derived_accumulation
+from tritune.trainer.config.check import derived_accumulation
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Dealer, TrainLoader, collate, deal, evaluation_batches
 from tritune.trainer.data.order import Order, epoch_order
-from tritune.trainer.state import TrainState
+from tritune.trainer.run.state import TrainState
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import re
 import socket
 
 import pytest
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.files import read_blocks, source_files
 from tritune.trainer.data.opening import open_regular, what_is
 from tritune.trainer.data.records import read_rows

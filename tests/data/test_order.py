@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data.examples import Columns, Examples
 from tritune.trainer.data.order import Order, draws_of, epoch_order, epoch_orders
 from tritune.trainer.data.packing import best_fit

@@ -6,12 +6,12 @@ import json
 
 import pytest
 from transformers import AutoTokenizer
-from tritune.trainer.chat_templates import plain_template
 from tritune.trainer.config import Config, ModelConfig
-from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.spans import ChatTemplate
-from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
+from tritune.trainer.model.chat_templates import plain_template
+from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}

@@ -9,15 +9,15 @@ import math
 import random
 
 import pytest
-from tritune.trainer.config_choices import Kind, TextUnit
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Kind, TextUnit
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import kinds, templates
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.kinds import Reading, Record, as_records
 from tritune.trainer.data.records import hub_version, read_rows, require_source
 from tritune.trainer.data.row_limits import DEPTH
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 ROWS = [
     {"text": "plain", "label": "a"},

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Unsupervised
+from tritune.trainer.config.choices import BadRows, Unsupervised
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.data.tables import REJECTS
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 TOKEN, PASSWORD = "hf_AbC123dEf456GhI789jKl012MnO345pQr6", "pa\"ss'wo\\rd-é-1x9"
 ROWS = [

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tritune.trainer.compose import load_config
+from tritune.trainer.config.compose import load_config
 from tritune.trainer.data.prompts import read_prompts
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 GOOD = {"prompt": "What is it?", "response": "It is this."}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

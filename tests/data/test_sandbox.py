@@ -15,7 +15,7 @@ from tritune.trainer.data import isolated, sandbox, sandbox_limits
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 DEADLINE = 8.0  # seconds, for a limit that is set to a quarter of a second
 SHORT = 0.25

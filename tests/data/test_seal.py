@@ -20,7 +20,7 @@ from tritune.trainer.data.order import Order
 from tritune.trainer.data.seal import BLOCK_BYTES, Damaged
 from tritune.trainer.data.tables import Divider, TableFiles
 from tritune.trainer.errors import EXIT_FAILED, DamagedRows
-from tritune.trainer.state import TrainState
+from tritune.trainer.run.state import TrainState
 
 ROWS, BATCHES = 40, 6
 

@@ -14,8 +14,8 @@ from chat_templates import FAMILIES, Family, conversation, tokenizer_of
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Duplicates, Turns
-from tritune.trainer.config_data import Check, DataConfig
+from tritune.trainer.config.choices import Duplicates, Turns
+from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.encode import Conversations
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.masks import verify

@@ -9,14 +9,14 @@ import signal
 import pytest
 from harness import write_prompts
 from tritune.trainer.config import Config, ObjectiveConfig
-from tritune.trainer.config_choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
+from tritune.trainer.config.choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.examples import SCHEMA
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.splits import Watch, read_splits
 from tritune.trainer.data.tables import REJECTS
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 
 def config(tmp_path, **data) -> Config:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, Packing
-from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.config.choices import BadRows, Overlong, Packing
+from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data.feed import open_stream
 from tritune.trainer.data.loader import Dealer
 from tritune.trainer.data.order import uniform
 from tritune.trainer.data.stream_loader import StreamLoader
 from tritune.trainer.errors import InputError
-from tritune.trainer.state import TrainState
-from tritune.trainer.tokenizer import byte_tokenizer, stop_token_ids
+from tritune.trainer.model.tokenizer import byte_tokenizer, stop_token_ids
+from tritune.trainer.run.state import TrainState
 
 CPU = torch.device("cpu")
 told: list[str] = []  # what loaders said

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
-from tritune.trainer.chat_templates import CHATML
 from tritune.trainer.data import isolated
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.masks import token_spans
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.chat_templates import CHATML
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 UNMARKED = re.sub(r"\{%- (end)?generation -%\}", "", CHATML)
 LLAMA = (

@@ -10,13 +10,13 @@ import re
 
 import pytest
 from transformers import AutoTokenizer
-from tritune.trainer.chat_templates import CHATML
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.data.masks import double_bos, token_spans, verify
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import block_names
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer, stop_token_ids
+from tritune.trainer.model.chat_templates import CHATML
+from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer, stop_token_ids
 
 UNMARKED_CHATML = re.sub(r"\{%- (end)?generation -%\}", "", CHATML)
 # As Qwen 2.5 writes it: whitespace kept, a system turn where there is none.

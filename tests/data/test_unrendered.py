@@ -9,15 +9,15 @@ import pytest
 from chat_templates import FAMILIES, tokenizer_of
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import blocking
-from tritune.trainer.chat_templates import CHATML
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Unrendered
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.choices import Unrendered
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import read_splits
 from tritune.trainer.data.unrendered import unrendered
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.chat_templates import CHATML
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 CALL = {
     "type": "function",

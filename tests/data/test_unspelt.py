@@ -10,11 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity
 from tritune.trainer.config import Config, ObjectiveConfig
-from tritune.trainer.config_data import Check, DataConfig
+from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.encode import Conversations, Documents
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.splits import read_splits
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 LETTERS = "abcdefghij \n"
 

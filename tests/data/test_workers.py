@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from harness import children
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import isolated
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.encode import Conversations
@@ -18,7 +18,7 @@ from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
 from tritune.trainer.data.workers import in_order
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 
 DOUBLED = "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}{{ {n.a: 1} | length }}"
 CHAIN = (

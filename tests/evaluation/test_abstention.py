@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Rows
-from tritune.trainer.compose import load_config
+from tritune.trainer.config.compose import load_config
 from tritune.trainer.errors import ConfigFaults
 from tritune.trainer.evaluation.abstention import outcomes, settle, threshold_of_run, told
 from tritune.trainer.evaluation.predictions import Recorder

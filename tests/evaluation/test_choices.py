@@ -14,13 +14,13 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tritune.trainer.backends.local import Local
 from tritune.trainer.config import Config, ModelConfig
-from tritune.trainer.config_backends import BackendConfig
+from tritune.trainer.config.backends import BackendConfig
 from tritune.trainer.data.kinds import Record
-from tritune.trainer.distributed import start
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.choices import choose, lay_out
-from tritune.trainer.scorer import TokenScorer
-from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
+from tritune.trainer.model.scorer import TokenScorer
+from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer
+from tritune.trainer.parallel.distributed import start
 
 CHOICES = ["red", "green", "a very light blue", "no"]
 

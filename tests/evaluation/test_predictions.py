@@ -7,8 +7,8 @@ import json
 import torch
 from harness import Rows
 from tritune.trainer.evaluation.predictions import SHOWN, Recorder, described, write_predictions
+from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.objectives.language_model import LanguageModel
-from tritune.trainer.tokenizer import byte_tokenizer
 
 
 def test_a_book_is_not_written_whole():

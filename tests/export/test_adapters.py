@@ -11,12 +11,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from tritune.launch.cli import main as cli
-from tritune.trainer.compose import load_config
-from tritune.trainer.config_backends import BackendConfig
-from tritune.trainer.distributed import start
+from tritune.trainer.config.backends import BackendConfig
+from tritune.trainer.config.compose import load_config
 from tritune.trainer.errors import InputError
+from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.open import open_model
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.parallel.distributed import start
 
 IDS = torch.randint(5, 261, (3, 17), generator=torch.Generator().manual_seed(3))
 

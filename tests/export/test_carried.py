@@ -11,8 +11,8 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.export.card_labels import labels_part
 from tritune.trainer.export.carried import Carried, in_config, of_adapter, of_config, write_beside
 from tritune.trainer.export.source import Form, Source
+from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.objectives.classify import label_token_ids
-from tritune.trainer.tokenizer import byte_tokenizer
 
 LABELS = ["grün", 'b"lue```', "red"]
 ABSTAIN = {

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from tritune.launch.cli import main as cli
-from tritune.trainer.compose import load_config
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.config_backends import BackendConfig
-from tritune.trainer.distributed import start
+from tritune.trainer.config.backends import BackendConfig
+from tritune.trainer.config.compose import load_config
 from tritune.trainer.export.check import probe_ids
+from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer
 from tritune.trainer.open import open_model
-from tritune.trainer.tokenizer import byte_tokenizer, load_tokenizer
+from tritune.trainer.parallel.distributed import start
 
 ADDED = ["<tool>", "<think>"]
 TEMPLATE = (

@@ -20,7 +20,7 @@ from tritune.kernels.install import install, uninstall
 from tritune.kernels.selfcheck import self_check, sizes_of
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.methods.lora import add_lora
-from tritune.trainer.scorer import TESTED_FAMILIES
+from tritune.trainer.model.scorer import TESTED_FAMILIES
 
 ALL = {kernel: Choice("triton", "asked for") for kernel in KERNELS}
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,7 +84,7 @@ def require_as_exact(kernels, plain, exact):
 
 def exact_of(model):
     """The same model in float64, its code's casts to float32 ignored."""
-    from tritune.trainer.scorer import KeepFloat64
+    from tritune.trainer.model.scorer import KeepFloat64
 
     with KeepFloat64():
         return forward_and_gradients(copy.deepcopy(model), double=True)

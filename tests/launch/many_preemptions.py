@@ -20,7 +20,7 @@ from test_supervise import attempts, curve, plant, wait_for  # noqa: E402
 STEPS = 200
 PACE = """
     import os, time
-    from tritune.trainer.stop import Stop
+    from tritune.trainer.run.stop import Stop
     pause = 0.4 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < COUNT else 0.0
     agreed = Stop.agreed
     Stop.agreed = lambda self, *rest: (time.sleep(pause), agreed(self, *rest))[1]

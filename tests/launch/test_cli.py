@@ -13,7 +13,7 @@ import time
 import harness
 import pytest
 import today
-from tritune.trainer import threads
+from tritune.trainer.parallel import threads
 
 
 def cli(*arguments: str, **options) -> subprocess.CompletedProcess[str]:

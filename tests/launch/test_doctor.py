@@ -15,7 +15,7 @@ import pytest
 from test_slurm import running
 from test_supervise import plant
 from tritune.launch.doctor import srun_command
-from tritune.trainer.compose import load_config
+from tritune.trainer.config.compose import load_config
 
 BASE = ["backend.device=cpu", "backend.timeout_seconds=20"]
 

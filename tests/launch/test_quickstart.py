@@ -15,8 +15,8 @@ from tritune.launch.quickstart.corpus import FAMILIES, MATTERS, paragraphs
 from tritune.launch.quickstart.grammar import CATEGORIES, ITEMS, REPLIES, SPLITS, rows
 from tritune.launch.quickstart.messages import MESSAGES
 from tritune.launch.quickstart.tokenizer import VOCAB_SIZE, train_tokenizer
-from tritune.trainer.chat_templates import CHATML
-from tritune.trainer.compose import load_config
+from tritune.trainer.config.compose import load_config
+from tritune.trainer.model.chat_templates import CHATML
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ CPU = ["backend.device=cpu"]  # for the torchruns: two processes cannot share a 
 def workspace(tmp_path_factory) -> Path:
     """The files that the commands name, and a small model under the name MODEL."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from tritune.trainer.tokenizer import byte_tokenizer
+    from tritune.trainer.model.tokenizer import byte_tokenizer
 
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = byte_tokenizer()

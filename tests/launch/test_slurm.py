@@ -81,7 +81,7 @@ def paced(tmp_path) -> dict[str, str]:
     """A step of the first attempts takes longer, so that a run can be met in its middle."""
     plant(tmp_path, '''
         import os, time
-        from tritune.trainer.stop import Stop
+        from tritune.trainer.run.stop import Stop
         pause = float(os.environ["PACE"]) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ["PACED"]) else 0.0
         agreed = Stop.agreed
         Stop.agreed = lambda self, *rest: (time.sleep(pause), agreed(self, *rest))[1]

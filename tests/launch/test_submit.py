@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tritune.launch import slurm
-from tritune.trainer.compose import load_config
+from tritune.trainer.config.compose import load_config
 
 GOLDEN = Path(__file__).with_name("golden")
 BASE = ["model=tiny", "data.train=/data/rows.jsonl", "train.max_steps=9"]

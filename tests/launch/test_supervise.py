@@ -15,7 +15,7 @@ import harness
 import pytest
 from tritune.launch import watchdog
 from tritune.launch.restarts import Outcome, record
-from tritune.trainer.config_launch import LaunchConfig
+from tritune.trainer.config.launch import LaunchConfig
 
 STEPS = 400
 SETTINGS = ["checkpoint.every=20", "evaluation.base=false", "evaluation.samples=0", "export.enabled=false",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from tritune.trainer.peers import FOLLOW_SECONDS
+from tritune.trainer.parallel.peers import FOLLOW_SECONDS
 
 STEPS = 60
 MOST_SECONDS = 30.0  # from a kill to the end of the last process

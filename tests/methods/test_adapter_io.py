@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tritune.trainer.build import require_trained_embeddings
 from tritune.trainer.config import Config, LoraConfig, MethodConfig, ModelConfig
-from tritune.trainer.config_choices import Bias, Dtype
+from tritune.trainer.config.choices import Bias, Dtype
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
@@ -21,10 +21,10 @@ from tritune.trainer.export import Source, export
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import save_adapter
 from tritune.trainer.methods.lora import lora_layers
-from tritune.trainer.model import is_tied, load_architecture, load_model
+from tritune.trainer.model.load import is_tied, load_architecture, load_model
+from tritune.trainer.model.scorer import TokenScorer
+from tritune.trainer.model.tokenizer import byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
 from tritune.trainer.objectives.classify import Classify
-from tritune.trainer.scorer import TokenScorer
-from tritune.trainer.tokenizer import byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # asked for; float32 sums of a few hundred terms in another order leave about 1e-6
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.trainer.batch import rows_of
 from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
-from tritune.trainer.config_backends import BackendConfig
-from tritune.trainer.config_choices import Dtype
-from tritune.trainer.config_data import DataConfig
-from tritune.trainer.distributed import start
+from tritune.trainer.config.backends import BackendConfig
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.generate import generate
+from tritune.trainer.model.scorer import TokenScorer
+from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.open import open_model
-from tritune.trainer.scorer import TokenScorer
-from tritune.trainer.tokenizer import byte_tokenizer
+from tritune.trainer.parallel.distributed import start
 
 IDS = torch.randint(5, 261, (2, 13), generator=torch.Generator().manual_seed(3))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # the same layers of the same library: what is left is nothing, or rounding

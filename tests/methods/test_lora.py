@@ -9,15 +9,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.kernels.dropout import token_keys
 from tritune.trainer.config import LoraConfig, MethodConfig
-from tritune.trainer.config_choices import Bias
+from tritune.trainer.config.choices import Bias
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.lora import LoRALinear, lora_layers
 from tritune.trainer.methods.sites import TokenKeys
-from tritune.trainer.model import count_parameters, is_tied
-from tritune.trainer.scorer import TokenScorer
+from tritune.trainer.model.load import count_parameters, is_tied
+from tritune.trainer.model.scorer import TokenScorer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

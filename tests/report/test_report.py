@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 from tritune.launch.cli import main as cli
-from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
+from tritune.trainer.config.compose import to_dict
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.abstention import settle
 from tritune.trainer.objectives import Loss

@@ -27,7 +27,7 @@ def run_on_device(cells: list[tuple[list[str], int | None]], log: Path, timeout:
 
 def main(cells: list[tuple[list[str], int | None]]) -> list[int]:
     from tritune.trainer.__main__ import main as train
-    from tritune.trainer.state import TrainState
+    from tritune.trainer.run.state import TrainState
 
     advance, stop_at = TrainState.advance, None
 

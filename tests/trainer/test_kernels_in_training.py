@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from tritune.kernels.dispatch import KERNELS, Choice
 from tritune.kernels.install import install
 from tritune.launch.verify import verify
-from tritune.trainer.activations import checkpoint_activations
 from tritune.trainer.config import TrainConfig
-from tritune.trainer.config_choices import Activations
+from tritune.trainer.config.choices import Activations
+from tritune.trainer.model.activations import checkpoint_activations
 from tritune.trainer.verify.compare import compare_float32
 
 METHODS = {"full": ["method=full"], "lora": ["method=lora", "method.rank=4", "method.dropout=0.1"]}

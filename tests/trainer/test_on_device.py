@@ -8,7 +8,7 @@ import harness
 import pytest
 import torch
 from on_device import run_on_device
-from tritune.trainer.attention import VARLEN
+from tritune.trainer.model.attention import VARLEN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("runs")]
 STEPS = 6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import EXIT_INPUT, InputError, of_panic
+from tritune.trainer.parallel.distributed import World
 from tritune.trainer.verbs import exit_status
 
 

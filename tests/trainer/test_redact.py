@@ -11,8 +11,8 @@ import time
 
 import pytest
 import yaml
-from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
+from tritune.trainer.config.compose import to_dict
 from tritune.trainer.redact import redact, redact_tree
 
 BODY = "aB3dE5gH7jK9mN1pQ2"

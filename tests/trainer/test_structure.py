@@ -52,7 +52,7 @@ def files_of(package: str) -> list[Path]:
 
 def test_there_is_something_to_read():
     assert len(FILES) > 30
-    assert imports(ROOT / "trainer" / "loop.py") > {"tritune.trainer.state", "tritune.trainer.data.loader"}
+    assert imports(ROOT / "trainer" / "loop.py") > {"tritune.trainer.run.state", "tritune.trainer.data.loader"}
 
 
 def test_kernels_import_nothing_of_the_trainer():
@@ -62,7 +62,32 @@ def test_kernels_import_nothing_of_the_trainer():
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+# Rooms that know nothing of those after them, and what all may know.
+COMMON = ["errors", "shown", "redact", "regular", "batch", "torch_api"]
 AXES = ["methods", "objectives", "backends", "data", "checkpoint"]
+BELOW = {"config": [], "parallel": ["config"]}
+WIRING = ["build", "loop", "finish", "open", "verbs", "__main__"]
+READERS = ["evaluation", "export", "audit", "report", "tracking", "verify"]
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_config_and_ranks_know_nothing_above_them(room):
+    known = [f"tritune.trainer.{name}" for name in (*COMMON, *BELOW[room], room)] + ["tritune.kernels"]
+    paths = files_of(f"trainer.{room}")
+    assert paths
+    for path in paths:
+        wrong = {m for m in imports(path) if not any(within(m, k) for k in known)} - {"tritune.trainer", "tritune.conf"}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+@pytest.mark.parametrize("room", ["model", *AXES])
+def test_rooms_below_the_wiring_do_not_know_it(room):
+    forbidden = [f"tritune.trainer.{name}" for name in (*WIRING, *READERS)] + ["tritune.launch"]
+    paths = files_of(f"trainer.{room}")
+    assert paths
+    for path in paths:
+        wrong = {m for m in imports(path) if any(within(m, f) for f in forbidden)}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -79,7 +104,7 @@ def test_axes_do_not_know_one_another(axis):
 
 
 def test_the_launcher_only_starts_processes():
-    heavy = [f"tritune.trainer.{name}" for name in ("build", "loop", "scorer", "model", "data", "methods")]
+    heavy = [f"tritune.trainer.{name}" for name in ("build", "loop", "model.scorer", "model.load", "data", "methods")]
     for path in files_of("launch"):
         wrong = {m for m in imports(path) if any(within(m, h) for h in heavy)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
@@ -151,7 +176,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(json.loads(out.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "compose", "state"])
+@pytest.mark.parametrize("module", ["config", "errors", "config.compose", "run.state"])
 def test_the_config_comes_without_torch(module):
     """`--help` and every refusal of a config answer at once."""
     modules = loaded_after(f"import tritune.trainer.{module}")

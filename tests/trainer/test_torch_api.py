@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from read_torch import RECORDS
-from tritune.trainer.activations import KEPT_OPS
+from tritune.trainer.model.activations import KEPT_OPS
 from tritune.trainer.torch_api import NEWEST, OLDEST, USES, Use
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED, InputError
-from tritune.trainer.rundir import RunDir
-from tritune.trainer.stop import SIGNALS
+from tritune.trainer.run.directory import RunDir
+from tritune.trainer.run.stop import SIGNALS
 
 REWRITTEN = ("status.json", "train.log", "lock.json")  # they tell of the newest start, which was refused
 PROGRESS = ("run ", "data ", "kernels ", "model ", "backend ")  # what may be said before the refusal

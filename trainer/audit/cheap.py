@@ -12,8 +12,8 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Overlong, SpecialTokens, Unrendered
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.choices import BadRows, Overlong, SpecialTokens, Unrendered
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
 from tritune.trainer.data.masks import verify
@@ -21,7 +21,7 @@ from tritune.trainer.data.remarks import Kind, named
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import adds_bos
+from tritune.trainer.model.tokenizer import adds_bos
 
 RATIO = 10  # of the commonest label's rows to the rarest's; BANKING77, which trains well, has 5
 UNSPELT = 1e-3  # the share of tokens from which it is a warning that they stand for characters without one

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.data import Check
 from tritune.trainer.errors import InputError
 
 PLACES = 200  # how many rows a finding names; it counts all

@@ -13,16 +13,16 @@ from tritune.trainer.audit.review import review
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Part, Texts, parts_of, read_texts
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
-from tritune.trainer.config_data import Check, training_sources
+from tritune.trainer.config.choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
+from tritune.trainer.config.data import Check, training_sources
 from tritune.trainer.data.encoded import BEYOND
 from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.splits import Splits, Watch, read_splits
 from tritune.trainer.errors import InputError
-from tritune.trainer.generation_config import model_stop_ids
-from tritune.trainer.model import context_length, load_architecture
-from tritune.trainer.tokenizer import load_tokenizer
+from tritune.trainer.model.generation_config import model_stop_ids
+from tritune.trainer.model.load import context_length, load_architecture
+from tritune.trainer.model.tokenizer import load_tokenizer
 
 _ORDER = {severity: number for number, severity in enumerate(Severity)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from tritune.trainer.audit.findings import Finding, Severity
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.examples import DataReport
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.data.unread import listed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, beside, counted
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.examples import Examples
 
 LEAKED = 0.05  # of a split: no honest one has so much of its training rows

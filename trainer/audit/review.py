@@ -12,8 +12,8 @@ from tritune.trainer.audit.repeats import Contents, repeats
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Texts
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import SpecialTokens
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.choices import SpecialTokens
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.contradictions import contradictory
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.encode import chat_template

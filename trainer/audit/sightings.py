@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
-from tritune.trainer.config_data import Check
+from tritune.trainer.config.data import Check
 from tritune.trainer.data.credentials import find_credentials
 from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.personal import Finding as Place

@@ -12,7 +12,7 @@ import numpy as np
 from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
-from tritune.trainer.config_data import Check, DataConfig, data_of
+from tritune.trainer.config.data import Check, DataConfig, data_of
 from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.held_out import find_ends, is_contiguous, records_in

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tritune.trainer.audit.findings import blocking
-from tritune.trainer.compose import load_config, split_argv
 from tritune.trainer.config import Config
+from tritune.trainer.config.compose import load_config, split_argv
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact
 from tritune.trainer.shown import shown
@@ -44,7 +44,7 @@ def audit(config: Config) -> InputError | None:
     from tritune.trainer.audit.read import read_audit
     from tritune.trainer.data.splits import Watch
     from tritune.trainer.report.data_plots import draw
-    from tritune.trainer.rundir import replace_file, write_whole_json
+    from tritune.trainer.run.directory import replace_file, write_whole_json
 
     began = time.perf_counter()
     found = read_audit(config, Watch(_Teller().notify))

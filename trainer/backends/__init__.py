@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tritune.trainer.backends.fsdp import Fsdp
 from tritune.trainer.backends.local import Local
-from tritune.trainer.config_backends import BackendConfig, FsdpConfig, ZeroConfig
-from tritune.trainer.config_choices import Dtype
-from tritune.trainer.distributed import World
-from tritune.trainer.piece import Piece
-from tritune.trainer.weights import Weights
+from tritune.trainer.config.backends import BackendConfig, FsdpConfig, ZeroConfig
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.model.weights import Weights
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece
 
 
 class Backend(Protocol):

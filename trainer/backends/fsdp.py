@@ -24,13 +24,13 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import Local, hub_name, place_buffers, trainable
-from tritune.trainer.config_backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
-from tritune.trainer.config_choices import Dtype
-from tritune.trainer.distributed import World, ensure_group
-from tritune.trainer.layers import decoder_layers, idle_modules
-from tritune.trainer.optim import make_state
-from tritune.trainer.piece import fill, piece_of
-from tritune.trainer.weights import Weights
+from tritune.trainer.config.backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.model.layers import decoder_layers, idle_modules
+from tritune.trainer.model.optim import make_state
+from tritune.trainer.model.weights import Weights
+from tritune.trainer.parallel.distributed import World, ensure_group
+from tritune.trainer.parallel.shard import fill, piece_of
 
 
 class Fsdp(Local):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from tritune.trainer.distributed import World
-from tritune.trainer.optim import make_state
-from tritune.trainer.piece import Piece, piece_of
-from tritune.trainer.weights import Weights
+from tritune.trainer.model.optim import make_state
+from tritune.trainer.model.weights import Weights
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece, piece_of
 
 
 class Local:

@@ -24,11 +24,11 @@ from tritune.trainer.backends.zero_engine import (
     partition,
     update_copies,
 )
-from tritune.trainer.config_backends import Offload, ZeroConfig
-from tritune.trainer.config_choices import Dtype
-from tritune.trainer.distributed import World, ensure_group
-from tritune.trainer.piece import Piece, fill
-from tritune.trainer.weights import Weights
+from tritune.trainer.config.backends import Offload, ZeroConfig
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.model.weights import Weights
+from tritune.trainer.parallel.distributed import World, ensure_group
+from tritune.trainer.parallel.shard import Piece, fill
 
 
 class Zero:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import hub_name
-from tritune.trainer.optim import make_state
-from tritune.trainer.piece import Piece, fill, piece_of
-from tritune.trainer.weights import Weights
+from tritune.trainer.model.optim import make_state
+from tritune.trainer.model.weights import Weights
+from tritune.trainer.parallel.shard import Piece, fill, piece_of
 
 # Some forty lines a rank at start; what goes wrong is an exception.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

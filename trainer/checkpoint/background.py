@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tritune.trainer.distributed import World
-from tritune.trainer.piece import Piece
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece
 
 
 class Background:

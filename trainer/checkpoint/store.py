@@ -15,9 +15,9 @@ from tritune.trainer.checkpoint.coverage import strict_json
 from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
 from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError, reason
-from tritune.trainer.piece import Piece
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece
 
 STATE = "state.json"
 PARTIAL = ".partial-"  # being written, or being deleted; swept at the next start

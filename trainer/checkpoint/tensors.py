@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from tritune.trainer.distributed import World
 from tritune.trainer.errors import CheckpointError
-from tritune.trainer.piece import Piece
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

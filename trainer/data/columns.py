@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tritune.trainer.config_choices import Kind
-from tritune.trainer.config_data import COLUMNS, DataConfig, columns_key
+from tritune.trainer.config.choices import Kind
+from tritune.trainer.config.data import COLUMNS, DataConfig, columns_key
 from tritune.trainer.errors import some_names
 
 NEEDS = {

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.chunks import Cells, Chunk
 from tritune.trainer.data.files import CHUNK_BYTES, LINE_BYTES, text_blocks
 from tritune.trainer.errors import InputError, some_names

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ObjectiveConfig
-from tritune.trainer.config_choices import Overlong, SpecialTokens, Turns
-from tritune.trainer.config_data import ROLES, DataConfig
+from tritune.trainer.config.choices import Overlong, SpecialTokens, Turns
+from tritune.trainer.config.data import ROLES, DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.cutting import Content, Run, asked_contents, runs_to_cut, tokens_within, without
@@ -26,7 +26,7 @@ from tritune.trainer.data.tokenizing import plain_backend
 from tritune.trainer.data.unrendered import unrendered
 from tritune.trainer.data.unspelt import Said, Unspelt
 from tritune.trainer.errors import InputError
-from tritune.trainer.tokenizer import adds_bos
+from tritune.trainer.model.tokenizer import adds_bos
 
 Asked = Callable[[], list[list[Content]]]  # what may be cut of a row; only looked for where it is too long
 

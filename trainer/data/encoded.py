@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from tritune.trainer.config_choices import Overlong
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Overlong
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.examples import Columns
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.remarks import Remark

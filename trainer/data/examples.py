@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tritune.trainer.config_choices import Unsupervised
+from tritune.trainer.config.choices import Unsupervised
 from tritune.trainer.data import remarks
 from tritune.trainer.data.seal import Guard
 from tritune.trainer.errors import InputError

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Packing
-from tritune.trainer.config_data import training_sources
+from tritune.trainer.config.choices import Packing
+from tritune.trainer.config.data import training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
@@ -19,7 +19,7 @@ from tritune.trainer.data.records import hub_version
 from tritune.trainer.data.splits import DECIDES, Splits, encoder_of, source_of, tokenizer_key
 from tritune.trainer.data.stream import Stream
 from tritune.trainer.data.stream_loader import StreamLoader
-from tritune.trainer.state import TrainState
+from tritune.trainer.run.state import TrainState
 
 HEAD_BYTES = 1 << 20  # of each file of a stream, for its digest
 

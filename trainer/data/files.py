@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tritune.trainer.config_data import DataConfig, training_sources
+from tritune.trainer.config.data import DataConfig, training_sources
 from tritune.trainer.data.encodings import as_utf8, remedy_for
 from tritune.trainer.data.opening import cannot_open, open_regular, what_is
 from tritune.trainer.errors import InputError, reason

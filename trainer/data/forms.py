@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tritune.trainer.config_choices import SystemTurn
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import SystemTurn
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import parts_of
 from tritune.trainer.data.row_limits import SKIP, require_text, require_texts, said

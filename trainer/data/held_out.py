@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tritune.trainer.config_choices import HeldOut, TextUnit
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import HeldOut, TextUnit
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, parse_chunk
 from tritune.trainer.data.files import format_of, is_saved, source_files
 from tritune.trainer.data.kinds import Reading, Record, as_records

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from mmap import mmap
 from pathlib import Path
 
-from tritune.trainer.pulse import die_with_parent
+from tritune.trainer.run.pulse import die_with_parent
 
 CPU_SECONDS = 2  # of processor time: a busy machine does not use it up
 MEMORY_BYTES = 512 << 20  # of address space, above what this process has

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.config_choices import Kind
-from tritune.trainer.config_data import DataConfig, columns_key
+from tritune.trainer.config.choices import Kind
+from tritune.trainer.config.data import DataConfig, columns_key
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import (
     NEEDS,

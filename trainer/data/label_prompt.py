@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.model.tokenizer import adds_bos
 from tritune.trainer.redact import MARK, redact
-from tritune.trainer.tokenizer import adds_bos
 
 TEXT = "{text}"  # the place of the row's text in `objective.prompt`
 _PROBES = ("red box 1.", " blank before", "two\nlines and a blank ", "Naïve 漢字 🙂?")

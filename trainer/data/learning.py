@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import ALIASES, parts_of
 from tritune.trainer.errors import InputError, some_names

@@ -20,7 +20,7 @@ from tritune.trainer.batch import Batch, Packs
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.order import Order
 from tritune.trainer.errors import DamagedRows
-from tritune.trainer.state import TrainState
+from tritune.trainer.run.state import TrainState
 
 
 def deal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tritune.trainer.config_data import SourceConfig
+from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.packing import best_fit
 

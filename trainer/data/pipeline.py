@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import Kind
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Kind
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row
 from tritune.trainer.data.columns import Layout
 from tritune.trainer.data.encoded import Encoded, Encoder

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
-from tritune.trainer.config_data import Kind, data_of, training_sources
+from tritune.trainer.config.data import Kind, data_of, training_sources
 from tritune.trainer.data.kinds import Reading
 from tritune.trainer.data.records import read_all
 from tritune.trainer.errors import INPUT_ERRORS, InputError
-from tritune.trainer.tokenizer import set_template
+from tritune.trainer.model.tokenizer import set_template
 
 PLAIN = "plain"
 _OF_A_CHAT = {"system", "history", "tools"}  # columns that make prompt and response a conversation

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
-from tritune.trainer.config_choices import SpecialTokens, TextUnit
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import SpecialTokens, TextUnit
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.columns import columns_of, how_to_map
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.forms import asked, conversation, merged, tools_of
@@ -19,7 +19,7 @@ from tritune.trainer.data.records import Row, read_all
 from tritune.trainer.data.spans import ChatTemplate
 from tritune.trainer.data.templates import render
 from tritune.trainer.errors import InputError, some_names
-from tritune.trainer.tokenizer import adds_bos
+from tritune.trainer.model.tokenizer import adds_bos
 
 # How prompt and response are rendered where a tokenizer has no chat template (`encode.Conversations`), as a template: an
 # export carries it, so that other tools render prompts as training did.

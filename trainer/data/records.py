@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritune.trainer.config_choices import TextUnit
+from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.chunks import BLANK, Batch, Chunk, Lines, Row, Texts, after, parse_chunk, stream_of
 from tritune.trainer.data.delimited import read_csv, read_tsv
 from tritune.trainer.data.files import (

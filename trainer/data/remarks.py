@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from tritune.trainer.config_choices import Unrendered
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Unrendered
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.errors import InputError
 
 PLACES = 20  # named of each kind

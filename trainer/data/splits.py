@@ -15,8 +15,8 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
-from tritune.trainer.config_choices import Duplicates, Kind, SpecialTokens
-from tritune.trainer.config_data import DataConfig, data_of, training_sources
+from tritune.trainer.config.choices import Duplicates, Kind, SpecialTokens
+from tritune.trainer.config.data import DataConfig, data_of, training_sources
 from tritune.trainer.data import remarks
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -31,8 +31,8 @@ from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_co
 from tritune.trainer.data.tokenizing import plain_backend
 from tritune.trainer.data.unread import KeyReader
 from tritune.trainer.errors import InputError, UnreachableError, some_names
+from tritune.trainer.model.tokenizer import adds_bos, stop_token_ids
 from tritune.trainer.shown import shown
-from tritune.trainer.tokenizer import adds_bos, stop_token_ids
 
 RETENTION_TOKENS = 2048  # a document of the retention text is cut here, or at the model's context if that is shorter
 # Which of the data's keys decide how a source's rows are tokenized; the others choose among the rows or arrange them.

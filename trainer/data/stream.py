@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import Packing
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Packing
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.order import epoch_order, packed_window, uniform

@@ -10,7 +10,7 @@ from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Dealer
 from tritune.trainer.data.stream import Stream, Window
 from tritune.trainer.data.unread import listed
-from tritune.trainer.state import TrainState
+from tritune.trainer.run.state import TrainState
 
 
 class StreamLoader:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tritune.trainer.config_choices import BadRows, Duplicates, Overlong
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import BadRows, Duplicates, Overlong
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import remarks
 from tritune.trainer.data.columns import named_columns
 from tritune.trainer.data.encoded import BEYOND

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tritune.trainer.config_data import ROLES, DataConfig
+from tritune.trainer.config.data import ROLES, DataConfig
 from tritune.trainer.data.columns import FLAGS
 from tritune.trainer.data.row_limits import SKIP, require_text, require_texts, said, too_deep
 from tritune.trainer.errors import InputError

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 from tritune.trainer.data import isolated
-from tritune.trainer.pulse import die_with_parent
+from tritune.trainer.run.pulse import die_with_parent
 
 AHEAD = 3  # results a process that may wait for an earlier one: memory stays flat however large the source is
 

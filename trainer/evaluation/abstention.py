@@ -12,7 +12,7 @@ from tritune.trainer.backends import Backend
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.evaluation.predictions import Recorder
 from tritune.trainer.metrics.risk_coverage import answered_figures, curve, least_threshold
-from tritune.trainer.runfiles import read_json
+from tritune.trainer.run.files import read_json
 
 Outcomes = tuple[np.ndarray, np.ndarray]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import GenerateConfig
 from tritune.trainer.errors import InputError
-from tritune.trainer.scorer import KeepFloat64
+from tritune.trainer.model.scorer import KeepFloat64
 
 Generate = Callable[..., Tensor]  # a model's `generate`
 

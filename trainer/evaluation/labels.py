@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Overlong
-from tritune.trainer.config_data import DataConfig
+from tritune.trainer.config.choices import Overlong
+from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.columns import columns_of
 from tritune.trainer.data.encode import Encoded, Labelled
 from tritune.trainer.data.examples import Examples
@@ -21,9 +21,9 @@ from tritune.trainer.data.prompts import read_asked
 from tritune.trainer.data.records import Row
 from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.evaluation.predictions import likeliest
+from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.objectives import Objective
 from tritune.trainer.open import Opened
-from tritune.trainer.scorer import TokenScorer
 
 Asked = Sequence[tuple[Row, str | InputError]]
 ENCODED = 1000  # texts at a time

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.config import Config
-from tritune.trainer.config_choices import Form
+from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement, compare, probe_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from tritune.trainer.config_choices import Form
+from tritune.trainer.config.choices import Form
 from tritune.trainer.export.carried import BELOW, PROMPT, SIDECAR, TOKEN_IDS, fields_of
 from tritune.trainer.methods.adapter_io import LABELS
 

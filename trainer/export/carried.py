@@ -17,7 +17,7 @@ from tritune.trainer.config import ClassifyTokenConfig
 from tritune.trainer.data.label_prompt import TEXT, is_secret
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.methods.adapter_io import LABELS
-from tritune.trainer.model_folder import read_settings_file
+from tritune.trainer.model.folder import read_settings_file
 from tritune.trainer.objectives.classify import label_token_ids
 from tritune.trainer.shown import bounded
 

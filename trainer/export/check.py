@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config_choices import Form
+from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
-from tritune.trainer.model import auto_class, cast_parameters
+from tritune.trainer.model.load import auto_class, cast_parameters
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.adapter_io import whole
 from tritune.trainer.methods.lora import lora_layers
-from tritune.trainer.model import is_tied
+from tritune.trainer.model.load import is_tied
 
 MAX_LOST = 0.5  # share of an update, by norm, that rounding the merged weights may take
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
 from tritune.trainer.config import LoraConfig
-from tritune.trainer.config_choices import Bias, Form
+from tritune.trainer.config.choices import Bias, Form
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement
@@ -21,8 +21,8 @@ from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
 from tritune.trainer.methods.adapter_io import adapter_tensors, save_settings
 from tritune.trainer.methods.lora import lora_layers
-from tritune.trainer.model import auto_class
-from tritune.trainer.scorer import TESTED_FAMILIES
+from tritune.trainer.model.load import auto_class
+from tritune.trainer.model.scorer import TESTED_FAMILIES
 
 _PASSING = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}  # what a save may change
 _WITHOUT = "Mend it, or train without an export (export.enabled=false)"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config, LoraConfig
-from tritune.trainer.config_choices import Form
+from tritune.trainer.config.choices import Form
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tritune.trainer.model_folder import read_settings_file, require_sound
+from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tritune.trainer.model.folder import read_settings_file, require_sound
 from tritune.trainer.shown import bounded
 
 PREFIX = "base_model.model."

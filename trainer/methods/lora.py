@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from tritune.kernels.lora import lora_update_reference
 from tritune.trainer.config import LoraConfig
-from tritune.trainer.config_choices import Bias
+from tritune.trainer.config.choices import Bias
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.sites import TokenKeys, site_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
-from tritune.trainer.distributed import World
 from tritune.trainer.objectives import Loss
+from tritune.trainer.parallel.distributed import World
 
 
 class Meter:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tritune.trainer.report.page import render
 from tritune.trainer.report.record import read_record
-from tritune.trainer.rundir import replace_file
+from tritune.trainer.run.directory import replace_file
 
 NAME = "report.html"
 

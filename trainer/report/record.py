@@ -8,7 +8,7 @@ from typing import Any
 
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact_tree
-from tritune.trainer.runfiles import read_config, read_json, read_rows
+from tritune.trainer.run.files import read_config, read_json, read_rows
 
 
 @dataclass(frozen=True)

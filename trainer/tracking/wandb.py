@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritune.trainer.config import TrackingConfig
 from tritune.trainer.errors import reason
 from tritune.trainer.redact import redact
-from tritune.trainer.rundir import replace_file
-from tritune.trainer.runfiles import read_json
+from tritune.trainer.run.directory import replace_file
+from tritune.trainer.run.files import read_json
 
 if TYPE_CHECKING:
     from tritune.trainer.tracking import Say

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritune.trainer.config import NAMES, Config
-from tritune.trainer.config_choices import Dtype
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.config.overrides import override
 from tritune.trainer.errors import InputError
-from tritune.trainer.overrides import override
 
 # What a proof leaves out: it costs time, or it would write elsewhere, and no step depends on it.
 LEFT_OUT = [

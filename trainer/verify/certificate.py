@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tritune.trainer.compose import to_dict
 from tritune.trainer.config import Config
+from tritune.trainer.config.compose import to_dict
 from tritune.trainer.redact import redact_tree
-from tritune.trainer.rundir import write_whole_json
+from tritune.trainer.run.directory import write_whole_json
 from tritune.trainer.verify.compare import StepDifference
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")

@@ -14,8 +14,8 @@ from torch import Tensor
 from tritune.trainer.checkpoint.manifest import verify
 from tritune.trainer.checkpoint.names import step_name
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.distributed import World
-from tritune.trainer.piece import Piece
+from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.shard import Piece
 
 LOSS, GRAD_NORM, PARAMETERS = 1e-5, 1e-4, 1e-5  # float32: relative, relative, absolute
 GRAD_NORM_BF16 = 2.0**-8  # one rounding of a bf16 number, relative
