@@ -81,7 +81,7 @@ def build_run(size: str, folder: Path, steps: int) -> Any:
     write_text(text, steps * BATCH * LENGTH + 10_000)
     config = load_config([
         *model_overrides(size), "objective=pretrain", f"data.train={text}", f"data.max_length={LENGTH}",
-        f"train.batch_size={BATCH}", f"train.max_steps={steps}", f"optim.lr={LR}", f"optim.max_norm={MAX_NORM}",
+        f"train.batch_size={BATCH}", f"train.max_steps={steps}", f"optim.lr={LR}", f"optim.max_grad_norm={MAX_NORM}",
         "checkpoint.every=1000000", "backend.device=cpu", f"run.dir={folder / 'run'}",
     ])  # fmt: skip
     directory = RunDir(folder / "run")

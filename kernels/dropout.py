@@ -1,4 +1,4 @@
-"""Counter-based dropout: the mask is a function of (seed, step, sample, position, site, feature), of nothing else.
+"""Counter-based dropout: the mask is a function of (seed, step, sample, position, layer, feature), of nothing else.
 
 So it is the same whatever the micro-batch split, the packing, the ranks or the kernel that draws it. All arithmetic is on
 32-bit words with wrap-around, so that Triton computes the same bits from `uint32`; PyTorch has no unsigned multiply, so
@@ -6,7 +6,7 @@ the reference uses int32, whose products wrap to the same bits, and masks the si
 
     mix(x)            MurmurHash3's 32-bit finalizer (public domain, A. Appleby): every input bit reaches every output bit
     key(token)        mix over seed, step, sample, position, one after the other
-    word(token, f)    mix(key ^ mix(site + f * golden))
+    word(token, f)    mix(key ^ mix(layer_id + f * golden))
     keep              word (as unsigned) >= p * 2^32
 
 Shape suffixes: B rows, T positions, D features.
@@ -77,47 +77,47 @@ def threshold_of(p: float) -> int:
     return min(int(p * 2**32), 2**32 - 1)
 
 
-def keep_mask_reference(keys: Tensor, site: int, num_features: int, p: float) -> Tensor:
+def keep_mask_reference(keys: Tensor, layer_id: int, num_features: int, p: float) -> Tensor:
     """Return bool [*keys.shape, D], True where an element is kept (with probability 1 - p).
 
     Args:
         keys: int32, from `token_keys`.
-        site: number of the place in the model, 32 bits.
+        layer_id: number of the layer in the model, 32 bits.
         p: rate of dropping, in [0, 1).
     """
     features_D = torch.arange(num_features, dtype=torch.int32, device=keys.device)
-    words = mix(keys[..., None] ^ mix(features_D * _int32(GOLDEN) + _int32(site)))
+    words = mix(keys[..., None] ^ mix(features_D * _int32(GOLDEN) + _int32(layer_id)))
     threshold = _int32(threshold_of(p) ^ (1 << 31))  # unsigned order = signed order, top bit flipped
     return (words ^ _int32(1 << 31)) >= threshold
 
 
-def dropout_reference(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+def dropout_reference(x: Tensor, keys: Tensor, layer_id: int, p: float) -> Tensor:
     """Inverted dropout of `x` [*keys.shape, D]: kept elements are scaled by 1 / (1 - p)."""
-    keep = keep_mask_reference(keys, site, x.shape[-1], p)
+    keep = keep_mask_reference(keys, layer_id, x.shape[-1], p)
     return x * keep * (1.0 / (1.0 - p))
 
 
 @torch.library.custom_op("tritune::dropout", mutates_args=())
-def opaque_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+def opaque_dropout(x: Tensor, keys: Tensor, layer_id: int, p: float) -> Tensor:
     """`dropout_reference` as one operator that compilers do not look into.
 
     Inductor's CPU code for the wrapping 32-bit products is wrong, or does not compile (torch 2.13: NaN from finite inputs).
     """
-    return dropout_reference(x, keys, site, p)
+    return dropout_reference(x, keys, layer_id, p)
 
 
 @opaque_dropout.register_fake
-def _(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+def _(x: Tensor, keys: Tensor, layer_id: int, p: float) -> Tensor:
     return torch.empty_like(x)
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, keys, ctx.site, ctx.p = inputs
+    _, keys, ctx.layer_id, ctx.p = inputs
     ctx.save_for_backward(keys)
 
 
 def _backward(ctx, gradient: Tensor):
-    return opaque_dropout(gradient, *ctx.saved_tensors, ctx.site, ctx.p), None, None, None  # the same mask, drawn again
+    return opaque_dropout(gradient, *ctx.saved_tensors, ctx.layer_id, ctx.p), None, None, None  # the same mask again
 
 
 opaque_dropout.register_autograd(_backward, setup_context=_keep)
@@ -134,19 +134,19 @@ def mix_words(x):
 
 
 @jit
-def keep_tile(keys, site, cols, threshold):
+def keep_tile(keys, layer_id, cols, threshold):
     """`keep_mask_reference` of a tile in a kernel: bool [len(keys), len(cols)].
 
-    keys: uint32; cols: int32 feature numbers; site, threshold: uint32. A feature's word is made once for all rows.
+    keys: uint32; cols: int32 feature numbers; layer_id, threshold: uint32. A feature's word is made once for all rows.
     """
-    words = mix_words(cols.to(tl.uint32) * 0x9E3779B9 + site)
+    words = mix_words(cols.to(tl.uint32) * 0x9E3779B9 + layer_id)
     return mix_words(keys[:, None] ^ words[None, :]) >= threshold
 
 
 @functools.lru_cache(maxsize=4096)
-def mask_numbers(sites: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """Return int32 [1 + len(sites)] on `device`: the threshold and the sites, copied there once a group of layers.
+def mask_numbers(layer_ids: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """Return int32 [1 + len(layer_ids)] on `device`: the threshold and the ids, copied there once a group of layers.
 
     As arguments, their values would choose between compiled variants (1, multiples of 16).
     """
-    return torch.tensor([_int32(threshold_of(p)), *map(_int32, sites)], dtype=torch.int32, device=device)
+    return torch.tensor([_int32(threshold_of(p)), *map(_int32, layer_ids)], dtype=torch.int32, device=device)

@@ -163,7 +163,7 @@ def lora_group(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """Whether `layer` is a linear layer with a LoRA update: base_layer, lora_A, lora_B, scaling, site, p, keys."""
+    """Whether `layer` is a linear layer with a LoRA update: base_layer, lora_A, lora_B, scaling, layer_id, p, keys."""
     return hasattr(layer, "lora_A") and isinstance(getattr(layer, "base_layer", None), nn.Linear)
 
 
@@ -182,7 +182,7 @@ def projection_of(layer: Any) -> Projection:
     base = base_of(layer)
     if not is_adapted(layer):
         return Projection(base.weight, base.bias)
-    return Projection(base.weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.site)
+    return Projection(base.weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.layer_id)
 
 
 def _dropout_of(layers: list[Any]) -> tuple[Tensor | None, float]:

@@ -50,7 +50,7 @@ class Projection(NamedTuple):
         bias: [N] or None; it may train.
         a, b: [R, K] and [N, R], or None.
         scaling: factor of the update.
-        site: the layer's number for dropout.
+        layer_id: the layer's number for dropout.
     """
 
     weight: Tensor | Nf4Weight
@@ -58,7 +58,7 @@ class Projection(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
-    site: int = 0
+    layer_id: int = 0
 
 
 def lora_linear(
@@ -110,7 +110,7 @@ def _flatten(x: Tensor, projections: Sequence[Projection], keys: Tensor | None, 
                 "a projection's weight requires a gradient: LoRA's base is frozen. Use the layers themselves"
             )
         tensors += [dense, projection.bias, projection.a, projection.b]
-        statics.append((nf4, projection.scaling, projection.site))
+        statics.append((nf4, projection.scaling, projection.layer_id))
     return tensors, tuple(statics)
 
 
@@ -127,7 +127,7 @@ class _Group:
         self.updated = [i for i, (a, _) in enumerate(factors) if a is not None]
         self.b = {i: factors[i][1].to(dtype) for i in self.updated}  # type: ignore[union-attr]
         self.scaling = {i: statics[i][1] for i in self.updated}
-        self.sites = [statics[i][2] for i in self.updated]
+        self.layer_ids = [statics[i][2] for i in self.updated]
         ranks = {i: self.b[i].shape[1] for i in self.updated}
         padded = padded_rank(list(ranks.values())) if p and ranks else 0
         places = {i: padded or cdiv(rank, 8) * 8 for i, rank in ranks.items()}  # 16 bytes at 16 bits: what cuBLAS likes
@@ -162,7 +162,7 @@ class _Group:
             )
         if self.a is None:
             return outputs, None
-        s = dropped_down(x, self.a, self.keys, self.sites, self.p) if self.p else x @ self.a.t()  # type: ignore[arg-type]
+        s = dropped_down(x, self.a, self.keys, self.layer_ids, self.p) if self.p else x @ self.a.t()  # type: ignore[arg-type]
         for i in self.updated:
             outputs[i].addmm_(s[:, self.columns[i]], self.b[i].t(), alpha=self.scaling[i])
         return outputs, s
@@ -191,7 +191,7 @@ class _Group:
         for i in range(1, len(dys)):
             dx.addmm_(dys[i], self.weight(i))
         if ds is not None and self.p:
-            add_dropped_x_gradient(dx, ds, self.a, self.keys, self.sites, self.p)  # type: ignore[arg-type]
+            add_dropped_x_gradient(dx, ds, self.a, self.keys, self.layer_ids, self.p)  # type: ignore[arg-type]
         elif ds is not None:
             dx.addmm_(ds, self.a)  # type: ignore[arg-type]
         return dx
@@ -200,7 +200,7 @@ class _Group:
         if ds is None or x is None:
             return {}
         if self.p:
-            da = dropped_a_gradient(x, ds, self.keys, self.sites, self.p)  # type: ignore[arg-type]
+            da = dropped_a_gradient(x, ds, self.keys, self.layer_ids, self.p)  # type: ignore[arg-type]
         else:
             da = torch.empty(ds.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
             accumulate(da, ds.t(), x, first=True)

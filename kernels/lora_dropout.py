@@ -26,10 +26,10 @@ def padded_rank(ranks: list[int]) -> int:
     return max(16, next_power_of_2(max(ranks)))
 
 
-def dropped_down_reference(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+def dropped_down_reference(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, layer_ids: list[int], p: float) -> Tensor:
     """Return S [M, C]. The other two products are its gradients."""
-    parts = zip(sites, a_CK.chunk(len(sites)), strict=True)
-    return torch.cat([dropout_reference(x_MK, keys_M, site, p) @ a_RK.t() for site, a_RK in parts], dim=1)
+    parts = zip(layer_ids, a_CK.chunk(len(layer_ids)), strict=True)
+    return torch.cat([dropout_reference(x_MK, keys_M, layer_id, p) @ a_RK.t() for layer_id, a_RK in parts], dim=1)
 
 
 def _tile(dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
@@ -42,9 +42,9 @@ def _tile(dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
 def _kept(x, keys_ptr, numbers_ptr, projection, rows, inside, cols):
     """`x` where this projection keeps it, 0 elsewhere."""
     threshold = tl.load(numbers_ptr).to(tl.uint32, bitcast=True)
-    site = tl.load(numbers_ptr + 1 + projection).to(tl.uint32, bitcast=True)
+    layer_id = tl.load(numbers_ptr + 1 + projection).to(tl.uint32, bitcast=True)
     keys = tl.load(keys_ptr + rows, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    return tl.where(keep_tile(keys, site, cols, threshold), x, 0.0)
+    return tl.where(keep_tile(keys, layer_id, cols, threshold), x, 0.0)
 
 
 @jit
@@ -113,51 +113,62 @@ def _x_gradient(
     tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _numbers(sites: list[int], p: float, device: torch.device) -> tuple[Tensor, float]:
-    return mask_numbers(tuple(sites), p, device), 1.0 / (1.0 - p)
+def _numbers(layer_ids: list[int], p: float, device: torch.device) -> tuple[Tensor, float]:
+    return mask_numbers(tuple(layer_ids), p, device), 1.0 / (1.0 - p)
 
 
-def dropped_down(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+def dropped_down(x_MK: Tensor, a_CK: Tensor, keys_M: Tensor, layer_ids: list[int], p: float) -> Tensor:
     """Return S [M, C]. `x_MK` with contiguous rows, `a_CK` of its dtype, `keys_M` int32 of `token_keys`."""
     require_runs(x_MK)
-    (num_tokens, width), rank = x_MK.shape, a_CK.shape[0] // len(sites)
-    tile, (numbers, scale) = _tile(x_MK.dtype, num_tokens), _numbers(sites, p, x_MK.device)
+    (num_tokens, width), rank = x_MK.shape, a_CK.shape[0] // len(layer_ids)
+    tile, (numbers, scale) = _tile(x_MK.dtype, num_tokens), _numbers(layer_ids, p, x_MK.device)
     tokens = cdiv(num_tokens, tile["BM"])
-    wanted = max(1, min(PROGRAMS // max(1, len(sites) * tokens), cdiv(width, SPLIT_FEATURES)))
+    wanted = max(1, min(PROGRAMS // max(1, len(layer_ids) * tokens), cdiv(width, SPLIT_FEATURES)))
     features = cdiv(cdiv(width, wanted), tile["BK"]) * tile["BK"]
     splits = cdiv(width, features)
     dtype = x_MK.dtype if splits == 1 else torch.float32
     s = torch.empty(splits, num_tokens, a_CK.shape[0], dtype=dtype, device=x_MK.device)
     if num_tokens:
-        _down[(len(sites), tokens, splits)](
-            x_MK, a_CK, keys_M, numbers, s, x_MK.stride(0), num_tokens, width, scale, features, P=len(sites), R=rank,
+        _down[(len(layer_ids), tokens, splits)](
+            x_MK, a_CK, keys_M, numbers, s, x_MK.stride(0), num_tokens, width, scale, features, P=len(layer_ids), R=rank,
             num_stages=3, **tile,
         )  # fmt: skip
     return s[0] if splits == 1 else s.sum(dim=0).to(x_MK.dtype)
 
 
-def dropped_a_gradient(x_MK: Tensor, ds_MC: Tensor, keys_M: Tensor, sites: list[int], p: float) -> Tensor:
+def dropped_a_gradient(x_MK: Tensor, ds_MC: Tensor, keys_M: Tensor, layer_ids: list[int], p: float) -> Tensor:
     """Return dA [C, K] in float32."""
-    (num_tokens, width), rank = x_MK.shape, ds_MC.shape[1] // len(sites)
+    (num_tokens, width), rank = x_MK.shape, ds_MC.shape[1] // len(layer_ids)
     splits = max(1, cdiv(num_tokens, SPLIT_TOKENS))
     parts = torch.empty(splits, ds_MC.shape[1], width, dtype=torch.float32, device=x_MK.device)
-    numbers, scale = _numbers(sites, p, x_MK.device)
+    numbers, scale = _numbers(layer_ids, p, x_MK.device)
     tile = _tile(x_MK.dtype, num_tokens)
-    _a_gradient[(cdiv(width, tile["BK"]), len(sites), splits)](
+    _a_gradient[(cdiv(width, tile["BK"]), len(layer_ids), splits)](
         x_MK, ds_MC, keys_M, numbers, parts, x_MK.stride(0), num_tokens, width, scale, min(SPLIT_TOKENS, max(num_tokens, 1)),
-        P=len(sites), R=rank, num_stages=3, **tile,
+        P=len(layer_ids), R=rank, num_stages=3, **tile,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(dim=0)
 
 
 def add_dropped_x_gradient(
-    dx_MK: Tensor, ds_MC: Tensor, a_CK: Tensor, keys_M: Tensor, sites: list[int], p: float
+    dx_MK: Tensor, ds_MC: Tensor, a_CK: Tensor, keys_M: Tensor, layer_ids: list[int], p: float
 ) -> None:
     """dX += what reaches it through the masks, in one pass. `dx_MK` contiguous and the caller's own."""
-    (num_tokens, width), rank = dx_MK.shape, ds_MC.shape[1] // len(sites)
-    numbers, scale = _numbers(sites, p, dx_MK.device)
+    (num_tokens, width), rank = dx_MK.shape, ds_MC.shape[1] // len(layer_ids)
+    numbers, scale = _numbers(layer_ids, p, dx_MK.device)
     if num_tokens:
         tile = _tile(dx_MK.dtype, num_tokens)
         _x_gradient[(cdiv(num_tokens, tile["BM"]), cdiv(width, tile["BK"]))](
-            dx_MK, ds_MC, a_CK, keys_M, numbers, num_tokens, width, scale, P=len(sites), R=rank, num_stages=2, **tile
+            dx_MK,
+            ds_MC,
+            a_CK,
+            keys_M,
+            numbers,
+            num_tokens,
+            width,
+            scale,
+            P=len(layer_ids),
+            R=rank,
+            num_stages=2,
+            **tile,
         )

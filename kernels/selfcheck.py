@@ -202,8 +202,8 @@ def _check_lora(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> float
         def theirs(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float = p) -> tuple[Tensor, ...]:
             base = nn.functional.linear(x, w)
 
-            def updated(site: int, scaling: float) -> Tensor:
-                dropped = dropout_reference(x, keys, site, p) if p else x
+            def updated(layer_id: int, scaling: float) -> Tensor:
+                dropped = dropout_reference(x, keys, layer_id, p) if p else x
                 return lora_update_reference(base, dropped, a, b, scaling)
 
             return updated(5, 2.0), base, updated(6, 0.5)

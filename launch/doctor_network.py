@@ -97,9 +97,9 @@ def _same_software(world: World, hosts: list[str]) -> Check:
 def _clocks(world: World, hosts: list[str]) -> Check:
     """Each clock against rank 0's, read right after a collective, less half of how long one takes."""
     for _ in range(3):
-        world.any(0)
+        world.max(0)
     began = time.perf_counter()
-    world.any(0)
+    world.max(0)
     error = time.perf_counter() - began
     clocks = world.gather(time.time())
     skew = [clock - clocks[0] for clock in clocks]
@@ -140,7 +140,7 @@ def _all_reduce(world: World) -> Check:
     data = torch.ones(MESSAGE // 4, device=world.device)
     times = []
     for _ in range(5):
-        world.any(0)
+        world.max(0)
         began = time.perf_counter()
         try:
             dist.all_reduce(data)
@@ -165,7 +165,7 @@ def _pace(world: World, hosts: list[str]) -> Check:
     )
     times = []
     for _ in range(4):
-        world.any(0)
+        world.max(0)
         began = time.perf_counter()
         for _ in range(20):
             a @ a

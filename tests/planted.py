@@ -75,9 +75,9 @@ def rank_that_forgets_its_moments(*args) -> None:
     from tritune.trainer.backends.fsdp import Fsdp
 
     def refresh(self):
-        for name, piece in self.tensors().items():
+        for name, shard in self.tensors().items():
             if name.endswith("exp_avg"):
-                piece.values.zero_()
+                shard.values.zero_()
 
     Fsdp.refresh = refresh
     _rank(*args)

@@ -168,7 +168,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
         directory = RunDir(
             Path(world.gather(str(path))[0]), overrides
         )  # clocks differ, and a name may be made from the time
-        with world.together("taking the run directory"):
+        with world.raise_on_all("taking the run directory"):
             if leader:
                 directory.acquire()
                 owned = True

@@ -49,7 +49,7 @@ from tritune.trainer.model.load import (
     storage_dtype,
     widen_masters,
 )
-from tritune.trainer.model.meta import load_skeleton
+from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.optim import make_optimizer
 from tritune.trainer.model.reached import describe_unused, find_unused
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
@@ -86,7 +86,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         StopRequested: a stop was asked for meanwhile.
     """
     say = progress.say
-    with world.together("checking the run directory"):
+    with world.raise_on_all("checking the run directory"):
         kernels = choose_kernels(config, world.device)
         require_sources(config.data)
         require_trackers(config.tracking)
@@ -101,7 +101,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         stop.interrupt()
 
     watch = Watch(progress.reading, beat, say)
-    with world.together("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
+    with world.raise_on_all("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
         config = settle_template(config, tokenizer, say)
         architecture = load_architecture(config.model, len(tokenizer))
@@ -129,7 +129,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     say(f"data      read in {time.perf_counter() - began:.1f} s; padding token {pad}")
 
     pulse.phase("model")
-    with world.together("loading the model"):
+    with world.raise_on_all("loading the model"):
         base = require_same_base(config, directory, say) if world.rank == 0 else None
         heads = [CLASS_HEAD] if config.objective.name == "classify" else []
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
@@ -150,7 +150,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
             weights.take(model)
     if config.export.enabled:
         pulse.phase("export rehearsal")
-        with world.together("trying the export"):
+        with world.raise_on_all("trying the export"):
             if world.rank == 0:
                 source = Source(config, model, lambda ids: ids, tokenizer, heads, splits.labels)
                 rehearse(source, export_path(config, directory.path), say)
@@ -174,10 +174,10 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim), weights)
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
-    with world.together("laying out the training rows"):
+    with world.raise_on_all("laying out the training rows"):
         loader = make_loader(config, splits, tokenizer, stop_ids, state, _dealer(config, tokenizer, backend), say)
         told = loader.describe()
-    with world.together("comparing the training rows"):
+    with world.raise_on_all("comparing the training rows"):
         require_same_rows(world.gather(loader.digest), config)
     for line in told:
         say(line)
@@ -206,11 +206,11 @@ def _load(
     config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None,
     dtype: torch.dtype, say: Callable[[str], None],
 ) -> tuple[PreTrainedModel, Weights | None, frozenset[str]]:  # fmt: skip
-    """The model whole, or, where the backend shards it and its files allow it, a skeleton and where its values are; and
-    the names of the parameters that take no part in the loss, of which a skeleton's family has none."""
+    """The model whole, or, where the backend shards it and its files allow it, a meta model and where its values are; and
+    the names of the parameters that take no part in the loss, of which a meta model's family has none."""
     args = (config.model, architecture, tokenizer, labels, config.seed, dtype)
     if shards_parameters(config.backend):
-        found = load_skeleton(*args)
+        found = load_meta_model(*args)
         if not isinstance(found, str):
             return *found, frozenset()
         say(f"model     each rank loads it whole before it is sharded: {found}")
@@ -239,7 +239,7 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
     rows = {name: examples.digest for name, examples in run.splits.items()} | {"train": run.loader.digest}
     found = run.store.newest()
     if found is not None:
-        with run.world.together("checking what was saved"):
+        with run.world.raise_on_all("checking what was saved"):
             saved = read_state(found[0])
             require_same_run(saved.get("run"), run.config, found[0])
             if saved.get("data") != run.loader.digest:
@@ -254,11 +254,11 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
             run.store.load(found, run.backend.tensors())
         run.backend.refresh()
         run.progress.say(f"resume    from {found[0].name}, step {run.state.step} of {run.loader.total_steps}")
-    with run.world.together("reading the first rows"):
+    with run.world.raise_on_all("reading the first rows"):
         fault = run.loader.fault()
         if fault is not None:
             raise fault
-    with run.world.together("writing the run directory"):
+    with run.world.raise_on_all("writing the run directory"):
         if run.world.rank == 0:
             for line in run.directory.cut_logs(run.state.step, run.state.evaluated, run.config.train.log_every):
                 run.progress.say(line)

@@ -32,7 +32,7 @@ Scores = dict[str, dict[str, float]]
 def score_base(run: Run) -> Scores:
     """Score the untouched model on the held-out splits, once; a run that goes on reads what it wrote at its start."""
     kept = None
-    with run.world.together("reading base.json"):
+    with run.world.raise_on_all("reading base.json"):
         if run.world.rank == 0:
             kept = _kept_base(run.directory.path / "base.json")
     kept = run.world.gather(kept)[0]
@@ -46,7 +46,7 @@ def score_base(run: Run) -> Scores:
     if not run.config.evaluation.base or run.state.step > 0:
         return {}
     base, samples = _score(run, "base"), _sample(run, "base")
-    with run.world.together("writing base.json"):
+    with run.world.raise_on_all("writing base.json"):
         if run.world.rank == 0:
             run.directory.write_json("samples.json", samples)
             run.directory.write_json("base.json", base)
@@ -72,7 +72,7 @@ def finish(run: Run, base: Scores) -> None:
     results = {name: {"base": base.get(name), "tuned": figures} for name, figures in tuned.items()}
     if results:
         run.progress.say(base_against_tuned(results, {n: len(run.splits[n]) for n in results}))
-    with run.world.together("exporting the model"):
+    with run.world.raise_on_all("exporting the model"):
         if run.world.rank == 0:
             run.directory.write_json("samples.json", samples)
             trainable, total = run.parameters
@@ -182,7 +182,7 @@ def _sample(run: Run, who: str) -> list[dict[str, Any]]:
     split = next((n for n in ("test", "validation") if n in run.splits), None)
     if split is None or not run.config.evaluation.samples:
         return []
-    with run.world.together("choosing rows to answer"):
+    with run.world.raise_on_all("choosing rows to answer"):
         samples = pick(run.splits[split], run.config.evaluation.samples, run.tokenizer, run.labels)
     was_training = run.model.training
     run.model.eval()

@@ -109,7 +109,7 @@ def fit(run: Run) -> str | None:
         # -- update
         lr = learning_rate(config.optim, state.step, run.loader.total_steps)
         mean_loss, tokens, label_tokens = run.meter.step(weight)
-        grad_norm = float(backend.step(config.optim.max_norm, lr, refuse=not math.isfinite(mean_loss)))
+        grad_norm = float(backend.step(config.optim.max_grad_norm, lr, refuse=not math.isfinite(mean_loss)))
         run.loader.advance()
         state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
         count_nonfinite(run, mean_loss, grad_norm, micro_batches)
@@ -218,7 +218,7 @@ def score(run: Run, objective: Objective, split: str) -> dict[str, float]:
         StopRequested: a stop was asked for meanwhile.
         DamagedRows: the split's rows changed on the disk.
     """
-    with run.world.together(f"reading the rows of {split}"):
+    with run.world.raise_on_all(f"reading the rows of {split}"):
         run.splits[split].require_whole()
     return evaluate(objective, run.model, run.splits[split], run.backend, run.config.evaluation.batch_size,
                     run.loader.dealer.pad_id, run.choices.get(split), lambda: run.stop.heed(run.world))  # fmt: skip
@@ -230,7 +230,7 @@ def out_of_patience(config: Config, state: TrainState) -> bool:
 
 def save(run: Run) -> None:
     run.pulse.phase("save")
-    with run.world.together("writing the logs"):
+    with run.world.raise_on_all("writing the logs"):
         run.directory.sync_logs()
     saved = {"train": run.state.to_json(), "data": run.loader.digest, "run": run_identity(run.config)}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)

@@ -36,7 +36,7 @@ from tritune.trainer.model.reached import find_unused
 from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import piece_of
+from tritune.trainer.parallel.shard import shard_of
 from tritune.trainer.run.files import read_json
 from tritune.trainer.run.state import TrainState
 
@@ -156,7 +156,7 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
         steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in saved)
         raise InputError(f"checkpoint.step={step}", f"{run} holds no checkpoint of it", f"It has {steps or 'none'}")
     path, manifest = found
-    tensors = {f"model.{n}": piece_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
     expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
     load_tensors(path, tensors, expected, world)
     return replace(opened, step=step, what=f"{run}, step {step}")

@@ -13,7 +13,7 @@ from tritune.trainer.checkpoint import store as store_module
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.errors import CheckpointError
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import piece_of
+from tritune.trainer.parallel.shard import shard_of
 from tritune.trainer.verify.compare import bit_equal
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -39,13 +39,13 @@ def test_it_is_the_state_at_the_call(tmp_path, slow_disk):
     values = torch.arange(6.0).reshape(2, 3)
     store = CheckpointStore(tmp_path, 3, ALONE, print, asynchronous=True)
     began = time.perf_counter()
-    store.save(1, {"model.w": piece_of(values)}, {"step": 1}, None)
+    store.save(1, {"model.w": shard_of(values)}, {"step": 1}, None)
     assert time.perf_counter() - began < 0.2  # it did not wait for the disk
     values.fill_(-1.0)  # training goes on
     assert list(tmp_path.glob("step-*")) == []
     store.wait()
     read = torch.zeros(2, 3)
-    assert load(store, {"model.w": piece_of(read)}) == {"step": 1}
+    assert load(store, {"model.w": shard_of(read)}) == {"step": 1}
     assert read.equal(torch.arange(6.0).reshape(2, 3))
 
 
@@ -54,11 +54,11 @@ def test_one_save_waits_for_the_one_before(tmp_path, slow_disk):
     store = CheckpointStore(tmp_path, 3, ALONE, print, asynchronous=True)
     for step in (1, 2, 3):
         values.fill_(step)
-        store.save(step, {"model.w": piece_of(values)}, {"step": step}, None)
+        store.save(step, {"model.w": shard_of(values)}, {"step": step}, None)
     store.wait()
     for step in (1, 2, 3):
         read = torch.zeros(4)
-        assert store.load(store.at(step), {"model.w": piece_of(read)}) == {"step": step}
+        assert store.load(store.at(step), {"model.w": shard_of(read)}) == {"step": step}
         assert read.equal(torch.full((4,), float(step)))
 
 
@@ -67,7 +67,7 @@ def test_a_failure_is_raised_where_training_next_looks(tmp_path, monkeypatch, no
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    tensors = {"model.w": piece_of(torch.zeros(2))}
+    tensors = {"model.w": shard_of(torch.zeros(2))}
     store = CheckpointStore(tmp_path, 3, ALONE, print, asynchronous=True)
     store.save(1, tensors, {"step": 1}, None)
     store.wait()

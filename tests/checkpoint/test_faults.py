@@ -22,7 +22,7 @@ from tritune.trainer.checkpoint.store import PARTIAL, STATE, CheckpointStore
 from tritune.trainer.checkpoint.tensors import save_tensors
 from tritune.trainer.errors import EXIT_FAILED, EXIT_INPUT, CheckpointError
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import piece_of
+from tritune.trainer.parallel.shard import shard_of
 
 
 @pytest.fixture
@@ -350,12 +350,12 @@ def test_a_checkpoint_that_is_a_link_to_another_place(again, unbroken, tmp_path)
 
 def test_a_non_tensor_is_refused(tmp_path):
     world = World(0, 1, torch.device("cpu"))
-    with pytest.raises(TypeError, match=r"optim\.step is a int; only pieces"):
-        save_tensors(tmp_path, {"model.w": piece_of(torch.zeros(2)), "optim.step": 3}, world)
+    with pytest.raises(TypeError, match=r"optim\.step is a int; only shards"):
+        save_tensors(tmp_path, {"model.w": shard_of(torch.zeros(2)), "optim.step": 3}, world)
     assert list(tmp_path.iterdir()) == []
     store = CheckpointStore(tmp_path / "checkpoints", 2, world, print)
     with pytest.raises(CheckpointError, match=r"step 1 .*optim\.step is a int"):
-        store.save(1, {"model.w": piece_of(torch.zeros(2)), "optim.step": 3}, {"step": 1}, None)
+        store.save(1, {"model.w": shard_of(torch.zeros(2)), "optim.step": 3}, {"step": 1}, None)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

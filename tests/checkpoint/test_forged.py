@@ -20,7 +20,7 @@ from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import STATE, CheckpointStore
 from tritune.trainer.errors import EXIT_INPUT, CheckpointError
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece, piece_of
+from tritune.trainer.parallel.shard import Shard, shard_of
 from tritune.trainer.run.state import TrainState
 
 STEP = "step-00000001"
@@ -29,8 +29,8 @@ STEP = "step-00000001"
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """Two matrices of one size, a vector and a number, as one process saves them."""
-    tensors = {n: piece_of(torch.arange(6.0).view(2, 3) + i) for i, n in enumerate(("a", "b"))}
-    tensors |= {"c": piece_of(torch.ones(5, dtype=torch.bfloat16)), "d": piece_of(torch.tensor(7))}
+    tensors = {n: shard_of(torch.arange(6.0).view(2, 3) + i) for i, n in enumerate(("a", "b"))}
+    tensors |= {"c": shard_of(torch.ones(5, dtype=torch.bfloat16)), "d": shard_of(torch.tensor(7))}
     store = CheckpointStore(tmp_path, 1, World(0, 1, torch.device("cpu")), print)
     store.save(1, tensors, {"step": 1}, None)
     verify(tmp_path / STEP, [STATE])
@@ -96,9 +96,9 @@ def test_elements_that_two_shards_hold_or_none(tmp_path):
     for number, (start, stop) in enumerate(((0, 5), (5, 8), (4, 8), (6, 8))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        save_tensors(folder, {"a": Piece(torch.Size([8]), start, whole[start:stop])}, world)
+        save_tensors(folder, {"a": Shard(torch.Size([8]), start, whole[start:stop])}, world)
         shard(folder).rename(tmp_path / f"{number}.safetensors")
-    tensors = describe_tensors({"a": piece_of(whole)})
+    tensors = describe_tensors({"a": shard_of(whole)})
     require_covered(tmp_path, ["0.safetensors", "1.safetensors"], tensors)
     for second, said in ((2, "elements from 4 on are there twice"), (3, "elements from 5 on are missing")):
         with pytest.raises(CheckpointError, match=f"a: {said}"):
@@ -170,9 +170,9 @@ def test_a_state_that_is_no_object(checkpoint, text):
 def test_values_that_no_training_leaves(tmp_path, value):
     world, name = World(0, 1, torch.device("cpu")), "optim.w.exp_avg_sq"
     store, moments = CheckpointStore(tmp_path, 1, world, print), torch.tensor([1.0, value, 0.0])
-    store.save(1, {name: piece_of(moments)}, {"step": 1}, None)
+    store.save(1, {name: shard_of(moments)}, {"step": 1}, None)
     with pytest.raises(CheckpointError, match=f"{STEP}: {name} "):
-        store.load(store.newest(), {name: piece_of(torch.zeros(3))})
+        store.load(store.newest(), {name: shard_of(torch.zeros(3))})
 
 
 def test_one_that_is_named_after_another_step_is_passed_over(again, unbroken):

@@ -235,7 +235,7 @@ def test_the_name_of_an_option_is_not_set_alone():
         ["optim.lr=0", "optim.eps=-1", "optim.warmup_ratio=1.5", "train.micro_batch_size=0", "evaluation.every=0",
          "evaluation.metric=acuracy", "checkpoint.keep_last=0", "data.validation_share=1.0", "launch.num_procs=0"],
         ["optim.lr=nan", "optim.warmup_steps=-1", "train.micro_batch_size=64", "train.epochs=-1", "train.patience=2",
-         "kernels.loss_chunk_tokens=0", "backend.timeout_seconds=0", "optim.max_norm=0"],
+         "kernels.loss_chunk_tokens=0", "backend.timeout_seconds=0", "optim.max_grad_norm=0"],
         ["optim.lr=inf", "train.patience=0", "checkpoint.every=-1", "evaluation.batch_size=0", "optim.betas=[0.9,1.0]"],
     ],
 )  # fmt: skip

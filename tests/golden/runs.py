@@ -82,7 +82,7 @@ RUNS = [
     Run("sft", "full", more=(*PACKED, *SPLIT)),
     Run("sft", "lora", more=(*SOURCES, *SPLIT, DROPOUT, "export.form=merged", "data.test={inputs}/chats_test.jsonl",
                              "evaluation.samples=2", "generate.max_new_tokens=6")),
-    Run("classify", "full", more=("optim.max_norm=0.5", "optim.weight_decay=0.3")),
+    Run("classify", "full", more=("optim.max_grad_norm=0.5", "optim.weight_decay=0.3")),
     Run("classify", "lora", more=(*PACKED, DROPOUT)),
     Run("classify_token", "full", more=(*PACKED, "optim.schedule=linear", "optim.betas=[0.8,0.95]")),
     Run("classify_token", "lora", more=(*SPLIT, DROPOUT, "train.use_best=true")),

@@ -16,7 +16,7 @@ from judge import DEVICE
 from scipy.stats import chi2, poisson
 from torch.testing import assert_close
 from tritune.kernels.dropout import dropout_reference, keep_mask_reference, mix, token_keys
-from tritune.trainer.methods.sites import TokenKeys, site_of
+from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
 SIGMAS = 6.0
 MASK = 0xFFFFFFFF
@@ -43,8 +43,8 @@ def key_of(seed: int, step: int, sample: int, position: int) -> int:
     return fmix32(key ^ fmix32(position * GOLDEN))
 
 
-def kept(key: int, site: int, feature: int, p: float) -> bool:
-    return fmix32(key ^ fmix32(site + feature * GOLDEN)) >= p * 2**32
+def kept(key: int, layer_id: int, feature: int, p: float) -> bool:
+    return fmix32(key ^ fmix32(layer_id + feature * GOLDEN)) >= p * 2**32
 
 
 def ids(*numbers: int) -> torch.Tensor:
@@ -80,9 +80,9 @@ def test_bits_equal_plain_python(seed, step):
     keys = token_keys(seed, step, ids(*samples), 5)
     expected = [[key_of(seed, step, s, t) for t in range(5)] for s in samples]
     assert bits(keys).tolist() == expected
-    for site, p in [(0, 0.5), (site_of("model.layers.3.mlp.up_proj"), 0.1), (MASK, 0.9), (2**31, 1e-3)]:
-        mask = keep_mask_reference(keys, site, 9, p)
-        wanted = [[[kept(k, site, f, p) for f in range(9)] for k in row] for row in expected]
+    for layer_id, p in [(0, 0.5), (layer_id_of("model.layers.3.mlp.up_proj"), 0.1), (MASK, 0.9), (2**31, 1e-3)]:
+        mask = keep_mask_reference(keys, layer_id, 9, p)
+        wanted = [[[kept(k, layer_id, f, p) for f in range(9)] for k in row] for row in expected]
         assert mask.tolist() == wanted
 
 
@@ -97,7 +97,7 @@ def test_low_bits_of_seed_and_step_count():
 def test_keep_rate(p):
     """Kept of n is Binomial(n, 1 - p): six standard deviations."""
     keys = token_keys(11, 5, torch.arange(32, device=DEVICE), 128)
-    mask = keep_mask_reference(keys, site_of("a"), 256, p)
+    mask = keep_mask_reference(keys, layer_id_of("a"), 256, p)
     n = mask.numel()
     assert abs(mask.double().mean().item() - (1 - p)) <= SIGMAS * math.sqrt(p * (1 - p) / n)
     # and in every feature, every position and every sample, with the same rule on fewer draws
@@ -136,16 +136,23 @@ def phi(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_independent_across_every_coordinate(p):
-    """Masks of neighbouring (and not so neighbouring) seeds, steps, samples, positions, sites, features do not
+    """Masks of neighbouring (and not so neighbouring) seeds, steps, samples, positions, layers, features do not
     correlate."""
 
-    def draw(seed=3, step=9, sample=100, position=0, site=1000, feature=0):
+    def draw(seed=3, step=9, sample=100, position=0, layer_id=1000, feature=0):
         keys = token_keys(seed, step, torch.arange(sample, sample + 32, device=DEVICE), position + 64)[:, position:]
-        return keep_mask_reference(keys, site, feature + 64, p)[..., feature:]
+        return keep_mask_reference(keys, layer_id, feature + 64, p)[..., feature:]
 
     base = draw()
     lags = [1, 2, 3, 8, 16, 31, 32, 33, 64, 128, 1 << 10]
-    for name, origin in [("seed", 3), ("step", 9), ("sample", 100), ("position", 0), ("site", 1000), ("feature", 0)]:
+    for name, origin in [
+        ("seed", 3),
+        ("step", 9),
+        ("sample", 100),
+        ("position", 0),
+        ("layer_id", 1000),
+        ("feature", 0),
+    ]:
         for lag in lags:
             score = phi(base, draw(**{name: origin + lag}))
             assert abs(score) < SIGMAS, f"{name} + {lag}: {score:.1f} sigma"
@@ -163,7 +170,7 @@ def test_independent_across_every_coordinate(p):
     assert abs(phi(draw(seed=4, step=7), draw(seed=7, step=4))) < SIGMAS
 
 
-@pytest.mark.parametrize("along", ["feature", "position", "sample", "site", "step", "seed"])
+@pytest.mark.parametrize("along", ["feature", "position", "sample", "layer_id", "step", "seed"])
 def test_runs_of_four_are_uniform(along):
     """Chi-square on the 16 patterns of four neighbours at p = 1/2: pairs, triples and quadruples at once (15
     degrees)."""
@@ -180,9 +187,9 @@ def test_runs_of_four_are_uniform(along):
     else:
         masks = []
         for i in range(4):
-            seed, step, site = 1 + i * (along == "seed"), 2 + i * (along == "step"), 7 + i * (along == "site")
+            seed, step, layer_id = 1 + i * (along == "seed"), 2 + i * (along == "step"), 7 + i * (along == "layer_id")
             masks.append(
-                keep_mask_reference(token_keys(seed, step, torch.arange(64, device=DEVICE), 64), site, 64, 0.5)
+                keep_mask_reference(token_keys(seed, step, torch.arange(64, device=DEVICE), 64), layer_id, 64, 0.5)
             )
         quads = torch.stack(masks, dim=-1).reshape(-1, 4)
     counts = torch.bincount((quads.long() * torch.tensor([1, 2, 4, 8], device=DEVICE)).sum(-1), minlength=16).double()
@@ -210,10 +217,10 @@ def test_the_real_sites_of_a_model_are_distinct_and_independent():
     names = [
         f"model.layers.{i}.{n}" for i in range(32) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
     ]
-    sites = [site_of(n) for n in names]
-    assert len(set(sites)) == len(sites)
+    layer_ids = [layer_id_of(n) for n in names]
+    assert len(set(layer_ids)) == len(layer_ids)
     keys = token_keys(0, 1, torch.arange(16, device=DEVICE), 32)
-    masks = torch.stack([keep_mask_reference(keys, s, 32, 0.1).reshape(-1) for s in sites]).double()
+    masks = torch.stack([keep_mask_reference(keys, s, 32, 0.1).reshape(-1) for s in layer_ids]).double()
     masks -= masks.mean(dim=1, keepdim=True)
     masks /= masks.norm(dim=1, keepdim=True)
     scores = (masks @ masks.T).fill_diagonal_(0.0) * math.sqrt(masks.shape[1])
@@ -222,20 +229,20 @@ def test_the_real_sites_of_a_model_are_distinct_and_independent():
 
 def test_depends_on_nothing_but_its_coordinates():
     """Padding to a larger width, another order of rows, another split: the same bits for the same token."""
-    samples, p, site = ids(4, 900, 17, 2**35), 0.3, site_of("x")
+    samples, p, layer_id = ids(4, 900, 17, 2**35), 0.3, layer_id_of("x")
     keys = token_keys(5, 6, samples, 12)
-    mask = keep_mask_reference(keys, site, 24, p)
+    mask = keep_mask_reference(keys, layer_id, 24, p)
     wide = token_keys(5, 6, samples, 50)
     assert torch.equal(wide[:, :12], keys)
-    assert torch.equal(keep_mask_reference(wide, site, 24, p)[:, :12], mask)
+    assert torch.equal(keep_mask_reference(wide, layer_id, 24, p)[:, :12], mask)
     order = torch.tensor([2, 0, 3, 1], device=DEVICE)
-    assert torch.equal(keep_mask_reference(token_keys(5, 6, samples[order], 12), site, 24, p), mask[order])
+    assert torch.equal(keep_mask_reference(token_keys(5, 6, samples[order], 12), layer_id, 24, p), mask[order])
     for row in range(4):
         alone = token_keys(5, 6, samples[row : row + 1], 12)
-        assert torch.equal(keep_mask_reference(alone, site, 24, p)[0], mask[row])
+        assert torch.equal(keep_mask_reference(alone, layer_id, 24, p)[0], mask[row])
     some = torch.tensor([40, 3, 17], device=DEVICE)  # as the output head sees them: any tokens, flattened
-    assert torch.equal(keep_mask_reference(keys.reshape(-1)[some], site, 24, p), mask.reshape(-1, 24)[some])
-    assert torch.equal(keep_mask_reference(keys, site, 10, p), mask[..., :10]), "nor on the number of features"
+    assert torch.equal(keep_mask_reference(keys.reshape(-1)[some], layer_id, 24, p), mask.reshape(-1, 24)[some])
+    assert torch.equal(keep_mask_reference(keys, layer_id, 10, p), mask[..., :10]), "nor on the number of features"
 
 
 def test_value_and_gradient():

@@ -21,20 +21,20 @@ from tritune.kernels.nf4 import dequantize_reference, quantize
 from tritune.kernels.swiglu import glu_reference
 
 examples = settings(max_examples=20, deadline=None, derandomize=True)
-SITES = [5, 0xFFFFFFFF, 1 << 31]
+LAYER_IDS = [5, 0xFFFFFFFF, 1 << 31]
 
 
 def keys_of(rows: int, length: int) -> torch.Tensor:
     return token_keys(3, 7, torch.arange(rows) + 2**33, length).to(DEVICE)
 
 
-def projection(outputs, inputs, rank, site, seed, dtype, bias=False, trains=True):
+def projection(outputs, inputs, rank, layer_id, seed, dtype, bias=False, trains=True):
     """One that is drawn, and the tensors of it that want a gradient."""
     weight = draw(outputs, inputs, seed=seed, dtype=dtype, grad=False, scale=inputs**-0.5)
     offset = draw(outputs, seed=seed + 1, dtype=dtype, grad=trains) if bias else None
     a = draw(rank, inputs, seed=seed + 2, dtype=dtype, scale=inputs**-0.5) if rank else None
     b = draw(outputs, rank, seed=seed + 3, dtype=dtype) if rank else None
-    return Projection(weight, offset, a, b, 0.75, site)
+    return Projection(weight, offset, a, b, 0.75, layer_id)
 
 
 def flat(projections):
@@ -60,7 +60,9 @@ def formula(x, projections, keys, p):
     for one in projections:
         y = linear(x, one.weight, one.bias)
         if one.a is not None:
-            y = lora_update_reference(y, dropout_reference(x, keys, one.site, p) if p else x, one.a, one.b, one.scaling)
+            y = lora_update_reference(
+                y, dropout_reference(x, keys, one.layer_id, p) if p else x, one.a, one.b, one.scaling
+            )
         outputs.append(y)
     return outputs
 
@@ -75,7 +77,9 @@ def test_lora_linear(shape, inputs, ranks, p, bias, strided, dtype, seed):
     """Any subset of a group adapted, each with a rank and a mask of its own."""
     x = draw(*shape, 2 * inputs if strided else inputs, seed=seed, dtype=dtype)
     keys = keys_of(*shape)
-    projections = [projection(20 + 9 * i, inputs, r, SITES[i], seed + 10 * i, dtype, bias) for i, r in enumerate(ranks)]
+    projections = [
+        projection(20 + 9 * i, inputs, r, LAYER_IDS[i], seed + 10 * i, dtype, bias) for i, r in enumerate(ranks)
+    ]
     tensors, rebuilt = flat(projections)
 
     def part(x):
@@ -99,10 +103,10 @@ def test_lora_mlp(shape, merged, ranks, p, activation, dtype, seed):
     inputs, hidden, keys = 33, 40, keys_of(*shape)
     x = draw(*shape, inputs, seed=seed, dtype=dtype)
     if merged:
-        first = [projection(2 * hidden, inputs, ranks[0] or ranks[1], SITES[0], seed + 10, dtype)]
+        first = [projection(2 * hidden, inputs, ranks[0] or ranks[1], LAYER_IDS[0], seed + 10, dtype)]
     else:
-        first = [projection(hidden, inputs, ranks[i], SITES[i], seed + 10 * i, dtype) for i in range(2)]
-    last = projection(inputs, hidden, ranks[2], SITES[2], seed + 30, dtype)
+        first = [projection(hidden, inputs, ranks[i], LAYER_IDS[i], seed + 10 * i, dtype) for i in range(2)]
+    last = projection(inputs, hidden, ranks[2], LAYER_IDS[2], seed + 30, dtype)
     tensors, rebuilt = flat([*first, last])
 
     def plain(x, *tensors):
@@ -121,53 +125,53 @@ def test_lora_mlp(shape, merged, ranks, p, activation, dtype, seed):
 @pytest.mark.parametrize("p", [0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.05, 0.9))])
 def test_masks_of_all_three_kernels_are_the_reference_s_bit_for_bit(p):
     """Ones and unit vectors through the products: what comes out is the mask itself, times 1 / (1 - p)."""
-    tokens, width, sites = 70, 130, [3, 0xDEADBEEF]
+    tokens, width, layer_ids = 70, 130, [3, 0xDEADBEEF]
     keys = keys_of(2, 35).reshape(-1)
-    masks = [keep_mask_reference(keys, site, width, p) for site in sites]
+    masks = [keep_mask_reference(keys, layer_id, width, p) for layer_id in layer_ids]
     scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)
     ones = torch.ones(tokens, width, device=DEVICE)
     for i, mask in enumerate(masks):
         for start in (0, 64, 112, width - 16):  # A = rows of the identity: S = columns of drop(1)
             a = torch.zeros(32, width, device=DEVICE)
             a[16 * i : 16 * i + 16, start : start + 16] = torch.eye(16, device=DEVICE)
-            s = dropped_down(ones, a, keys, sites, p)[:, 16 * i : 16 * i + 16]
+            s = dropped_down(ones, a, keys, layer_ids, p)[:, 16 * i : 16 * i + 16]
             assert torch.equal(s, (mask * scale.to(DEVICE))[:, start : start + 16])
         ds = torch.zeros(tokens, 32, device=DEVICE)
         ds[:, 16 * i] = 1.0
-        da = dropped_a_gradient(ones, ds, keys, sites, p)  # counts what is kept of each feature
+        da = dropped_a_gradient(ones, ds, keys, layer_ids, p)  # counts what is kept of each feature
         torch.testing.assert_close(da[16 * i], mask.sum(0).float() * scale.to(DEVICE), rtol=1e-6, atol=0)
         a = torch.zeros(32, width, device=DEVICE)
         a[16 * i] = 1.0
         dx = torch.zeros(tokens, width, device=DEVICE)
-        add_dropped_x_gradient(dx, ds, a, keys, sites, p)
+        add_dropped_x_gradient(dx, ds, a, keys, layer_ids, p)
         assert torch.equal(dx, mask * scale.to(DEVICE))
 
 
 @pytest.mark.parametrize(("tokens", "width", "rank", "count"), [(1, 16, 16, 1), (70, 130, 16, 3), (200, 33, 64, 2)])
 def test_the_three_products_are_the_reference_and_its_gradients(tokens, width, rank, count):
-    keys, sites, p = keys_of(1, tokens).reshape(-1), SITES[:count], 0.25
+    keys, layer_ids, p = keys_of(1, tokens).reshape(-1), LAYER_IDS[:count], 0.25
 
     class Products(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, a):
             ctx.save_for_backward(x, a)
-            return dropped_down(x, a, keys, sites, p)
+            return dropped_down(x, a, keys, layer_ids, p)
 
         @staticmethod
         def backward(ctx, ds):
             x, a = ctx.saved_tensors
             dx = torch.zeros_like(x)
-            add_dropped_x_gradient(dx, ds.contiguous(), a, keys, sites, p)
-            return dx, dropped_a_gradient(x, ds.contiguous(), keys, sites, p)
+            add_dropped_x_gradient(dx, ds.contiguous(), a, keys, layer_ids, p)
+            return dx, dropped_a_gradient(x, ds.contiguous(), keys, layer_ids, p)
 
     inputs = [draw(tokens, width, seed=1), draw(rank * count, width, seed=2)]
-    require_twice(Products.apply, lambda x, a: dropped_down_reference(x, a, keys, sites, p), inputs)
+    require_twice(Products.apply, lambda x, a: dropped_down_reference(x, a, keys, layer_ids, p), inputs)
 
 
 def test_a_mask_does_not_depend_on_the_batch_around_its_token():
     """Recomputed, split or packed otherwise: the token's key decides. One key beyond 2^31 and one below."""
     x, keys, p = draw(6, 33, seed=1, grad=False), keys_of(2, 3).reshape(-1), 0.3
-    group = [projection(20, 33, 8, SITES[0], 2, torch.float32)]
+    group = [projection(20, 33, 8, LAYER_IDS[0], 2, torch.float32)]
     whole = lora_linear(x, group, keys, p)[0]
     assert (keys < 0).any() and (keys > 0).any()  # noqa: PT018
     for order in ([3], [5, 0], [1, 2, 4]):
@@ -184,7 +188,7 @@ def test_splits_and_slices_are_summed(monkeypatch, p):
     monkeypatch.setattr("tritune.kernels.lora_dropout.SPLIT_TOKENS", 100)  # no tile divides it
     keys = keys_of(2, 300)
     tensors, rebuilt = flat(
-        [projection(20, 33, 16, SITES[0], 1, torch.float32), projection(9, 33, 4, SITES[1], 5, torch.float32)]
+        [projection(20, 33, 16, LAYER_IDS[0], 1, torch.float32), projection(9, 33, 4, LAYER_IDS[1], 5, torch.float32)]
     )
     require_twice(
         lambda x, *t: lora_linear(x, rebuilt(t), keys, p), lambda x, *t: formula(x, rebuilt(t), keys, p),
@@ -196,7 +200,10 @@ def test_splits_and_slices_are_summed(monkeypatch, p):
 @pytest.mark.parametrize("double", [True, False])
 def test_over_a_base_in_nf4(p, double):
     """The dense weight is what the format says, made for one product at a time; the formula gets that weight."""
-    dense = [projection(70, 33, 8, SITES[0], 1, torch.float32), projection(20, 33, 0, SITES[1], 5, torch.float32)]
+    dense = [
+        projection(70, 33, 8, LAYER_IDS[0], 1, torch.float32),
+        projection(20, 33, 0, LAYER_IDS[1], 5, torch.float32),
+    ]
     packed = [quantize(one.weight, double=double) for one in dense]
     keys, factors = keys_of(2, 20), [dense[0].a, dense[0].b]
     x = draw(2, 20, 33, seed=9)
@@ -213,7 +220,7 @@ def test_over_a_base_in_nf4(p, double):
 
 def test_an_input_that_needs_no_gradient_gets_none_and_factors_do():
     """The first layer over frozen embeddings: its input's gradient is not computed at all."""
-    tensors, rebuilt = flat([projection(20, 33, 8, SITES[0], 1, torch.float32)])
+    tensors, rebuilt = flat([projection(20, 33, 8, LAYER_IDS[0], 1, torch.float32)])
     x = draw(2, 5, 33, seed=2, grad=False)
     require_twice(
         lambda x, *t: lora_linear(x, rebuilt(t)), lambda x, *t: formula(x, rebuilt(t), None, 0.0), [x, *tensors]
@@ -222,8 +229,8 @@ def test_an_input_that_needs_no_gradient_gets_none_and_factors_do():
 
 def test_backward_twice_gives_the_same_bits():
     keys, x = keys_of(2, 20), draw(2, 20, 33, seed=1)
-    group = [projection(40, 33, 8, SITES[i], 5 * i, torch.float32) for i in range(2)]
-    y = lora_mlp(x, group, projection(33, 40, 8, SITES[2], 20, torch.float32), "silu", keys, 0.1)
+    group = [projection(40, 33, 8, LAYER_IDS[i], 5 * i, torch.float32) for i in range(2)]
+    y = lora_mlp(x, group, projection(33, 40, 8, LAYER_IDS[2], 20, torch.float32), "silu", keys, 0.1)
     wanted = [x, group[0].a, group[1].b]
     first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
     second = torch.autograd.grad(y.sum(), wanted)
@@ -240,7 +247,7 @@ def test_only_input_and_low_rank_products_are_kept():
 
     x, keys = draw(1, 64, 48, seed=1), keys_of(1, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        lora_linear(x, [projection(20, 48, 4, SITES[0], 2, torch.float32)], keys, 0.1)
+        lora_linear(x, [projection(20, 48, 4, LAYER_IDS[0], 2, torch.float32)], keys, 0.1)
     assert sorted(saved) == sorted([(64, 48), (64, 16), (1, 64), (20, 48), (4, 48), (20, 4)])
 
 
@@ -299,7 +306,7 @@ def test_the_candidate_forward_by_concatenation_is_the_same_function():
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from lora_concat import ConcatGroup
 
-    group = [projection(20 + 9 * i, 33, rank, SITES[i], 10 * i, torch.float32) for i, rank in enumerate((4, 16, 8))]
+    group = [projection(20 + 9 * i, 33, rank, LAYER_IDS[i], 10 * i, torch.float32) for i, rank in enumerate((4, 16, 8))]
     x = draw(50, 33, seed=9, grad=False)
     with torch.no_grad():
         candidate = ConcatGroup(group)

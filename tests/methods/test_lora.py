@@ -15,7 +15,7 @@ from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.lora import LoRALinear, lora_layers
-from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.load import count_parameters, is_tied
 from tritune.trainer.model.scorer import TokenScorer
 

@@ -20,7 +20,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.model.files import weight_files
 from tritune.trainer.model.fingerprint import fingerprint
 from tritune.trainer.model.load import load_architecture, load_model
-from tritune.trainer.model.meta import load_skeleton
+from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.open import open_model
 from tritune.trainer.parallel.distributed import start
@@ -52,15 +52,15 @@ def load(path: Path | str, labels=None):
     return load_model(settings, load_architecture(settings, len(tokenizer)), tokenizer, labels, 0)
 
 
-def skeleton(path: Path | str):
+def meta(path: Path | str):
     settings, tokenizer = ModelConfig(path=str(path)), byte_tokenizer()
-    return load_skeleton(settings, load_architecture(settings, len(tokenizer)), tokenizer, None, 0, torch.float32)
+    return load_meta_model(settings, load_architecture(settings, len(tokenizer)), tokenizer, None, 0, torch.float32)
 
 
 def require_whole(path: Path | str, expected: AutoModelForCausalLM) -> None:
-    """Loaded whole, and as a skeleton whose parameters are read one by one."""
+    """Loaded whole, and as a meta model whose parameters are read one by one."""
     assert torch.equal(logits(load(path)), logits(expected))
-    model, weights = skeleton(path)
+    model, weights = meta(path)
     for name, parameter in model.named_parameters():
         held = weights.read(name, 0, parameter.numel()).view(parameter.shape)
         assert torch.equal(held, expected.get_parameter(name)), name
@@ -111,7 +111,7 @@ def test_an_index_that_names_other_files_is_refused(base, parts, tmp_path, name)
     index = json.loads((parts / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = name
     (parts / INDEX).write_text(json.dumps(index))
-    for opens in (load, skeleton, read, lambda path: fingerprint(ModelConfig(path=str(path)))):
+    for opens in (load, meta, read, lambda path: fingerprint(ModelConfig(path=str(path)))):
         with pytest.raises(InputError, match=INDEX) as refused:
             opens(parts)
         assert isinstance(name, list) or repr(name) in str(refused.value)
@@ -120,7 +120,7 @@ def test_an_index_that_names_other_files_is_refused(base, parts, tmp_path, name)
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": "absent.safetensors"}}'])
 def test_an_index_that_does_not_read_is_refused(parts, text):
     (parts / INDEX).write_text(text)
-    for opens in (load, skeleton):
+    for opens in (load, meta):
         with pytest.raises(InputError, match=r"model\.path="):
             opens(parts)
 
@@ -172,7 +172,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_bases_and_adapters_by_their_hub_ids(hub, base, parts, tmp_path):
-    """Whole and as a skeleton, by content, under an adapter; the base's revision is the one that the adapter names."""
+    """Whole and as a meta model, by content, under an adapter; the base's revision is the one that the adapter names."""
     other = AutoModelForCausalLM.from_pretrained(base)
     torch.nn.init.ones_(other.model.norm.weight)
     other.model.norm.weight.data *= 3

@@ -11,7 +11,7 @@ from tritune.trainer.config import LoraConfig, MethodConfig, ModelConfig
 from tritune.trainer.config.choices import Attention
 from tritune.trainer.methods import apply_method
 from tritune.trainer.model.load import CLASS_HEAD, is_tied, load_architecture, load_model, widen_masters
-from tritune.trainer.model.meta import load_skeleton
+from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.tokenizer import byte_tokenizer
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 6,
@@ -45,12 +45,12 @@ def saved(request, tmp_path):
 
 
 def both(where, labels, dtype, method):
-    """The model whole, the skeleton with its weights, each with the method applied."""
+    """The model whole, the meta model with its weights, each with the method applied."""
     attention = Attention.eager if "gemma2" in str(where) else Attention.sdpa
     tokenizer, settings = byte_tokenizer(), ModelConfig(path=str(where), attention=attention)
     heads = [CLASS_HEAD] if labels else []
     models = []
-    for load in (load_model, load_skeleton):
+    for load in (load_model, load_meta_model):
         loaded = load(settings, load_architecture(settings, len(tokenizer)), tokenizer, labels, 7, dtype)
         assert not isinstance(loaded, str), loaded
         model, weights = loaded if isinstance(loaded, tuple) else (loaded, None)
@@ -78,8 +78,8 @@ def test_a_new_head_starts_as_in_the_whole_model(saved):
     compare(*both(saved, ["a", "b", "c"], torch.float32, LoraConfig(rank=3)))
 
 
-def compare(whole, skeleton, weights):
-    expected, found = dict(whole.named_parameters()), dict(skeleton.named_parameters())
+def compare(whole, meta, weights):
+    expected, found = dict(whole.named_parameters()), dict(meta.named_parameters())
     assert list(found) == list(expected)
     rng = random.Random(1)
     for name, parameter in found.items():
@@ -91,8 +91,8 @@ def compare(whole, skeleton, weights):
             start, stop = sorted(rng.sample(range(values.numel() + 1), 2))
             assert weights.read(name, start, stop).to(parameter.dtype).equal(values[start:stop]), (name, start, stop)
     if whole.get_output_embeddings() is not None:
-        assert is_tied(skeleton) == is_tied(whole)
-    for (name, one), (other, two) in zip(whole.named_buffers(), skeleton.named_buffers(), strict=True):
+        assert is_tied(meta) == is_tied(whole)
+    for (name, one), (other, two) in zip(whole.named_buffers(), meta.named_buffers(), strict=True):
         assert name == other
         assert one.equal(two), name
 
@@ -102,13 +102,14 @@ def test_what_must_be_loaded_whole(saved):
     tokenizer, settings = byte_tokenizer(), ModelConfig(path=str(saved))
     architecture = load_architecture(settings, len(tokenizer))
     architecture.vocab_size -= 3
-    why = load_skeleton(settings, architecture, tokenizer, None, 0, torch.float32)
+    why = load_meta_model(settings, architecture, tokenizer, None, 0, torch.float32)
     assert why == "new embeddings are drawn from the whole matrix"
     architecture.vocab_size += 3
     architecture.num_hidden_layers = 3
-    why = load_skeleton(settings, architecture, tokenizer, None, 0, torch.float32)
+    why = load_meta_model(settings, architecture, tokenizer, None, 0, torch.float32)
     assert why == "no tensor of its files is named model.layers.2.self_attn.q_proj.weight"
     made = ModelConfig(config={"model_type": "llama"}, tokenizer="bytes")
     assert (
-        load_skeleton(made, architecture, tokenizer, None, 0, torch.float32) == "random weights are drawn in one order"
+        load_meta_model(made, architecture, tokenizer, None, 0, torch.float32)
+        == "random weights are drawn in one order"
     )

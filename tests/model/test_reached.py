@@ -20,7 +20,7 @@ from tritune.trainer.methods.lora import lora_layers
 from tritune.trainer.model import reached
 from tritune.trainer.model.layers import decoder_layers, idle_modules
 from tritune.trainer.model.load import auto_class, load_architecture, load_model
-from tritune.trainer.model.meta import load_skeleton
+from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.optim import make_optimizer
 from tritune.trainer.model.reached import describe_unused, find_unused, reaches_everything
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
@@ -215,7 +215,7 @@ def test_fsdp_gathers_no_tower(folders):
 def test_no_skeleton_of_what_must_be_looked_at(folders, labels):
     settings, tokenizer = ModelConfig(path=str(folders["gemma3"])), byte_tokenizer()
     architecture = load_architecture(settings, len(tokenizer))
-    why = load_skeleton(settings, architecture, tokenizer, labels, 0, torch.float32)
+    why = load_meta_model(settings, architecture, tokenizer, labels, 0, torch.float32)
     assert why == "gemma3 is no family that the tests know, and is looked at when it is loaded"
 
 

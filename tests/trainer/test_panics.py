@@ -25,9 +25,9 @@ def test_a_verb_says_it_and_ends_with_2(capsys):
 
 def test_ranks_fail_together():
     world = World(0, 1, torch.device("cpu"), 1)
-    with pytest.raises(InputError, match="a library panicked"), world.together("reading"):
+    with pytest.raises(InputError, match="a library panicked"), world.raise_on_all("reading"):
         panic()
-    with pytest.raises(KeyboardInterrupt), world.together("reading"):
+    with pytest.raises(KeyboardInterrupt), world.raise_on_all("reading"):
         raise KeyboardInterrupt
 
 

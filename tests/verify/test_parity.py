@@ -97,7 +97,7 @@ def test_every_backend_in_bfloat16(rows_and_model, tmp_path, method):
         "train.batch_size=24",
         "train.micro_batch_size=4",
     ]
-    argv += ["optim.max_norm=1e9", "verify.orders=3"]
+    argv += ["optim.max_grad_norm=1e9", "verify.orders=3"]
     assert verify(["parity", *argv, f"verify.backends=[{ALL}]", f"run.dir={tmp_path}"]) == 0
     found = certificate(tmp_path)
     assert found["holds"]

@@ -52,7 +52,13 @@ def test_nothing_is_left_of_it(common, one_process, tmp_path, monkeypatch, backe
     if kind == "bad loss":
         monkeypatch.setattr(processes, "_rank", planted.rank_with_one_bad_step)
     else:
-        common = [*common, "optim.lr=1e30", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_norm=1e9"]
+        common = [
+            *common,
+            "optim.lr=1e30",
+            "optim.schedule=constant",
+            "optim.warmup_ratio=0",
+            "optim.max_grad_norm=1e9",
+        ]
     expected = [0] if kind == "bad loss" else [1]
     one = one_process(kind, common, expected)
     two = harness.start([*common, *BACKENDS[backend], f"run.dir={tmp_path / 'two'}"], tmp_path / "logs", 2)

@@ -15,7 +15,7 @@ from tritune.trainer.config.backends import BackendConfig, FsdpConfig, ZeroConfi
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece
+from tritune.trainer.parallel.shard import Shard
 
 
 class Backend(Protocol):
@@ -44,7 +44,7 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
+    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
         """Clip, update, zero; return the gradient norm before clipping.
 
         Nothing is updated where the gradient is not finite, nor with `refuse` (the loss was not).
@@ -57,7 +57,7 @@ class Backend(Protocol):
         """Drop the gradients."""
         ...
 
-    def tensors(self) -> dict[str, Piece]:
+    def tensors(self) -> dict[str, Shard]:
         """This rank's part of everything that trains, masters and moments, by name: a checkpoint is written from and
         read into these views. The names are the same on all ranks."""
         ...

@@ -30,7 +30,7 @@ from tritune.trainer.model.layers import decoder_layers, idle_modules
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World, ensure_group
-from tritune.trainer.parallel.shard import fill, piece_of
+from tritune.trainer.parallel.shard import fill, shard_of
 
 
 class Fsdp(Local):
@@ -101,5 +101,5 @@ class Fsdp(Local):
         buffers = dict(model.named_buffers())
         if weights is not None:
             model.to_empty(device=home)
-            fill({hub_name(n): piece_of(p) for n, p in model.named_parameters()}, weights.read)
+            fill({hub_name(n): shard_of(p) for n, p in model.named_parameters()}, weights.read)
         place_buffers(model, buffers, self.device)  # to_empty has emptied them

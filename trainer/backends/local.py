@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece, piece_of
+from tritune.trainer.parallel.shard import Shard, shard_of
 
 
 class Local:
@@ -51,7 +51,7 @@ class Local:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
+    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
         parameters = list(self._trainable.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.order:
@@ -60,7 +60,7 @@ class Local:
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm) and not refuse:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -74,12 +74,12 @@ class Local:
         for parameter in self._trainable.values():
             parameter.grad = None
 
-    def tensors(self) -> dict[str, Piece]:
-        found: dict[str, Piece] = {}
+    def tensors(self) -> dict[str, Shard]:
+        found: dict[str, Shard] = {}
         for name, parameter in self._trainable.items():
-            found[f"model.{name}"] = piece_of(parameter)
+            found[f"model.{name}"] = shard_of(parameter)
             for key, value in self.optimizer.state[parameter].items():
-                found[f"optim.{name}.{key}"] = piece_of(value)
+                found[f"optim.{name}.{key}"] = shard_of(value)
         return found
 
     def refresh(self) -> None:

@@ -28,7 +28,7 @@ from tritune.trainer.config.backends import Offload, ZeroConfig
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World, ensure_group
-from tritune.trainer.parallel.shard import Piece, fill
+from tritune.trainer.parallel.shard import Shard, fill
 
 
 class Zero:
@@ -72,11 +72,11 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, max_norm: float, lr: float, refuse: bool = False) -> Tensor:
+    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
         if refuse:
             self.forget()
             return torch.tensor(torch.inf)
-        self.engine.optimizer.clip_grad = max_norm
+        self.engine.optimizer.clip_grad = max_grad_norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -88,7 +88,7 @@ class Zero:
     def forget(self) -> None:
         discard_gradients(self.engine)
 
-    def tensors(self) -> dict[str, Piece]:
+    def tensors(self) -> dict[str, Shard]:
         return fragments(self.engine, self._trainable)
 
     def refresh(self) -> None:
@@ -117,7 +117,7 @@ class Zero:
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop counts; one "step" here is one of ours
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": 1.0,  # set to optim.max_norm at each step
+            "gradient_clipping": 1.0,  # set to optim.max_grad_norm at each step
             "zero_optimization": zero,
             "bf16": {"enabled": self.bf16},
             "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []},

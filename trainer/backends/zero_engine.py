@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from tritune.trainer.backends.local import hub_name
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.shard import Piece, fill, piece_of
+from tritune.trainer.parallel.shard import Shard, fill, shard_of
 
 # Some forty lines a rank at start; what goes wrong is an exception.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -113,11 +113,11 @@ def _partitioned(
     return new
 
 
-def _run(parameter: Any, values: Tensor, rank: int) -> Piece:
-    """The piece that a rank's partition of a stage 3 parameter is; the last partitions may end in padding."""
+def _run(parameter: Any, values: Tensor, rank: int) -> Shard:
+    """The shard that a rank's partition of a stage 3 parameter is; the last partitions may end in padding."""
     size = parameter.ds_tensor.ds_numel
     start = min(rank * size, parameter.ds_numel)
-    return Piece(parameter.ds_shape, start, values[: min(size, parameter.ds_numel - start)])
+    return Shard(parameter.ds_shape, start, values[: min(size, parameter.ds_numel - start)])
 
 
 def make_moments(engine: DeepSpeedEngine) -> None:
@@ -135,7 +135,7 @@ def make_moments(engine: DeepSpeedEngine) -> None:
         group["params"] = parameters
 
 
-def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Piece]:
+def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Shard]:
     """Masters and optimizer state of `parameters`, this rank's part of each."""
     optimizer = engine.optimizer
     if _stage(engine) < 3:
@@ -143,28 +143,28 @@ def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> d
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     find = _partition_of if _stage(engine) == 3 else _fragment_of
-    found: dict[str, Piece] = {}
+    found: dict[str, Shard] = {}
     for name, parameter in parameters.items():
         master, state = find(engine, parameter)
         found[f"model.{name}"] = master
         for key, values in state.items():
-            found[f"optim.{name}.{key}"] = replace(master, values=values) if values.ndim else piece_of(values)
+            found[f"optim.{name}.{key}"] = replace(master, values=values) if values.ndim else shard_of(values)
     return found
 
 
-def _fragment_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Piece, dict[str, Tensor]]:
+def _fragment_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Shard, dict[str, Tensor]]:
     """Stages 1 and 2: what of a parameter lies in this rank's partition of its group, which may be nothing."""
     link, states = parameter._hp_mapping, engine.optimizer.optimizer.state
     if link is None:
         state = states[_flat_masters(engine)[0]]
-        nothing = Piece(parameter.shape, 0, torch.empty(0, dtype=torch.float32))
+        nothing = Shard(parameter.shape, 0, torch.empty(0, dtype=torch.float32))
         return nothing, {key: nothing.values if v.ndim else v for key, v in state.items()}
     state = states[_flat_masters(engine)[link.param_group_index]]
     values = {key: link.get_optim_state_fragment(key) if v.ndim else v for key, v in state.items()}
-    return Piece(parameter.shape, link.lp_fragment_address.start, link.hp_fragment.detach()), values
+    return Shard(parameter.shape, link.lp_fragment_address.start, link.hp_fragment.detach()), values
 
 
-def _partition_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Piece, dict[str, Tensor]]:
+def _partition_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Shard, dict[str, Tensor]]:
     """Stage 3: this rank's partition of a parameter, in the flat partition of its sub-group."""
     optimizer = engine.optimizer
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece
+from tritune.trainer.parallel.shard import Shard
 
 
 class Background:
@@ -25,14 +25,14 @@ class Background:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def start(self, save: Callable[[World, dict[str, Piece]], None], tensors: dict[str, Piece]) -> None:
+    def start(self, save: Callable[[World, dict[str, Shard]], None], tensors: dict[str, Shard]) -> None:
         """Copy `tensors`, then call `save(world, copies)` in the thread. Waits for the save before it.
 
         Raises:
             CheckpointError: the save before it failed.
         """
         self.wait()
-        copies = {name: replace(piece, values=self._copy(name, piece.values)) for name, piece in tensors.items()}
+        copies = {name: replace(shard, values=self._copy(name, shard.values)) for name, shard in tensors.items()}
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._run, args=(save, copies), name="checkpoint")
@@ -51,7 +51,7 @@ class Background:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, save: Callable[[World, dict[str, Piece]], None], copies: dict[str, Piece]) -> None:
+    def _run(self, save: Callable[[World, dict[str, Shard]], None], copies: dict[str, Shard]) -> None:
         try:
             save(self.world, copies)
         except Exception as error:  # noqa: BLE001  kept for the thread that trains, which raises it at its next save

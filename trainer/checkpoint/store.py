@@ -17,7 +17,7 @@ from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.errors import CheckpointError, reason
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece
+from tritune.trainer.parallel.shard import Shard
 
 STATE = "state.json"
 PARTIAL = ".partial-"  # being written, or being deleted; swept at the next start
@@ -41,7 +41,7 @@ class CheckpointStore:
         self.seconds: float | None = None  # the last save that was finished took, from its first byte to its commit
         self._background = Background(world) if asynchronous else None
 
-    def save(self, step: int, tensors: dict[str, Piece], state: dict[str, Any], best_step: int | None) -> None:
+    def save(self, step: int, tensors: dict[str, Shard], state: dict[str, Any], best_step: int | None) -> None:
         """Write and commit a checkpoint, then prune; where asynchronous, begin to.
 
         Raises:
@@ -63,7 +63,7 @@ class CheckpointStore:
             self._background.wait()
 
     def _save(
-        self, world: World, tensors: dict[str, Piece], step: int, state: dict[str, Any], best_step: int | None
+        self, world: World, tensors: dict[str, Shard], step: int, state: dict[str, Any], best_step: int | None
     ) -> None:
         final = self.root / step_name(step)
         began = time.perf_counter()
@@ -71,14 +71,14 @@ class CheckpointStore:
             return
         unfinished = self.root / (PARTIAL + final.name)
         try:
-            with world.together("preparing a checkpoint"):
+            with world.raise_on_all("preparing a checkpoint"):
                 if world.rank == 0:
                     shutil.rmtree(unfinished, ignore_errors=True)
                     unfinished.mkdir(parents=True)
-            with world.together("writing a checkpoint"):
+            with world.raise_on_all("writing a checkpoint"):
                 described = {n: describe(unfinished / n) for n in save_tensors(unfinished, tensors, world)}
             files = {name: entry for part in world.gather(described) for name, entry in part.items()}
-            with world.together("committing a checkpoint"):
+            with world.raise_on_all("committing a checkpoint"):
                 if world.rank == 0:
                     for name, entry in files.items():
                         if not (unfinished / name).is_file() or (unfinished / name).stat().st_size != entry["size"]:
@@ -98,7 +98,7 @@ class CheckpointStore:
             said = f"step {step} could not be saved to {self.root}: {reason(error)}"
             remedy = "What was saved before is whole: make room, or mend it, and the same command goes on from there"
             raise CheckpointError(f"{said}. {remedy}") from error
-        with world.together("pruning checkpoints"):
+        with world.raise_on_all("pruning checkpoints"):
             if world.rank == 0:
                 self._prune(best_step)
         self.seconds = time.perf_counter() - began
@@ -112,12 +112,12 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, and not one is whole.
         """
         answer: tuple[Path, dict[str, Any]] | None = None
-        with self.world.together("verifying checkpoints"):
+        with self.world.raise_on_all("verifying checkpoints"):
             if self.world.rank == 0:
                 answer = self._newest()
         return self.world.gather(answer)[0]
 
-    def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Piece]) -> dict[str, Any]:
+    def load(self, found: tuple[Path, dict[str, Any]], tensors: dict[str, Shard]) -> dict[str, Any]:
         """Read tensors in place and return the JSON state.
 
         Raises:
@@ -125,7 +125,7 @@ class CheckpointStore:
         """
         self.wait()
         path, manifest = found
-        with self.world.together(f"reading {path.name}"):
+        with self.world.raise_on_all(f"reading {path.name}"):
             load_tensors(path, tensors, manifest["tensors"], self.world)
             return read_state(path)
 
@@ -134,7 +134,7 @@ class CheckpointStore:
         self.wait()
         path = self.root / step_name(step)
         answer: tuple[Path, dict[str, Any]] | None = None
-        with self.world.together(f"verifying {path.name}"):
+        with self.world.raise_on_all(f"verifying {path.name}"):
             if self.world.rank == 0 and path.is_dir():
                 answer = path, _verified(path)
         return self.world.gather(answer)[0]

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tritune.trainer.errors import CheckpointError
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece
+from tritune.trainer.parallel.shard import Shard
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -52,25 +52,25 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         stored: Any = self.metadata.state_dict_metadata  # type: ignore[union-attr]
-        chunks = {name: piece.chunks() for name, piece in self.state_dict.items()}
+        chunks = {name: shard.chunks() for name, shard in self.state_dict.items()}
         return LoadPlan([i for n, c in chunks.items() for i in create_read_items_for_chunk_list(n, stored[n], c)])
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].values
 
 
-def save_tensors(directory: Path, tensors: dict[str, Piece], world: World) -> list[str]:
+def save_tensors(directory: Path, tensors: dict[str, Shard], world: World) -> list[str]:
     """Write every rank's part, flattened; return the names of the files that this rank wrote.
 
     Flat, because a rank's file has one place for each name, and a run of elements is a box of several dimensions only
     where it ends with a row.
 
     Raises:
-        TypeError: a value is no piece. DCP's safetensors storage would save it without a word, unreadable.
+        TypeError: a value is no shard. DCP's safetensors storage would save it without a word, unreadable.
     """
     for name, value in tensors.items():
-        if not isinstance(value, Piece):
-            raise TypeError(f"{name} is a {type(value).__name__}; only pieces of tensors are written here")
+        if not isinstance(value, Shard):
+            raise TypeError(f"{name} is a {type(value).__name__}; only shards of tensors are written here")
     writer, alone = _Writer(str(directory), save_distributed=True), world.size == 1
     with _plain_errors():
         dcp.save(
@@ -84,7 +84,7 @@ def save_tensors(directory: Path, tensors: dict[str, Piece], world: World) -> li
     return [name] if (directory / name).is_file() else []  # a small state may leave a rank nothing to write
 
 
-def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str, Any], world: World) -> None:
+def load_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str, Any], world: World) -> None:
     """Read into `tensors` in place.
 
     Args:
@@ -116,8 +116,8 @@ def load_tensors(directory: Path, tensors: dict[str, Piece], expected: dict[str,
             process_group=world.group,
         )
 
-    for name, piece in tensors.items():
-        _require_possible(directory, name, piece.values)
+    for name, shard in tensors.items():
+        _require_possible(directory, name, shard.values)
 
 
 def _require_possible(directory: Path, name: str, values: Tensor) -> None:
@@ -146,5 +146,5 @@ def _plain_errors() -> Iterator[None]:
         raise CheckpointError(reasons) from error
 
 
-def describe_tensors(tensors: dict[str, Piece]) -> dict[str, Any]:
-    return {name: {"shape": list(piece.shape), "dtype": str(piece.dtype)} for name, piece in tensors.items()}
+def describe_tensors(tensors: dict[str, Shard]) -> dict[str, Any]:
+    return {name: {"shape": list(shard.shape), "dtype": str(shard.dtype)} for name, shard in tensors.items()}

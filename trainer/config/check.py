@@ -90,7 +90,11 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         "AdamW has two betas in [0, 1). Use e.g. [0.9,0.999]",
     )
     rule(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative. Use 0 to turn it off")
-    rule(c.optim.max_norm > 0, "optim.max_norm", "clipping needs a positive norm. Use a large value, 1e9, for none")
+    rule(
+        c.optim.max_grad_norm > 0,
+        "optim.max_grad_norm",
+        "clipping needs a positive norm. Use a large value, 1e9, for none",
+    )
     for key in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         rule(0.0 <= getattr(c.optim, key) <= 1.0, f"optim.{key}", "a share lies in [0, 1]. Use e.g. 0.1")
     rule(c.train.batch_size >= 1, "train.batch_size", "a step needs at least one sequence. Use 1 or more")

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tritune.trainer.config.check import check
 from tritune.trainer.config.data import SourceConfig
+from tritune.trainer.config.renamed import RENAMED, is_old, renamed_override, renamed_tree, settle_old_names
 from tritune.trainer.config.schema import GROUPS, SCHEMAS, Config, register
 from tritune.trainer.config.yaml_faults import conversion, nearest, one_line, options, yaml_faults
 from tritune.trainer.errors import ConfigFaults
@@ -97,10 +98,12 @@ def compose_partly(
         if located:
             faults += located
             failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
+    if not located:
+        settle_old_names(composed)
     if kept is not None and not failed:
         try:
             OmegaConf.set_struct(composed, False)  # for free mappings; a schema refuses unknown keys all the same
-            composed = OmegaConf.merge(composed, kept)  # type: ignore[assignment]
+            composed = OmegaConf.merge(composed, renamed_tree(kept))  # type: ignore[assignment]
         except Exception as error:  # noqa: BLE001  whatever a spoilt file makes the library raise
             return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
     valid = _keys(OmegaConf.get_type(composed), composed)
@@ -122,7 +125,7 @@ def compose_partly(
 def to_dict(config: Any) -> Any:
     """Config -> plain dicts, lists and scalars: what is written to `config.yaml`."""
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if not is_old(f)}
     if isinstance(config, Enum):
         return config.value
     if isinstance(config, dict):
@@ -170,7 +173,7 @@ def _sort_overrides(
                 faults.append(f"{text}: there is no such {key}. {nearest(str(value), names)}")
                 failed.add(key)
         else:
-            values.append(override)
+            values.append(renamed_override(override))
     return choices, values, faults, failed
 
 
@@ -242,6 +245,8 @@ def _keys(schema: type | None, node: Any, prefix: str = "") -> dict[str, bool]:
     """Dotted keys of the schema as composed -> whether the key is a free mapping."""
     keys: dict[str, bool] = {}
     for name, hint in get_type_hints(schema).items():
+        if prefix + name in RENAMED:
+            continue
         child = node._get_node(name)
         child_type = OmegaConf.get_type(child)
         if dataclasses.is_dataclass(child_type):

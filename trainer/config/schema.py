@@ -25,6 +25,7 @@ from tritune.trainer.config.choices import (
 from tritune.trainer.config.data import AuditConfig, CacheConfig, DataConfig
 from tritune.trainer.config.launch import SCHEMAS as LAUNCH_SCHEMAS
 from tritune.trainer.config.launch import LaunchConfig
+from tritune.trainer.config.renamed import old_name
 
 
 @dataclass
@@ -80,7 +81,8 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.01  # not on biases, norms and embeddings
-    max_norm: float = 1.0  # gradient clipping
+    max_grad_norm: float = 1.0  # gradient clipping
+    max_norm: float | None = old_name()  # max_grad_norm, until the next version
     schedule: Schedule = Schedule.cosine  # how the rate goes on after its warm-up
     warmup_ratio: float = 0.03  # share of all steps
     warmup_steps: int | None = None  # instead of the share

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from transformers import PreTrainedModel
 from tritune.trainer.config import LoraConfig, MethodConfig
 from tritune.trainer.methods.lora import add_lora
-from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.methods.token_keys import TokenKeys
 
 
 def apply_method(

@@ -13,7 +13,7 @@ from tritune.kernels.lora import lora_update_reference
 from tritune.trainer.config import LoraConfig
 from tritune.trainer.config.choices import Bias
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.sites import TokenKeys, site_of
+from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
 
 class LoRALinear(nn.Module):
@@ -22,29 +22,29 @@ class LoRALinear(nn.Module):
     Args:
         base_layer: Linear(K, N), kept as it is.
         rank, alpha, dropout: as in `LoraConfig`.
-        site: the layer's number for dropout.
+        layer_id: the layer's number for dropout.
         keys: says which tokens the input holds.
     """
 
-    def __init__(self, base_layer: nn.Linear, config: LoraConfig, site: int, keys: TokenKeys) -> None:
+    def __init__(self, base_layer: nn.Linear, config: LoraConfig, layer_id: int, keys: TokenKeys) -> None:
         super().__init__()
         dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
         self.base_layer = base_layer
         self.lora_A = nn.Parameter(torch.empty(config.rank, base_layer.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, config.rank, dtype=dtype))
-        self.scaling, self.p, self.site = config.alpha / config.rank, config.dropout, site
+        self.scaling, self.p, self.layer_id = config.alpha / config.rank, config.dropout, layer_id
         self.keys = keys
 
     def forward(self, x: Tensor) -> Tensor:
         # One node of the graph for both uses of x: their gradients are added before those of other layers, as ZeRO-3's
         # hooks around the layer make it. In bf16 another order of these sums is another rounding.
         x = x.view_as(x)
-        dropped = self.keys.dropout(x, self.site, self.p) if self.p and self.training else x
+        dropped = self.keys.dropout(x, self.layer_id, self.p) if self.p and self.training else x
         return lora_update_reference(self.base_layer(x), dropped, self.lora_A, self.lora_B, self.scaling)
 
     def reset(self, seed: int) -> None:
-        """A uniform as in Linear, B zero: the update starts at 0. A's values depend on (seed, site) alone."""
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B9 + self.site) % 2**63)
+        """A uniform as in Linear, B zero: the update starts at 0. A's values depend on (seed, layer_id) alone."""
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B9 + self.layer_id) % 2**63)
         bound = 1.0 / math.sqrt(self.lora_A.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT and the paper's code
         with torch.no_grad():
             self.lora_A.uniform_(-bound, bound, generator=generator)
@@ -68,7 +68,7 @@ def add_lora(
     model.requires_grad_(False)
     keys = TokenKeys()
     for name in names:
-        layer = LoRALinear(linears[name], config, site_of(name), keys)
+        layer = LoRALinear(linears[name], config, layer_id_of(name), keys)
         layer.reset(seed)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tritune.trainer.config import TrainConfig
 from tritune.trainer.config.choices import Activations
-from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.layers import decoder_layers
 from tritune.trainer.torch_api import bypassing_hooks
 

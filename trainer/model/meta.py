@@ -17,7 +17,7 @@ from tritune.trainer.model.reached import reaches_everything
 from tritune.trainer.model.weights import Weights, find_weights
 
 
-def load_skeleton(
+def load_meta_model(
     config: ModelConfig,
     architecture: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,7 +27,7 @@ def load_skeleton(
 ) -> tuple[PreTrainedModel, Weights] | str:
     """Return the model with meta parameters and where their values are; or why it must be loaded whole.
 
-    Arguments as of `model.load_model`.
+    Arguments as of `load.load_model`.
 
     Raises:
         InputError: there are no safetensors to read.

@@ -16,7 +16,7 @@ from tritune.kernels.dropout import token_keys, token_keys_at
 from tritune.kernels.linear_cross_entropy import token_nll_reference
 from tritune.trainer.batch import Batch, rows_of
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.sites import TokenKeys
+from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.attention import document_bounds, within_rows
 from tritune.trainer.model.load import CLASS_HEAD
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tritune.trainer.config.backends import BackendConfig, Device
 from tritune.trainer.errors import DamagedRows, InputError, PeerError, of_panic
 
-MEET_SECONDS = 0.05  # between looks whether all ranks have come
+BARRIER_SECONDS = 0.05  # between looks whether all ranks have come
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class World:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def any(self, flag: int) -> int:
+    def max(self, flag: int) -> int:
         """The largest `flag` of all ranks, over CPU tensors: no device waits for it."""
         if self.size == 1:
             return flag
@@ -64,7 +64,7 @@ class World:
             return self
         return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
 
-    def meet(self, name: str, beat: Callable[[], None]) -> None:
+    def barrier(self, name: str, beat: Callable[[], None]) -> None:
         """Wait until every rank has come to `name`, however long it takes; no collective is open meanwhile.
 
         For work that one rank of a machine does for the others, such as tokenizing: a collective would run into its time limit.
@@ -75,10 +75,10 @@ class World:
         store.set(f"tritune/{name}/{self.rank}", "here")
         while not store.check([f"tritune/{name}/{rank}" for rank in range(self.size)]):
             beat()
-            time.sleep(MEET_SECONDS)
+            time.sleep(BARRIER_SECONDS)
 
     @contextmanager
-    def together(self, doing: str, patiently: Callable[[], None] | None = None) -> Iterator[None]:
+    def raise_on_all(self, doing: str, patiently: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a block on all ranks; if it fails on one, fail on all, before the next collective can hang.
 
         The lowest failing rank raises its own exception and the others a `PeerError` that names it.
@@ -94,7 +94,7 @@ class World:
         except BaseException as caught:  # noqa: BLE001  what is no panic of a library is raised at once
             error = of_panic(caught)
         if patiently is not None:
-            self.meet(doing, patiently)
+            self.barrier(doing, patiently)
         failures = [(r, e) for r, e in enumerate(self.gather(None if error is None else _portable(error))) if e]
         if not failures:
             return

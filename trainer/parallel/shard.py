@@ -1,4 +1,4 @@
-"""`Piece`: this rank's part of a tensor, wherever a backend keeps it.
+"""`Shard`: this rank's part of a tensor, wherever a backend keeps it.
 
 Every backend's part is one run of the flattened tensor's elements: the whole on `ddp`, some rows on FSDP2, a range that may
 begin inside a row on ZeRO. So a checkpoint stores flat runs, and any backend on any number of ranks reads what another wrote.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """Elements `start` to `start + len(values)` of a tensor of `shape`, flattened.
 
     Attributes:
@@ -52,14 +52,14 @@ class Piece:
         ]
 
 
-def piece_of(tensor: Tensor) -> Piece:
-    """The piece of a plain tensor, all of it, or of a DTensor that is sharded over rows, replicated, or both.
+def shard_of(tensor: Tensor) -> Shard:
+    """The shard of a plain tensor, all of it, or of a DTensor that is sharded over rows, replicated, or both.
 
     Raises:
         ValueError: a layout in which a rank's elements are no single run.
     """
     if not isinstance(tensor, DTensor):
-        return Piece(tensor.shape, 0, tensor.detach().view(-1))
+        return Shard(tensor.shape, 0, tensor.detach().view(-1))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
@@ -67,12 +67,12 @@ def piece_of(tensor: Tensor) -> Piece:
     local = cast(DTensor, tensor.detach())._local_tensor.view(-1)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     width = math.prod(tensor.shape[1:])
-    return Piece(tensor.shape, offset[0] * width if tensor.ndim and local.numel() else 0, local)
+    return Shard(tensor.shape, offset[0] * width if tensor.ndim and local.numel() else 0, local)
 
 
-def fill(pieces: dict[str, Piece], read: Callable[[str, int, int], Tensor]) -> None:
-    """Write `read(name, start, stop)`, 1-D, into each piece."""
+def fill(shards: dict[str, Shard], read: Callable[[str, int, int], Tensor]) -> None:
+    """Write `read(name, start, stop)`, 1-D, into each shard."""
     with torch.no_grad():
-        for name, piece in pieces.items():
-            if piece.values.numel():
-                piece.values.copy_(read(name, piece.start, piece.stop))
+        for name, shard in shards.items():
+            if shard.values.numel():
+                shard.values.copy_(read(name, shard.start, shard.stop))

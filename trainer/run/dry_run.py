@@ -21,7 +21,7 @@ def dry_run(run: Run) -> None:
         InputError: it does not fit in memory, or its loss is no finite number.
     """
     run.model.train()
-    with run.world.together("trying the longest micro-batch"):  # no gradient is reduced: `ddp` waits for none
+    with run.world.raise_on_all("trying the longest micro-batch"):  # no gradient is reduced: `ddp` waits for none
         try:
             loss = _forward_and_backward(run, last=False)
         except torch.OutOfMemoryError as error:

@@ -11,6 +11,7 @@ from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.config import IDENTITY, Config, LoraConfig
 from tritune.trainer.config.choices import Resume
 from tritune.trainer.config.compose import to_dict
+from tritune.trainer.config.renamed import renamed_keys
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
@@ -153,7 +154,7 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
         InputError: values differ; it names them.
     """
     now = run_identity(config)
-    before = saved if isinstance(saved, dict) else {}
+    before = renamed_keys(saved) if isinstance(saved, dict) else {}
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted({*before, *now})
@@ -167,7 +168,11 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
 
 def _identity(tree: Any) -> dict[str, Any]:
     """Dotted key -> value of a configuration's keys that decide what the loss curve is."""
-    return {k: v for k, v in _flat(tree).items() if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)}
+    return {
+        k: v
+        for k, v in renamed_keys(_flat(tree)).items()
+        if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)
+    }
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -61,9 +61,9 @@ class Stop:
         """
         if self._leads:
             self._look()
-        number = world.any(_BY_FAULT if fault is not None else self._caught)
+        number = world.max(_BY_FAULT if fault is not None else self._caught)
         if number == _BY_FAULT:
-            with world.together("reading the next rows"):
+            with world.raise_on_all("reading the next rows"):
                 if fault is not None:
                     raise fault
         return self.name(number) if number else None

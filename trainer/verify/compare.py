@@ -15,7 +15,7 @@ from tritune.trainer.checkpoint.manifest import verify
 from tritune.trainer.checkpoint.names import step_name
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Piece
+from tritune.trainer.parallel.shard import Shard
 
 LOSS, GRAD_NORM, PARAMETERS = 1e-5, 1e-4, 1e-5  # float32: relative, relative, absolute
 GRAD_NORM_BF16 = 2.0**-8  # one rounding of a bf16 number, relative
@@ -121,11 +121,11 @@ def saved_tensors(checkpoint: Path, prefix: str) -> Iterator[dict[str, Tensor]]:
     for i, name in enumerate(names):
         shape = torch.Size(manifest[name]["shape"])
         dtype = getattr(torch, manifest[name]["dtype"].removeprefix("torch."))
-        group[name] = Piece(shape, 0, torch.empty(math.prod(shape), dtype=dtype))
+        group[name] = Shard(shape, 0, torch.empty(math.prod(shape), dtype=dtype))
         size += math.prod(shape)
         if size >= GROUP or i == len(names) - 1:
             load_tensors(checkpoint, group, {n: manifest[n] for n in group}, alone)
-            yield {n: piece.values for n, piece in group.items()}
+            yield {n: shard.values for n, shard in group.items()}
             group, size = {}, 0
 
 

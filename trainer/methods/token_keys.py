@@ -32,7 +32,7 @@ class TokenKeys:
         finally:
             self._keys = current
 
-    def dropout(self, x: Tensor, site: int, p: float) -> Tensor:
+    def dropout(self, x: Tensor, layer_id: int, p: float) -> Tensor:
         """Drop elements of `x` [..., D] by the tokens' keys.
 
         Raises:
@@ -42,13 +42,13 @@ class TokenKeys:
         if keys is None or keys.numel() * x.shape[-1] != x.numel():
             seen = None if keys is None else tuple(keys.shape)
             raise RuntimeError(
-                f"dropout at site {site:#x}: input {tuple(x.shape)} does not hold the forward's tokens {seen}. "
+                f"dropout of layer {layer_id:#x}: input {tuple(x.shape)} does not hold the forward's tokens {seen}. "
                 "Exclude this layer (method.exclude) or set method.dropout=0"
             )
         apply = opaque_dropout if torch.compiler.is_compiling() else dropout_reference
-        return apply(x, keys.reshape(x.shape[:-1]), site, p)
+        return apply(x, keys.reshape(x.shape[:-1]), layer_id, p)
 
 
-def site_of(name: str) -> int:
+def layer_id_of(name: str) -> int:
     """A layer's number for the hash, from its name: adding or removing another layer does not move it."""
     return zlib.crc32(name.encode())

@@ -21,7 +21,7 @@ def rank(number: int, store: str, out: str) -> None:
         "gloo", store=dist.FileStore(store, 2), rank=number, world_size=2, timeout=timedelta(seconds=LIMIT)
     )
     world, beats = World(number, 2, torch.device("cpu")), []
-    with world.together("tokenizing", patiently=lambda: beats.append(1)):
+    with world.raise_on_all("tokenizing", patiently=lambda: beats.append(1)):
         time.sleep(LATE if number else 0.0)
     Path(out).write_text(f"{len(beats)}")
     dist.destroy_process_group()
