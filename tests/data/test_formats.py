@@ -305,3 +305,46 @@ def test_a_row_of_other_cells_is_named_by_its_delimiter(tmp_path):
         InputError, match=r"f\.csv:62: this row has 3 cells, and the header 2\. Quote cells that contain semicolons"
     ):
         read(tmp_path / "f.csv")
+
+
+def cells_of(tmp_path, name: str, text: str) -> list[dict]:
+    (tmp_path / name).write_text(text)
+    return [row.fields for row in read(tmp_path / name)]
+
+
+def test_columns_of_a_spreadsheet_that_have_no_name(tmp_path):
+    """Once touched, they are written: in the header and the rows, or in the rows alone."""
+    named = cells_of(tmp_path, "a.csv", "text,label,,\nhi,x,,\nho,y,,note\n")
+    assert named == [{"text": "hi", "label": "x", "column 3": "", "column 4": ""},
+                     {"text": "ho", "label": "y", "column 3": "", "column 4": "note"}]  # fmt: skip
+    assert cells_of(tmp_path, "b.csv", "text,label\nhi,x,,\nho,y\n") == [
+        {"text": "hi", "label": "x"},
+        {"text": "ho", "label": "y"},
+    ]
+    with pytest.raises(InputError, match="this row has 4 cells, and the header 2"):
+        cells_of(tmp_path, "c.csv", "text,label\nhi,x\nho,y,,z\n")
+    assert cells_of(tmp_path, "index.csv", ",text\n0,hi\n") == [{"": "0", "text": "hi"}], "pandas' index has no name"
+
+
+QUOTES = [
+    ('he said "no"', 'he said "no"'), ('"no" he said', '"no" he said'), ('"never', '"never'), ('say "', 'say "'), ('"', '"'),
+    ('"whole"', "whole"), ('"a ""b"" c"', 'a "b" c'), ('""', ""), ("plain", "plain"),
+]  # fmt: skip
+
+
+def test_tabs_without_quoting(tmp_path):
+    """A cell that begins with a quote and one that ends with it are cells; a quoted one loses its quotes."""
+    rows = [(written, cell, f"label {i}") for i, (written, cell) in enumerate(QUOTES * 3)]
+    text = "text\tlabel\n" + "".join(f"{written}\t{label}\n" for written, _, label in rows)
+    assert cells_of(tmp_path, "a.tsv", text) == [{"text": cell, "label": label} for _, cell, label in rows]
+
+
+def test_tabs_with_quoting_as_pandas_writes_them(tmp_path):
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame(
+        {"text": ["a\tb", "one\ntwo", 'he "said"', "x\n\ny", "plain", '"', "end\n"], "label": list("abcdefg")}
+    )
+    table.to_csv(tmp_path / "p.tsv", sep="\t", index=False)
+    rows = list(read(tmp_path / "p.tsv"))
+    assert [row.fields for row in rows] == table.to_dict("records")
+    assert [row.place.rpartition(":")[2] for row in rows] == ["2", "3", "5", "6", "9", "10", "11"]

@@ -189,9 +189,12 @@ def _nul(place: str, index: int) -> InputError:
 
 
 def _parse_cells(path: str, body: Cells) -> Iterator[Row | InputError]:
+    width = len(body.header)
     for line, cells in body.rows:
-        if len(cells) != len(body.header):
-            rule = f"this row has {len(cells)} cells, and the header {len(body.header)}"
+        if len(cells) > width and not any(cells[width:]):  # a spreadsheet's empty columns, which the header leaves out
+            cells = cells[:width]
+        if len(cells) != width:
+            rule = f"this row has {len(cells)} cells, and the header {width}"
             remedy = f"Quote cells that contain {_SAID.get(body.delimiter, body.delimiter)} or line ends"
             yield InputError(f"{path}:{line}", rule, remedy)
         elif "\0" in (joined := ",".join(cells)):

@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tritune.trainer.config.choices import TextUnit
 from tritune.trainer.data.chunks import Cells, Chunk
@@ -39,14 +40,11 @@ def _read(path: Path, promised: str) -> Iterator[Chunk]:
     declared, number, first_text = _declared(*head)
     delimiter = declared or delimiter_of(first_text[:_TRIED_CHARS], promised)
     lines = (line for _, text in itertools.chain([(number, first_text)], blocks) for line in _lines(text))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[tuple[int, list[str]]] = []
     header: list[str] | None = None
-    passed = number - 1  # lines before the reader's first
-    first, size = number, 0
+    last, size = number - 1, 0
     try:
-        for cells in reader:
-            line, first = first, passed + reader.line_num + 1  # a quoted cell may run over several lines
+        for line, last, cells in _rows(lines, delimiter, number):  # noqa: B007  of the last whole row, for what follows it
             if not cells:
                 continue
             if header is None:
@@ -62,11 +60,60 @@ def _read(path: Path, promised: str) -> Iterator[Chunk]:
             yield Chunk(str(path), len(rows), Cells(header, rows, delimiter))
         if isinstance(error, InputError):
             raise
-        line = passed + reader.line_num
-        rule = f"the row that begins here does not read as CSV, at line {line}: {error}"
-        raise InputError(f"{path}:{first}", rule, "Close its quotes, and double those within a cell") from None
+        rule = f"the row that begins here does not read as CSV, {error}"
+        raise InputError(f"{path}:{last + 1}", rule, "Close its quotes, and double those within a cell") from None
     if rows and header:
         yield Chunk(str(path), len(rows), Cells(header, rows, delimiter))
+
+
+def _rows(lines: Iterator[str], delimiter: str, number: int) -> Iterator[tuple[int, int, list[str]]]:
+    """First line, last line and cells of each row; a quoted cell may run over several lines.
+
+    Many write tabs and no quotes, where a cell may begin with one all the same. A line of as many cells as the header is a row
+    then, unless a cell of it opens a quote and the next line is no row by itself.
+    """
+    if delimiter != "\t":
+        reader, first = csv.reader(lines, delimiter=delimiter, strict=True), number
+        while (cells := _next(reader, number)) is not None:
+            last = number - 1 + reader.line_num
+            yield first, last, cells
+            first = last + 1
+        return
+    width, ahead = 0, next(lines, None)
+    while ahead is not None:
+        line, ahead = ahead, next(lines, None)
+        cells = _bare(line)
+        opened = any(cell.startswith('"') and not _is_quoted(cell) for cell in cells)
+        width = width or len(cells)
+        if len(cells) == width and (not opened or ahead is None or len(_bare(ahead)) == width):
+            yield number, number, [cell[1:-1].replace('""', '"') if _is_quoted(cell) else cell for cell in cells]
+            number += 1
+            continue
+        rest = itertools.chain([line], [] if ahead is None else [ahead], lines)
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        cells = _next(reader, number) or []
+        taken = reader.line_num
+        yield number, number + taken - 1, cells
+        number += taken
+        ahead = next(lines, None) if taken > 1 else ahead
+
+
+def _next(reader: Any, number: int) -> list[str] | None:
+    """The next row; what is wrong with it has its line, counted from `number`, the reader's first."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise csv.Error(f"at line {number - 1 + reader.line_num}: {error}") from None
+
+
+def _bare(line: str) -> list[str]:
+    """The cells of a line that has no quotes; none of an empty one."""
+    line = line.rstrip("\r\n")
+    return line.split("\t") if line else []
+
+
+def _is_quoted(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
 def _declared(number: int, text: str) -> tuple[str | None, int, str]:
@@ -112,6 +159,9 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _header(cells: list[str], place: str) -> list[str]:
+    """The names of the columns. Spreadsheets write columns that were once touched, without a name: they get their number."""
+    if sum(not name.strip() for name in cells) > 1:
+        cells = [name if name.strip() else f"column {number}" for number, name in enumerate(cells, 1)]
     if len(set(cells)) != len(cells):
         twice = sorted(name for name, count in Counter(cells).items() if count > 1)
         raise InputError(place, f"the column {some_names(twice)} stands twice in the header", "Rename one")
