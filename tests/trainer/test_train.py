@@ -141,10 +141,10 @@ def test_too_many_bad_steps_fail_the_run(tritune, tiny, tmp_path):
 def test_unsupervised_rows_are_dropped_and_named(tritune, tiny, sft_file, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(sft_file.read_text() + json.dumps({"prompt": "x" * 400, "response": "never seen"}) + "\n")
-    result = tritune(*tiny, f"data.train={data}", f"run.dir={tmp_path / 'a'}")
+    result = tritune(*tiny, f"data.train={data}", "data.unsupervised=refuse", f"run.dir={tmp_path / 'a'}")
     assert result.code == 2
     assert "rows.jsonl:121" in result.err
-    result = tritune(*tiny, f"data.train={data}", "data.unsupervised=drop", f"run.dir={tmp_path / 'b'}")
+    result = tritune(*tiny, f"data.train={data}", f"run.dir={tmp_path / 'b'}")  # one of 121 is few
     assert result.code == 0, result.err
     assert "1 rows dropped" in result.err
     assert json.loads((tmp_path / "b" / "data.json").read_text())["train"]["dropped_places"] == [
