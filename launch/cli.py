@@ -79,7 +79,17 @@ def main(argv: list[str] | None = None) -> int:
 
         print(shown(f"tritune: {bounded(argv[0])}: there is no such verb. {hint} (tritune --help)"), file=sys.stderr)
         return 2
-    return verbs[argv[0]](argv[1:])
+    try:
+        return verbs[argv[0]](argv[1:])
+    except OSError as error:
+        from tritune.trainer.errors import EXIT_FAILED, of_surroundings
+        from tritune.trainer.shown import shown
+
+        said = of_surroundings(error)
+        if said is None:
+            raise
+        print(f"tritune: {shown(said)}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _train(argv: list[str]) -> int:

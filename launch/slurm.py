@@ -16,7 +16,7 @@ from tritune.trainer.__main__ import checked_config
 from tritune.trainer.config import Config
 from tritune.trainer.config.compose import load_config, split_argv, to_dict
 from tritune.trainer.config.launch import SlurmConfig
-from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
+from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, InputError
 from tritune.trainer.redact import redact, redact_tree
 from tritune.trainer.run.directory import LOCK, replace_file, run_path
 from tritune.trainer.run.files import row_of
@@ -61,7 +61,13 @@ def submit(argv: list[str]) -> int:
         return EXIT_INPUT
     print(f"submitted job {job}: {launch.nodes} node(s) x {processes} process(es)\nscript    {script}\nrun       {run}")
     print(f"output    {run}/slurm-{job}{'_*' if launch.seeds else ''}.out", flush=True)
-    return _status_of(job) if launch.wait else 0
+    if not launch.wait:
+        return 0
+    try:
+        return _status_of(job)
+    except KeyboardInterrupt:
+        print(f"tritune: job {job} goes on, and is no longer waited for; scancel {job} ends it", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], processes: int) -> str:

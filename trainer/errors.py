@@ -87,6 +87,9 @@ _SURROUNDINGS = {
     errno.EACCES: "Let the user who runs this write there, or give another folder",
     errno.EPERM: "Let the user who runs this write there, or give another folder",
     errno.EIO: "Look at the disk, or give a folder on another",
+    errno.ENOTDIR: "Give a path of which only the last part is a file",
+    errno.EEXIST: "Move it away, or give another folder",
+    errno.EISDIR: "Give the name of a file",
     errno.ESTALE: "Look at the mount of that file system",
 }
 
@@ -95,7 +98,7 @@ def of_surroundings(error: BaseException) -> str | None:
     """A full or read-only disk and the like in one sentence with its remedy; None where the error is another."""
     if not isinstance(error, OSError) or error.errno not in _SURROUNDINGS:
         return None
-    where = error.filename or "a file of the run"
+    where = error.filename or "a file"
     return f"{where}: it could not be written or read ({error.strerror}). {_SURROUNDINGS[error.errno]}"
 
 

@@ -291,3 +291,11 @@ def test_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing found" in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"audit.json", "rejects.jsonl", "lengths.svg"}
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_rows_that_are_left_out_as_too_long_are_not_without_an_answer(audit, tmp_path, overlong):
+    rows = [{"prompt": "why? " * 200 if i < 6 else f"why {i}?", "response": f"so {i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = audit(*SFT, f"data.train={tmp_path / 'rows.jsonl'}", f"data.overlong={overlong}")
+    assert (result.code, "unsupervised" in result.names()) == ((0, False) if overlong == "drop" else (2, True))

@@ -29,6 +29,8 @@ def as_an_older_version(config) -> dict:
     """What it wrote to `config.yaml`."""
     tree = to_dict(config)
     tree["optim"]["max_norm"] = tree["optim"].pop("max_grad_norm")
+    del tree["data"]["held_out"]
+    tree["data"]["unsupervised"] = "refuse"
     return tree
 
 
@@ -92,9 +94,19 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     checkpoint.mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_an_older_version(config)))
     saved = run_identity(config)
-    saved[OLD] = saved.pop(NEW)
+    saved |= {OLD: saved.pop(NEW), "data.unsupervised": "refuse"}
     check_resume(config, RunDir(tmp_path))
     require_same_run(saved, config, checkpoint)
     for refuse in (lambda: check_resume(other, RunDir(tmp_path)), lambda: require_same_run(saved, other, checkpoint)):
         with pytest.raises(InputError, match=rf"{NEW}: 0.25 -> 0.5"):
             refuse()
+
+
+def test_the_new_name_goes_before_the_old_one(tmp_path):
+    override = "# @package _global_\ndefaults: [{override /optim: mine}]\noptim: {max_grad_norm: 0.7}\n"
+    for name, text in (("optim/mine", "defaults: [adamw]\nmax_norm: 0.25\n"), ("experiment/newer", override)):
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(text)
+    config = load_config([*MINIMAL, "experiment=newer"], str(tmp_path))
+    assert (config.optim.max_grad_norm, config.optim.max_norm) == (0.7, None)

@@ -10,6 +10,7 @@ import pytest
 from harness import write_prompts
 from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config.choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
+from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.examples import SCHEMA
 from tritune.trainer.data.pipeline import Source
@@ -136,11 +137,13 @@ def test_what_is_left_out_is_counted_and_written_down(tmp_path):
     for name, words in (
         ("bad_rows", "rows.jsonl:21"),
         ("unsupervised", "rows.jsonl:23"),
-        ("overlong", "rows.jsonl:24"),
     ):
         refusing = {**kept, name: type(kept[name]).refuse}
         with pytest.raises(InputError, match=words):
             read_splits(config(tmp_path, train=str(path), **refusing), tokenizer, None)
+    refusing = {**kept, "overlong": Overlong.refuse}  # a row that is too long is a bad one then
+    report = read_splits(config(tmp_path, train=str(path), **refusing), tokenizer, None).examples["train"].report
+    assert (report.bad, report.too_long) == (3, 0)
 
 
 def test_the_schema_is_what_is_read_back(tmp_path):
@@ -260,3 +263,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="changed while it was read"):
         read_splits(config(tmp_path, train=str(path)), byte_tokenizer(), None)
     assert not entries(tmp_path)
+
+
+def test_rows_beyond_the_cut_are_counted_over_all_sources(tmp_path):
+    """As the audit counts them; and a row that is too long is a bad row where such rows are refused."""
+    many, few = tmp_path / "many.jsonl", tmp_path / "few.jsonl"
+    good = [{"prompt": f"question {i}", "response": "yes"} for i in range(300)]
+    many.write_text("".join(json.dumps(row) + "\n" for row in good))
+    few.write_text("".join(json.dumps(row) + "\n" for row in [*good[:10], {"prompt": "q" * 300, "response": "never"}]))
+    sources = {"a": SourceConfig(path=str(many)), "b": SourceConfig(path=str(few))}
+    read = read_splits(config(tmp_path, sources=sources, max_length=100), byte_tokenizer(), None)
+    assert (read.examples["train"].report.dropped, len(read.examples["train"])) == (1, 310)
+    with pytest.raises(InputError, match="1 of 11 rows has no token to train on"):
+        read_splits(config(tmp_path, train=str(few), max_length=100), byte_tokenizer(), None)
+    skipped = config(tmp_path, train=str(few), max_length=100, overlong=Overlong.refuse, bad_rows=BadRows.skip)
+    assert read_splits(skipped, byte_tokenizer(), None).examples["train"].report.bad == 1
+    skipped.data.bad_rows = BadRows.refuse
+    with pytest.raises(InputError, match=r"few.jsonl:11: the row has .* tokens"):
+        read_splits(skipped, byte_tokenizer(), None)

@@ -283,3 +283,11 @@ def test_what_a_stream_cannot_do_is_refused(tritune, tmp_path, sources):
         )
         assert done.code == 2
         assert words in done.err
+
+
+def test_a_stream_of_which_many_rows_lie_beyond_the_cut_ends_at_its_first_window(tmp_path):
+    with (tmp_path / "long.jsonl").open("w") as file:
+        for i in range(64):
+            file.write(json.dumps({"prompt": f"row {i}" + "x" * 300 * (i % 4 == 0), "response": "y"}) + "\n")
+    with pytest.raises(InputError, match="rows have no token to train on"):
+        list(itertools.islice(iter(loader({"long": SourceConfig(str(tmp_path / "long.jsonl"))}, window=64)), 1))

@@ -20,7 +20,10 @@ from tritune.trainer.run import directory
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.stop import Stop
 
-SELF = "import os, signal, sys; from tritune.trainer.run.interrupted import to_the_end"
+# A shell starts what runs behind it with SIGINT ignored, and so may whoever runs the tests.
+SELF = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tritune.trainer.run.interrupted import to_the_end"""
 
 
 def python(code: str) -> subprocess.CompletedProcess:
@@ -41,8 +44,9 @@ def test_an_interruption_before_a_run_is_one_line():
 
 def test_an_interrupted_command_shows_no_traceback(tmp_path):
     for seconds in (0.6, 2.0):
-        job = subprocess.Popen([sys.executable, "-m", "tritune.launch.cli", "train", f"run.dir={tmp_path}/run"],
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+        argv = ["tritune", "train", f"run.dir={tmp_path}/run"]
+        code = f"{SELF}\nfrom tritune.launch.cli import main\nsys.argv = {argv!r}\nsys.exit(main())"
+        job = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         time.sleep(seconds)
         job.send_signal(signal.SIGINT)
         said = job.communicate(timeout=60)[1]
@@ -109,9 +113,9 @@ def test_a_hub_that_takes_connections_is_asked(no_hub, monkeypatch):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("proxy", ["http://proxy.invalid:3128"])
-def test_behind_a_proxy_nothing_is_decided(no_hub, monkeypatch, proxy):
-    monkeypatch.setenv("http_proxy", proxy)
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_behind_a_proxy_nothing_is_decided(no_hub, monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://proxy.invalid:3128")
     monkeypatch.setenv("no_proxy", "")
     hub.ask_hub_or_cache("org/name")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding
         severity = Severity.note if config.data.bad_rows is BadRows.skip else Severity.fault
         text = f"{name}: {counted(report.bad, 'row')} that cannot be read"
         yield Finding(Check.bad_rows, severity, report.bad, text, list(report.bad_places), details={"split": name})
+    if not config.data.overlong.cuts:  # rows that are too long are left out whole, or refused
+        report = replace(report, dropped=report.dropped - report.beyond, beyond=0)
     if report.dropped:
         severity = Severity.fault if report.ends_the_run(config.data.unsupervised) else Severity.note
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"

@@ -43,8 +43,16 @@ def settle_old_names(composed: Any) -> None:
         if OmegaConf.is_interpolation(node, name) or OmegaConf.is_missing(node, name) or node[name] is None:
             continue
         _say(old)
-        OmegaConf.update(composed, new, node[name])
+        if OmegaConf.select(composed, new) == _default(new):  # what is given under the new name goes before
+            OmegaConf.update(composed, new, node[name])
         OmegaConf.update(composed, old, None)
+
+
+def _default(key: str) -> Any:
+    from tritune.trainer.config.schema import Config  # which imports this module
+
+    group, _, name = key.partition(".")
+    return getattr(getattr(Config(), group), name)
 
 
 def renamed_keys(flat: dict[str, Any]) -> dict[str, Any]:

@@ -40,17 +40,16 @@ class Encoded:
     remarks: list[Remark] = field(default_factory=list)
 
     def fits(self, length: int, place: str, data: DataConfig) -> bool:
-        """Whether a row is kept, cut or not; notes it otherwise.
-
-        Raises:
-            InputError: it is too long, and the config refuses such rows.
-        """
+        """Whether a row is kept, cut or not; notes it otherwise, as a bad one where the config refuses rows that are too long."""
         if length <= data.max_length or data.overlong.cuts:
             return True
         if data.overlong is Overlong.refuse:
             rule = f"the row has {length:,} tokens, and data.max_length={data.max_length}"
-            raise InputError(place, rule, "Raise it, shorten the row, or data.overlong=cut_prompt_start|drop")
-        self.too_long.append(place)
+            self.bad.append(
+                InputError(place, rule, "Raise it, shorten the row, or data.overlong=cut_prompt_start|drop")
+            )
+        else:
+            self.too_long.append(place)
         return False
 
 

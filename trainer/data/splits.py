@@ -126,6 +126,9 @@ def read_splits(
         documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
+    for name, split in examples.items():  # of all sources together, as the audit counts them
+        if objective == "sft" and name != "retention" and split.report.ends_the_run(data.unsupervised):
+            require_supervision({"train": split.report}, data)
     return Splits(examples, labels, list(sources), reader.folders, reader.at_ends)
 
 
@@ -225,7 +228,7 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
         raise InputError(f"{source.key}={source.path}", what, "Give a file with rows")
     require_columns(source, seen)
     if source.objective == "sft":
-        require_supervision(reports, source.data)
+        require_supervision(reports, source.data, None)
     for name, report in reports.items():
         if not report.rows:
             key = f"data.{name}_share={shares[name]}" if name in shares else f"{source.key}={source.path}"

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tritune.trainer.config.choices import Packing
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
-from tritune.trainer.data.examples import DataReport, Examples, joined, require_known_labels
+from tritune.trainer.data.examples import FEW, DataReport, Examples, joined, require_known_labels
 from tritune.trainer.data.order import epoch_order, packed_window, uniform
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
@@ -113,6 +113,8 @@ class Stream:
         )  # fmt: skip
         require_known_labels(examples, self.labels)
         if number == 0:
+            if examples.report.rows + examples.report.dropped >= FEW:  # the share says nothing of fewer
+                require_supervision({"train": examples.report}, self.sources[0].data)
             for source, columns, count in zip(self.sources, seen, counts, strict=True):
                 if count:  # of one with a small share there may be no row yet
                     require_columns(source, columns | set(source.names))

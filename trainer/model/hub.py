@@ -10,7 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants
 
-SECONDS = 5.0  # for the name and the connection; the hub's own client tries for over a minute for each file
+SECONDS = 5.0  # for a connection; the hub's own client tries for over a minute for each file
 
 
 def ask_hub_or_cache(path: str) -> None:
@@ -28,7 +28,7 @@ def _reachable() -> bool:
     """Whether the host of the hub, HF_ENDPOINT, takes a connection; behind a proxy nothing can be said, and it is taken to."""
     address = urlsplit(constants.ENDPOINT)
     host, port = address.hostname or "", address.port or (80 if address.scheme == "http" else 443)
-    if address.scheme in getproxies() and not proxy_bypass(host):
+    if {address.scheme, "all"} & getproxies().keys() and not proxy_bypass(host):
         return True
     try:
         socket.create_connection((host, port), timeout=SECONDS).close()

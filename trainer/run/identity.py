@@ -23,6 +23,9 @@ CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows
 _PLACES = re.compile(
     r"model\.(path|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
 )
+# Keys of which the rows alone tell what they did, and these are compared by their digests: a run of before there were such keys
+# goes on.
+_OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
 
 
 def check_resume(config: Config, directory: RunDir) -> None:
@@ -97,7 +100,13 @@ def require_same_splits(rows: dict[str, str], config: Config, directory: RunDir)
             given = getattr(config.data, name, None) or config.data.train
             rule = f"the split {name} has other tokens than the run was started with: the data, the tokenizer or the "
             rule += f"template changed{moved(config, directory)}"
-            raise InputError(f"data.{name}={given}", rule, "Restore them, or give another run.dir")
+            kept = (read_config(directory.path) or {}).get("data")
+            hint = (
+                ""
+                if isinstance(kept, dict) and "held_out" in kept
+                else ". Versions before divided by data.held_out=hash"
+            )
+            raise InputError(f"data.{name}={given}", rule, f"Restore them, or give another run.dir{hint}")
 
 
 def record(directory: RunDir, base: dict[str, dict[str, str]] | None, rows: dict[str, str]) -> None:
@@ -154,7 +163,7 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
         InputError: values differ; it names them.
     """
     now = run_identity(config)
-    before = renamed_keys(saved) if isinstance(saved, dict) else {}
+    before = {k: v for k, v in renamed_keys(saved).items() if k not in _OF_THE_ROWS} if isinstance(saved, dict) else {}
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted({*before, *now})
@@ -171,7 +180,7 @@ def _identity(tree: Any) -> dict[str, Any]:
     return {
         k: v
         for k, v in renamed_keys(_flat(tree)).items()
-        if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)
+        if k not in _OF_THE_ROWS and any(k == name or k.startswith(f"{name}.") for name in IDENTITY)
     }
 
 

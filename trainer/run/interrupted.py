@@ -20,7 +20,7 @@ def to_the_end(main: Callable[[], int]) -> int:
     try:
         return main()
     except KeyboardInterrupt:
-        print("tritune: interrupted before a run began, or after its end; the same command goes on", file=sys.stderr)
+        print("tritune: interrupted; the same command begins again, or goes on with its run", file=sys.stderr)
         return EXIT_STOPPED
     finally:
         for number in SIGNALS:

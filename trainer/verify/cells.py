@@ -14,7 +14,7 @@ from tritune.trainer.errors import InputError
 # What a proof leaves out: it costs time, or it would write elsewhere, and no step depends on it.
 LEFT_OUT = [
     "train.patience=null", "train.use_best=false", "train.log_every=1", "evaluation.base=false", "evaluation.splits=[]",
-    "evaluation.samples=0", "evaluation.choices=[]", "evaluation.metric=loss", "export.enabled=false",
+    "evaluation.samples=0", "evaluation.choices=[]", "evaluation.metric=loss", "evaluation.abstain=null", "export.enabled=false",
     "report.enabled=false", "tracking.wandb=false", "tracking.tensorboard=false", "checkpoint.asynchronous=false",
     "run.resume=never",
 ]  # fmt: skip
