@@ -33,7 +33,7 @@ class BackendConfig:
     name: str = "auto"  # where the state lives; auto: single for one process, ddp for several
     device: Device = Device.auto  # auto: the GPU where there is one
     timeout_seconds: int = 1800  # a collective that waits longer fails the run
-    join_seconds: float = 20.0  # torchrun starts all ranks at once: one that has not come by then has died
+    join_seconds: float = 20.0  # seconds after which a rank that has not joined counts as dead
 
 
 @dataclass

@@ -54,7 +54,7 @@ class DataConfig:
     retention: str | None = None  # text of the base model's own domain: scored before and after, to show forgetting
     validation_share: float = 0.0  # cut from `train` as `held_out` says, where `validation` is not given
     test_share: float = 0.0  # the same for `test`
-    held_out: HeldOut = HeldOut.auto  # what the shares are: rows by content hash, or the end of each file
+    held_out: HeldOut = HeldOut.auto  # which rows the shares take
     kind: Kind = Kind.auto
     columns: dict[str, str] = field(
         default_factory=dict
@@ -80,7 +80,7 @@ class DataConfig:
     require_stop_token: bool = True  # refuse chat data in which no stop token is ever trained
     train_on: list[str] = field(default_factory=lambda: ["assistant"])  # roles whose turns are trained
     last_turn_only: bool = False  # of these turns only the last
-    turns: Turns = Turns.auto  # which of them share a row: templates may write an answer otherwise once another follows
+    turns: Turns = Turns.auto  # whether the trained turns of a conversation stay in one row
     labels: list[str] = field(default_factory=list)  # classification: the label set; default: those of `train`
 
 
@@ -106,15 +106,15 @@ class Check(StrEnum):
     turns_apart = "turns_apart"  # a template writes earlier answers otherwise: they are rows of their own
     over_context = "over_context"  # data.max_length above the model's context
     truncation = "truncation"  # rows above data.max_length
-    truncated_answers = "truncated_answers"  # such of which an answer lost its end
+    truncated_answers = "truncated_answers"  # rows whose answer lost its end
     no_stop_token = "no_stop_token"  # no row of a split trains a stop token
     double_bos = "double_bos"  # rows that begin with two BOS tokens
     template_mismatch = "template_mismatch"  # a model is trained on something other than it is asked with
     duplicates_exact = "duplicates_exact"  # rows that stand in the same source before
-    duplicates_near = "duplicates_near"  # rows that nearly do
+    duplicates_near = "duplicates_near"  # rows that nearly equal an earlier one
     leakage_exact = "leakage_exact"  # rows of another split that stand in train
     leakage_near = "leakage_near"  # rows of another split that nearly stand in train
-    leakage_prompt = "leakage_prompt"  # their prompts do, with another answer
+    leakage_prompt = "leakage_prompt"  # rows whose prompt stands in train with another answer
     split_leaked = "split_leaked"  # a twentieth of a split's rows or more stand in train
     contradictions = "contradictions"  # one text, several labels
     same_prompt = "same_prompt"  # one prompt, several answers

@@ -30,7 +30,9 @@ from tritune.trainer.config.renamed import old_name
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # hub id or local folder of a pretrained model; to be read, also of an adapter
+    path: str | None = (
+        None  # hub id or local folder of a pretrained model; verbs that read a model take an adapter here, too
+    )
     adapter: str | None = None  # evaluate, generate: an adapter to put on `path`, wherever it says that its base is
     revision: str | None = None  # branch, tag or commit on the hub
     config: dict[str, Any] = field(default_factory=dict)  # instead of `path`: an architecture with random weights
@@ -82,7 +84,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.01  # not on biases, norms and embeddings
     max_grad_norm: float = 1.0  # gradient clipping
-    max_norm: float | None = old_name()  # max_grad_norm, until the next version
+    max_norm: float | None = old_name()  # the old name of optim.max_grad_norm; the next version no longer reads it
     schedule: Schedule = Schedule.cosine  # how the rate goes on after its warm-up
     warmup_ratio: float = 0.03  # share of all steps
     warmup_steps: int | None = None  # instead of the share
@@ -104,7 +106,9 @@ class TrainConfig:
     activation_checkpointing: Activations = Activations.none  # less memory, more time
     activation_offload: bool = False  # with full: layer inputs wait for backward in host memory
     compile: bool = False  # torch.compile on each decoder layer
-    compile_seconds: float = 900.0  # that the dry run may take with it before the run is ended with a message
+    compile_seconds: float = (
+        900.0  # seconds that compiling the first batch may take; after that the run ends with a message
+    )
     patience: int | None = None  # evaluations without improvement before stopping early
     use_best: bool = False  # test and export the best checkpoint instead of the last
 
