@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from tritune.trainer.config import Config
-from tritune.trainer.config.choices import HeldOut, Kind, TextUnit
+from tritune.trainer.config.choices import Duplicates, HeldOut, Kind, TextUnit
 from tritune.trainer.config.compose import load_config
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import records
@@ -199,6 +199,26 @@ def test_the_default_is_for_what_is_cut_in_units(tmp_path):
     assert [is_contiguous(path, "data.train", data, objective) for path, data, objective in asked] == [
         True, True, True, False, False, False
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_near_duplicate_goes_with_all_its_parts_and_the_first_stays_with_all_of_its(tmp_path, ending):
+    """A book held out at its end is one row: its held-out part is no repetition of its beginning, nor does it escape alone."""
+    rng, folder = random.Random(6), tmp_path / "books"
+    folder.mkdir()
+    book = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
+    other = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
+    for name, words in (("a", book), ("b", [*book[:300], "changed", *book[301:]]), ("c", other)):
+        write(folder / f"{name}.{ending}", [" ".join(words)])
+    how = {"held_out": HeldOut.contiguous, "duplicates": Duplicates.drop_near, "max_length": 64}
+    config = settings(tmp_path, folder, validation_share=0.1, **how)
+    found = texts(config)
+    pairs = zip(found["train"], found["validation"], strict=True)
+    assert [(train + held).split() for train, held in pairs] == [book, other]
+    splits = read_splits(config, byte_tokenizer(), None)
+    gone = [r["place"].partition(":1")[0] for r in splits.rejects()]
+    assert gone == [str(folder / f"b.{ending}")] * 2
+    assert [e.report.duplicates for e in splits.examples.values()] == [1, 1]
 
 
 def test_processes_divide_a_text_alike(tmp_path):

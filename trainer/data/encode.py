@@ -269,6 +269,8 @@ class Documents:
             out.columns.add(ids, spans, record.place, num_bytes=spelled, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
+            if record.whole not in (None, record.place):
+                out.wholes[record.place] = str(record.whole)
             out.token_bytes.append(num_bytes)
         return out
 

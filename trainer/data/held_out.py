@@ -66,7 +66,8 @@ class Ends:
         for number, (start, stop) in enumerate(pairwise(cuts)):
             if stop > start:
                 point = self.points[first + number]
-                yield replace(record, place=_place(record.place, text, start), text=text[start:stop], lies=point)
+                place = _place(record.place, text, start)
+                yield replace(record, place=place, text=text[start:stop], lies=point, whole=record.place)
 
 
 def _place(place: str, text: str, start: int) -> str:
