@@ -138,10 +138,14 @@ class Divider:
             return
         # The first share takes the points below it, the next those above: a row stays where it is when a later share grows.
         belongs = np.searchsorted(self._edges, piece.points, side="right")
+        kept = (
+            np.ones(len(belongs), bool)
+            if self._data.duplicates is Duplicates.keep
+            else self._first_ones(piece, belongs)
+        )
         for number, name in enumerate(self._names):
-            mine, sink = belongs == number, self.sinks[name]
-            if self._data.duplicates is not Duplicates.keep:
-                mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), piece.wholes, sink.report)
+            mine, sink = kept & (belongs == number), self.sinks[name]
+            sink.report.duplicates += int((~kept & (belongs == number)).sum())
             batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
             sink.report.stop_rows += int(piece.stops[mine].sum())
             for remark in piece.remarks:
@@ -160,14 +164,15 @@ class Divider:
         if len(batch):
             self._write(name, batch)
 
-    def _first_ones(self, batch: pa.RecordBatch, wholes: Mapping[str, str], report: DataReport) -> np.ndarray:
-        """Which rows repeat none of those that were kept before, bool [n]."""
-        first = np.ones(len(batch), bool)
-        columns = [batch[name].to_pylist() for name in ("digest", "label", "place")]
+    def _first_ones(self, piece: Piece, belongs: np.ndarray) -> np.ndarray:
+        """Which rows repeat none of those that were kept before, in the source's order and whatever their splits, bool [n]."""
+        first = np.ones(len(belongs), bool)
+        columns = [piece.batch[name].to_pylist() for name in ("digest", "label", "place")]
         for i, (digest, label, place) in enumerate(zip(*columns, strict=True)):
-            whole = wholes.get(place, place)
+            whole = piece.wholes.get(place, place)
             group = self._groups.get(whole)
-            if i and place == columns[2][i - 1]:  # turns of one conversation stay together
+            turn = i and place == columns[2][i - 1] and belongs[i] == belongs[i - 1]  # not the next part of a text
+            if turn:  # turns of one conversation stay together
                 first[i] = first[i - 1]
                 if not first[i]:
                     self._reject(place, "duplicate", "the row that it was made of is left out")
@@ -181,7 +186,6 @@ class Divider:
                 self._seen.add((digest, label))
                 if group is not None:
                     self._owners[group] = whole
-        report.duplicates += int((~first).sum())
         return first
 
     def _lose(self, piece: Piece | InputError) -> None:
