@@ -138,11 +138,8 @@ class Divider:
             return
         # The first share takes the points below it, the next those above: a row stays where it is when a later share grows.
         belongs = np.searchsorted(self._edges, piece.points, side="right")
-        kept = (
-            np.ones(len(belongs), bool)
-            if self._data.duplicates is Duplicates.keep
-            else self._first_ones(piece, belongs)
-        )
+        keep_all = self._data.duplicates is Duplicates.keep
+        kept = np.ones(len(belongs), bool) if keep_all else self._first_ones(piece, belongs)
         for number, name in enumerate(self._names):
             mine, sink = kept & (belongs == number), self.sinks[name]
             sink.report.duplicates += int((~kept & (belongs == number)).sum())
