@@ -11,6 +11,7 @@ import pytest
 from chat_templates import FAMILIES, conversation, tokenizer_of
 from encoded import tokenized
 from harness import mask_of
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
@@ -241,6 +242,25 @@ def test_the_text_of_a_class_is_cut_and_what_stands_around_it_is_not():
             kept = shortened(tokens, min(limit - len(before) - len(after), len(tokens)), how)
             assert made.ids(0).tolist() == before + kept + after
             assert made.table["full_length"][0].as_py() == len(before) + len(tokens) + len(after)
+
+
+@pytest.mark.parametrize("how", [Overlong.cut, START, MIDDLE])
+def test_what_closes_the_text_of_a_class_is_kept(how):
+    """As BERT's [CLS] text [SEP]: the tokens that its post-processor writes stand for no character."""
+    tokenizer = byte_tokenizer()
+    begin, close = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", pair=None, special_tokens=[("<bos>", begin), ("<eos>", close)]
+    )
+    text = "abcdefghij"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for limit in range(4, 14):
+        data = DataConfig(max_length=limit, overlong=how)
+        encode = Labelled(tokenizer, data, ObjectiveConfig("classify"))
+        room = min(limit - 2, len(tokens))
+        kept = tokens[:room] if how is Overlong.cut else shortened(tokens, room, how)
+        made = tokenized([Record("f:1", text=text, label="a")], encode, data)
+        assert made.ids(0).tolist() == [begin, *kept, close]
 
 
 def test_a_real_tokenizer_keeps_answers_whole(shared):

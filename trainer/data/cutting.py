@@ -98,6 +98,15 @@ def tokens_within(encoding: Encoding, start: int, stop: int) -> Run:
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 
+def tokens_until(encoding: Encoding, end: int) -> int:
+    """How many tokens there are before those that only follow the characters up to `end`: a tail, or what the tokenizer closes
+    a text with, which stands for no character."""
+    tokens = list(zip(encoding.offsets, encoding.special_tokens_mask, strict=True))
+    while tokens and (tokens[-1][0][1] > end or (tokens[-1][1] and tokens[-1][0][0] == tokens[-1][0][1])):
+        tokens.pop()
+    return len(tokens)
+
+
 def asked_contents(row: Rendered, messages: Sequence[dict], frame: str, encoding: Encoding) -> list[list[Content]]:
     """The contents of a rendered row that are not trained, before each of its answers.
 
