@@ -15,7 +15,15 @@ from tritune.trainer.config.choices import Overlong, SpecialTokens, Turns
 from tritune.trainer.config.data import ROLES, DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.control import ControlTokens
-from tritune.trainer.data.cutting import Content, Run, asked_contents, runs_to_cut, tokens_until, tokens_within, without
+from tritune.trainer.data.cutting import (
+    Content,
+    Run,
+    asked_contents,
+    content_within,
+    runs_to_cut,
+    tokens_until,
+    without,
+)
 from tritune.trainer.data.encoded import BEYOND, Encoded
 from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.label_prompt import label_prompt
@@ -298,7 +306,7 @@ def encode_texts(
 
 def _prompt(encoding: Encoding, start: int, length: int) -> list[list[Content]]:
     """A prompt's own tokens, as what is asked before the only answer: its characters begin at `start`."""
-    content = Content(*tokens_within(encoding, start, start + length))
+    content = content_within(encoding, start, start + length)
     return [[content]] if content.start < content.stop else []
 
 
