@@ -195,6 +195,19 @@ def test_a_split_that_stands_in_train_ends_it(audit, tmp_path):
     assert "5% of validation" in result.err
 
 
+def test_what_training_leaves_out_of_a_split_ends_nothing(audit, tmp_path):
+    """One source, divided: its repetitions are left out over all splits. Those of a file of its own stay in it."""
+    rows = corpus.clean_rows(60, 9)
+    both = corpus.write(tmp_path / "both.jsonl", [*rows, *rows[:15]])
+    divided = [*SFT, f"data.train={both}", "data.validation_share=0.2", "data.held_out=contiguous"]
+    assert audit(*divided).code == 2
+    dropped = audit(*divided, "data.duplicates=drop")
+    assert dropped.code == 0
+    assert dropped.severity("split_leaked") == dropped.severity("leakage_exact") == {"note"}
+    own = [f"data.train={corpus.write(tmp_path / 'train.jsonl', rows)}", f"data.validation={both}"]
+    assert audit(*SFT, *own, "data.duplicates=drop").severity("split_leaked") == {"fault"}
+
+
 def test_what_cannot_be_read_is_said_beside_the_rest(audit, tmp_path):
     rows = corpus.clean_rows(40, 9)
     train = corpus.write(tmp_path / "train.jsonl", [*rows, rows[0]])

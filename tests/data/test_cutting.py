@@ -11,6 +11,7 @@ import pytest
 from chat_templates import FAMILIES, conversation, tokenizer_of
 from encoded import tokenized
 from harness import mask_of
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
@@ -51,10 +52,19 @@ class Rows:
         return tokenized([record], self.encoders[key], data)
 
 
-def shortened(tokens: list[int], size: int, how: Overlong) -> list[int]:
-    """The reference: the last `size` tokens, or as many of the beginning as of the end, the beginning's one more if odd."""
+def shortened(text: str, size: int, how: Overlong) -> list[int]:
+    """The reference: the last `size` tokens of a text, or as many of the beginning as of the end, the beginning's one more if
+    odd; of characters that lie within them whole."""
+    tokenizer = byte_tokenizer()
+    characters = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in text]
+    total = sum(map(len, characters))
     head = (size + 1) // 2 if how is MIDDLE else 0
-    return tokens[:head] + tokens[len(tokens) - (size - head) :]
+    kept, at = [], 0
+    for character in characters:
+        at += len(character)
+        if size >= total or at <= head or at - len(character) >= total - (size - head):
+            kept += character
+    return kept
 
 
 @pytest.mark.parametrize("how", [START, MIDDLE])
@@ -78,7 +88,7 @@ def test_a_prompt_is_cut_and_its_answer_is_not(how):
                 assert (cut["rows"], cut["places"]) == (1, [f"f:{number}"])
                 assert cut["parts"] == {"tokens": len(whole) - limit}
             continue
-        kept = shortened(asked, min(rest, len(asked)), how)
+        kept = shortened(prompt, min(rest, len(asked)), how)
         newline = whole[len(asked) + 1]
         row = [tokenizer.bos_token_id, *kept, newline, *said, tokenizer.eos_token_id]
         assert made.ids(0).tolist() == row
@@ -119,6 +129,8 @@ def test_what_is_left_reads_as_its_template_writes_it(name):
             question = tokenizer(some[0]["content"], add_special_tokens=False)["input_ids"]
             over = max(len(render(some)) - tail - limit, 0)
             if over <= len(question):
+                ends = itertools.accumulate((len(c.encode()) for c in some[0]["content"]), initial=0)
+                over = next(end for end in ends if end >= over)  # whole characters
                 expected = _without_beginning(render(some), question, over)[:limit]
                 break
         if expected is None:
@@ -238,9 +250,28 @@ def test_the_text_of_a_class_is_cut_and_what_stands_around_it_is_not():
             limit, how = rng.randint(len(before) + len(after) + 1, 100), rng.choice([START, MIDDLE])
             data = DataConfig(max_length=limit, overlong=how)
             made = tokenized([Record(f"f:{number}", text=text, label="a")], Labelled(tokenizer, data, objective), data)
-            kept = shortened(tokens, min(limit - len(before) - len(after), len(tokens)), how)
+            kept = shortened(text, min(limit - len(before) - len(after), len(tokens)), how)
             assert made.ids(0).tolist() == before + kept + after
             assert made.table["full_length"][0].as_py() == len(before) + len(tokens) + len(after)
+
+
+@pytest.mark.parametrize("how", [Overlong.cut, START, MIDDLE])
+def test_what_closes_the_text_of_a_class_is_kept(how):
+    """As BERT's [CLS] text [SEP]: the tokens that its post-processor writes stand for no character."""
+    tokenizer = byte_tokenizer()
+    begin, close = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", pair=None, special_tokens=[("<bos>", begin), ("<eos>", close)]
+    )
+    text = "abcdefghij"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for limit in range(4, 14):
+        data = DataConfig(max_length=limit, overlong=how)
+        encode = Labelled(tokenizer, data, ObjectiveConfig("classify"))
+        room = min(limit - 2, len(tokens))
+        kept = tokens[:room] if how is Overlong.cut else shortened(text, room, how)
+        made = tokenized([Record("f:1", text=text, label="a")], encode, data)
+        assert made.ids(0).tolist() == [begin, *kept, close]
 
 
 def test_a_real_tokenizer_keeps_answers_whole(shared):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from tritune.trainer.config import Config
-from tritune.trainer.config.choices import HeldOut, Kind, TextUnit
+from tritune.trainer.config.choices import Duplicates, HeldOut, Kind, TextUnit
 from tritune.trainer.config.compose import load_config
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import records
@@ -147,11 +147,11 @@ def test_every_character_is_there_once_in_order(tmp_path, monkeypatch, ending):
 
 def test_parts_of_a_text_are_named_by_their_lines():
     text = "".join(f"line {i}\n" for i in range(200))
-    ends = Ends({"b.txt": edges_of([len(text)], [0.2, 0.2], True)}, [0.7, 0.1, 0.3])
+    ends = Ends({"b.txt": edges_of([len(text)], [0.2, 0.2], True, [0.0, 0.0])}, [0.7, 0.1, 0.3])
     found = list(ends.parts(Record("b.txt:1", text=text), "b.txt", 0))
     assert "".join(r.text for r in found) == text
     assert [r.place for r in found] == [f"b.txt:{int(r.text.split()[1]) + 1}" for r in found]
-    rows = Ends({"b.jsonl": edges_of([len(text)], [0.2], True)}, [0.7, 0.1])
+    rows = Ends({"b.jsonl": edges_of([len(text)], [0.2], True, [0.0])}, [0.7, 0.1])
     _, second = rows.parts(Record("b.jsonl:1", text=text), "b.jsonl", 0)
     start = text.index(second.text)
     assert second.place == f"b.jsonl:1, from character {start + 1:,}"
@@ -199,6 +199,62 @@ def test_the_default_is_for_what_is_cut_in_units(tmp_path):
     assert [is_contiguous(path, "data.train", data, objective) for path, data, objective in asked] == [
         True, True, True, False, False, False
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_near_duplicate_goes_with_all_its_parts_and_the_first_stays_with_all_of_its(tmp_path, ending):
+    """A book held out at its end is one row: its held-out part is no repetition of its beginning, nor does it escape alone."""
+    rng, folder = random.Random(6), tmp_path / "books"
+    folder.mkdir()
+    book = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
+    other = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
+    for name, words in (("a", book), ("b", [*book[:300], "changed", *book[301:]]), ("c", other)):
+        write(folder / f"{name}.{ending}", [" ".join(words)])
+    how = {"held_out": HeldOut.contiguous, "duplicates": Duplicates.drop_near, "max_length": 64}
+    config = settings(tmp_path, folder, validation_share=0.1, **how)
+    found = texts(config)
+    pairs = zip(found["train"], found["validation"], strict=True)
+    assert [(train + held).split() for train, held in pairs] == [book, other]
+    splits = read_splits(config, byte_tokenizer(), None)
+    gone = [r["place"].partition(":1")[0] for r in splits.rejects()]
+    assert gone == [str(folder / f"b.{ending}")] * 2
+    assert [e.report.duplicates for e in splits.examples.values()] == [1, 1]
+
+
+def test_many_small_files_give_the_shares_together(tmp_path):
+    """A tenth of a poem is less than one of its paragraphs: some poems give one, each its last."""
+    rng, folder = random.Random(7), tmp_path / "poems"
+    folder.mkdir()
+    poems = [["".join(rng.choices("abcdefgh ", k=rng.randint(20, 60))).strip() for _ in range(4)] for _ in range(60)]
+    for number, poem in enumerate(poems):
+        (folder / f"{number:02}.txt").write_text("\n\n".join(poem) + "\n")
+    config = settings(tmp_path, folder, validation_share=0.1, test_share=0.1, max_length=64)
+    found, total = texts(config), sum(len(p) for poem in poems for p in poem)
+    for name, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
+        assert abs(sum(map(len, found[name])) - share * total) <= 60, "of a paragraph, over all of them"
+    for poem in poems:
+        parts = [next(n for n, kept in enumerate(found.values()) if p in kept) for p in poem]
+        assert parts == sorted(parts), "train, validation, test"
+    for path in list(folder.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"none falls to test.*data\.held_out=hash"):
+        read_splits(config, byte_tokenizer(), None)
+
+
+def test_edges_that_make_up_for_other_files_keep_their_order():
+    """Whatever is owed: edges ascend, and where a text is cut twice both cuts are far from each other."""
+    rng = random.Random(8)
+    for _ in range(3000):
+        sizes = [rng.choice([0, 10, 300, 5000]) for _ in range(rng.randint(1, 6))]
+        shares, owed = rng.choice([[0.1, 0.1], [0.3, 0.05], [0.01, 0.4]]), [rng.uniform(-9000, 9000) for _ in range(2)]
+        begins, before = [sum(sizes[:i]) for i in range(len(sizes) + 1)], list(owed)
+        edges = edges_of(sizes, shares, True, owed)
+        one, two = at = [begins[e.row] + e.at for e in edges]
+        assert one <= two
+        if edges[0].row == edges[1].row and edges[1].near:
+            assert two - one > (edges[0].near + edges[1].near) * bool(edges[0].near)
+        ideals = [sum(sizes) * (1 - sum(shares)), sum(sizes) * (1 - shares[1])]
+        assert owed == pytest.approx([b + i - a for b, i, a in zip(before, ideals, at, strict=True)])
 
 
 def test_processes_divide_a_text_alike(tmp_path):

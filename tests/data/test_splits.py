@@ -11,6 +11,7 @@ from harness import write_prompts
 from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config.choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
 from tritune.trainer.config.data import SourceConfig
+from tritune.trainer.data import records
 from tritune.trainer.data.clean import near_groups
 from tritune.trainer.data.examples import SCHEMA
 from tritune.trainer.data.pipeline import Source
@@ -234,6 +235,21 @@ def test_duplicates_are_dropped_over_all_splits(tmp_path):
     settings = config(tmp_path, train=str(path), group="user", validation_share=0.4, duplicates=Duplicates.drop)
     splits = read_splits(settings, byte_tokenizer(), None).examples
     assert sum(map(len, splits.values())) == 61
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])
+def test_of_equal_rows_the_first_stays_whatever_its_split(tmp_path, monkeypatch, size):
+    """Training rows stand before held-out ones; where chunks begin says nothing, and each loss is of its own split."""
+    monkeypatch.setattr(records, "CHUNK_BYTES", size)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"q {i % 8}", "response": "r"} for i in range(10)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "own", "response": "r"}]))
+    how = {"duplicates": Duplicates.drop, "held_out": HeldOut.contiguous, "validation_share": 0.25}
+    splits = read_splits(config(tmp_path, train=str(path), **how), byte_tokenizer(), None)
+    lines = {n: [int(e.place(i).rpartition(":")[2]) for i in range(len(e))] for n, e in splits.examples.items()}
+    assert lines == {"train": [1, 2, 3, 4, 5, 6, 7, 8], "validation": [11]}
+    assert {n: e.report.duplicates for n, e in splits.examples.items()} == {"train": 0, "validation": 2}
+    assert [r["place"] for r in splits.rejects()] == [f"{path}:9", f"{path}:10"]
 
 
 def test_one_file_as_text_and_as_retention(tmp_path):

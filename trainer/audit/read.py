@@ -161,14 +161,17 @@ def _named(findings: list[Finding], rejects: list[dict[str, str]]) -> list[Findi
 
 
 def _expected(config: Config, finding: Finding) -> Finding:
-    """Repetitions that training leaves out are no more than a note; those of several sources and of retention stay."""
-    dropped = {
-        Duplicates.drop: {Check.duplicates_exact},
-        Duplicates.drop_near: {Check.duplicates_exact, Check.duplicates_near},
-    }.get(config.data.duplicates, set())
-    if finding.name not in dropped or finding.details["split"] == "retention" or len(config.data.sources) > 1:
+    """Repetitions that training leaves out are no more than a note; those of several sources and of retention stay, and
+    those between splits where a source of its own has one of them, or a content has several labels."""
+    split = finding.details.get("split")
+    near = config.data.duplicates is Duplicates.drop_near
+    if config.data.duplicates is Duplicates.keep or split == "retention" or len(config.data.sources) > 1:
         return finding
-    return replace(finding, severity=Severity.note)
+    dropped = {Check.duplicates_exact, *([Check.duplicates_near] if near else [])}
+    if not getattr(config.data, str(split), None) and not finding.details.get("relabelled"):
+        labelled = config.objective.name.startswith("classify")  # of near ones those with the same label are left out
+        dropped |= {Check.leakage_exact, Check.split_leaked, *([Check.leakage_near] if near and not labelled else [])}
+    return replace(finding, severity=Severity.note) if finding.name in dropped else finding
 
 
 def _unread(parts: list[Part], splits: Splits, texts: Texts) -> list[Finding]:

@@ -119,9 +119,11 @@ def _duplicates(shared: _Shared) -> Iterator[Finding]:
 def _leaks(shared: _Shared) -> Iterator[Finding]:
     trained = np.flatnonzero(shared.split == 0)
     first = _first(shared.group[trained], trained, int(shared.group.max()) + 1)
+    several = _with_several_labels(shared)
     for number, name in list(enumerate(shared.names))[1:]:
         rows = np.flatnonzero(shared.split == number)
         leaked = rows[first[shared.group[rows]] >= 0]
+        relabelled = int(several[shared.group[leaked]].sum())
         if not len(leaked):
             continue
         share = len(leaked) / shared.totals[number]
@@ -129,19 +131,25 @@ def _leaks(shared: _Shared) -> Iterator[Finding]:
         places = [shared.place(r) for r in leaked[:PLACES].tolist()]
         others = [shared.place(r) for r in first[shared.group[leaked[:PLACES]]].tolist()]
         notes = [f"as {beside(a, b)}" for a, b in zip(places, others, strict=True)]
-        details = {"split": name, "rows": shared.totals[number], "share": share}
+        details = {"split": name, "rows": shared.totals[number], "share": share, "relabelled": relabelled}
         yield Finding(Check.leakage_exact, Severity.warning, len(leaked), text, places, notes, details)
         if share >= LEAKED and name != "retention":
             text = f"{share:.0%} of {name} stands in train: its scores would say nothing"
             yield Finding(Check.split_leaked, Severity.fault, len(leaked), text, places[:1], notes[:1], details)
 
 
+def _with_several_labels(shared: _Shared) -> np.ndarray:
+    """Whether the rows of a group have several, bool [groups]."""
+    rows = np.flatnonzero(shared.label >= 0)
+    pairs = np.unique(np.stack([shared.group[rows], shared.label[rows]], axis=1), axis=0)
+    return np.bincount(pairs[:, 0], minlength=int(shared.group.max()) + 1) > 1
+
+
 def _contradictions(shared: _Shared) -> Iterator[Finding]:
     rows = np.flatnonzero(shared.label >= 0)
     if not len(rows):
         return
-    pairs = np.unique(np.stack([shared.group[rows], shared.label[rows]], axis=1), axis=0)
-    several = np.bincount(pairs[:, 0], minlength=int(shared.group.max()) + 1) > 1
+    several = _with_several_labels(shared)
     count = int(several.sum())
     if count:
         which = rows[several[shared.group[rows]]]

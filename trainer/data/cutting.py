@@ -21,15 +21,20 @@ SYSTEM = "system"
 
 @dataclass(frozen=True)
 class Content:
-    """The tokens [start, stop) of a text that is not trained: a prompt, or the content of one turn."""
+    """The tokens [start, stop) of a text that is not trained: a prompt, or the content of one turn.
+
+    Attributes:
+        inner: those that go on with a character that the token before began, as bytes do; no cut falls before one.
+    """
 
     start: int
     stop: int
     role: str = "user"
+    inner: frozenset[int] = frozenset()
 
 
 def runs_to_cut(asked: Sequence[Sequence[Content]], excess: int, middle: bool) -> list[Run] | None:
-    """Which tokens go so that `excess` do, or a few more where whole turns do; None where contents have too few.
+    """Which tokens go so that `excess` do, or a few more where whole turns or characters do; None where contents have too few.
 
     Args:
         asked: contents in the order of their tokens, those before the first answer, before the second, and so on. Later ones
@@ -44,8 +49,20 @@ def runs_to_cut(asked: Sequence[Sequence[Content]], excess: int, middle: bool) -
         if left <= 0:
             break
         run = _from_middle(contents, left) if middle else None
-        runs += [run] if run is not None else _from_start(contents, left)
+        found = [run] if run is not None else _from_start(contents, left)
+        inner = frozenset().union(*(c.inner for c in contents))
+        runs += [_of_whole_characters(run, inner) for run in found]
     return sorted(runs) if _size(runs) >= excess else None
+
+
+def _of_whole_characters(run: Run, inner: frozenset[int]) -> Run:
+    """The run, wider where an end of it lies within a character. A content begins and ends with a whole one."""
+    start, stop = run
+    while start in inner:
+        start -= 1
+    while stop in inner:
+        stop += 1
+    return start, stop
 
 
 def _size(runs: Sequence[Run]) -> int:
@@ -91,11 +108,23 @@ def without(ids: Sequence[int], spans: Sequence[Run], runs: Sequence[Run]) -> tu
     return [*kept, *ids[at:]], [(a - gone, b - gone) for (a, b), gone in zip(spans, before, strict=True)]
 
 
-def tokens_within(encoding: Encoding, start: int, stop: int) -> Run:
-    """The tokens that lie in the characters [start, stop) whole; an empty run where there is none."""
+def content_within(encoding: Encoding, start: int, stop: int, role: str = "user") -> Content:
+    """The tokens that lie in the characters [start, stop) whole; an empty content where there is none."""
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0]))
-    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+    if not len(inside):
+        return Content(0, 0, role)
+    same = offsets[inside[1:], 0] < offsets[inside[:-1], 1]
+    return Content(int(inside[0]), int(inside[-1]) + 1, role, frozenset(inside[1:][same].tolist()))
+
+
+def tokens_until(encoding: Encoding, end: int) -> int:
+    """How many tokens there are before those that only follow the characters up to `end`: a tail, or what the tokenizer closes
+    a text with, which stands for no character."""
+    tokens = list(zip(encoding.offsets, encoding.special_tokens_mask, strict=True))
+    while tokens and (tokens[-1][0][1] > end or (tokens[-1][1] and tokens[-1][0][0] == tokens[-1][0][1])):
+        tokens.pop()
+    return len(tokens)
 
 
 def asked_contents(row: Rendered, messages: Sequence[dict], frame: str, encoding: Encoding) -> list[list[Content]]:
@@ -123,7 +152,7 @@ def asked_contents(row: Rendered, messages: Sequence[dict], frame: str, encoding
             elif message["role"] == SYSTEM:  # some templates write it into the last question
                 place = row.text.find(words, floor, start)
             if place >= 0:
-                found.append(Content(*tokens_within(encoding, place, place + len(words)), message["role"]))
+                found.append(content_within(encoding, place, place + len(words), message["role"]))
         asked.append(sorted((c for c in found if c.start < c.stop), key=lambda c: c.start))
         first, floor = turn + 1, max(stop, floor)
     return asked

@@ -15,7 +15,15 @@ from tritune.trainer.config.choices import Overlong, SpecialTokens, Turns
 from tritune.trainer.config.data import ROLES, DataConfig
 from tritune.trainer.data.confined_rows import ConfinedRows
 from tritune.trainer.data.control import ControlTokens
-from tritune.trainer.data.cutting import Content, Run, asked_contents, runs_to_cut, tokens_within, without
+from tritune.trainer.data.cutting import (
+    Content,
+    Run,
+    asked_contents,
+    content_within,
+    runs_to_cut,
+    tokens_until,
+    without,
+)
 from tritune.trainer.data.encoded import BEYOND, Encoded
 from tritune.trainer.data.kinds import Record, turns_of
 from tritune.trainer.data.label_prompt import label_prompt
@@ -227,8 +235,7 @@ class Labelled:
             middle = self.data.overlong is Overlong.cut_prompt_middle
             runs = runs_to_cut(_prompt(encoding, start, len(text)), len(begin) + len(ids) - most, middle)
             kept = without(ids, [], runs or [])[0]
-        after = next((i for i, (_, stop) in enumerate(encoding.offsets) if stop > end), len(ids))
-        after -= len(ids) - len(kept)
+        after = tokens_until(encoding, end) - (len(ids) - len(kept))
         room = max(most - (len(kept) - after), 0)
         return ((begin + kept[:after])[:room] + kept[after:])[-most:]
 
@@ -269,6 +276,8 @@ class Documents:
             out.columns.add(ids, spans, record.place, num_bytes=spelled, full_length=full, digest=digest[:16])
             out.stops.append(False)
             out.points.append(record.point(digest))
+            if record.whole not in (None, record.place):
+                out.wholes[record.place] = str(record.whole)
             out.token_bytes.append(num_bytes)
         return out
 
@@ -297,7 +306,7 @@ def encode_texts(
 
 def _prompt(encoding: Encoding, start: int, length: int) -> list[list[Content]]:
     """A prompt's own tokens, as what is asked before the only answer: its characters begin at `start`."""
-    content = Content(*tokens_within(encoding, start, start + length))
+    content = content_within(encoding, start, start + length)
     return [[content]] if content.start < content.stop else []
 
 

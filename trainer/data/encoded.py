@@ -24,6 +24,7 @@ class Encoded:
     Attributes:
         columns: the rows that can be trained on; `stops` and `points` are one a row: whether a stop token is trained, and where
             the row lies when its source is divided.
+        wholes: place -> that of the row that it is a part of, where they differ.
         token_bytes: one array a row: how many bytes of the text each token is the first to reach the end of; text only.
         bad: faults of rows that are left out. dropped: places of rows without a supervised token, with why.
         too_long: places of rows left out above `data.max_length`.
@@ -33,6 +34,7 @@ class Encoded:
     columns: Columns = field(default_factory=Columns)
     stops: list[bool] = field(default_factory=list)
     points: list[float] = field(default_factory=list)
+    wholes: dict[str, str] = field(default_factory=dict)
     token_bytes: list[np.ndarray] = field(default_factory=list)
     bad: list[InputError] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

@@ -24,6 +24,9 @@ from tritune.trainer.errors import InputError
 
 MOVED = 0.5  # of the smallest part: so far an edge moves to the beginning of a row
 NEAR = 0.1  # of the smallest part: so far it moves within a row to the end of something larger than a word
+REPAID = (
+    0.25  # of the smallest part: so far an edge moves for those of other files; two that meet would cut a text twice
+)
 LEAST = 200  # characters of the smallest part below which no row is cut
 _ENDS = (r"\n[^\S\n]*\n\s*", r"\n\s*", r"[.!?…]['\"”’»)\]]*\s+|[。！？]", r"\s+")
 
@@ -66,7 +69,8 @@ class Ends:
         for number, (start, stop) in enumerate(pairwise(cuts)):
             if stop > start:
                 point = self.points[first + number]
-                yield replace(record, place=_place(record.place, text, start), text=text[start:stop], lies=point)
+                place = _place(record.place, text, start)
+                yield replace(record, place=place, text=text[start:stop], lies=point, whole=record.place)
 
 
 def _place(place: str, text: str, start: int) -> str:
@@ -115,43 +119,51 @@ def find_ends(
     reading, by_text = Reading(data, objective, key=key), objective == "pretrain"
     edges: dict[str, list[Edge]] = {}
     sizes: list[int] = []
+    parts, owed = list(shares.values()), [0.0] * len(shares)
     last: str | None = None
     for chunk in read_chunks(path, key, data.text_unit):
         beat()
         if isinstance(chunk, InputError):
             continue
         if last not in (None, chunk.path):
-            edges[str(last)], sizes = edges_of(sizes, list(shares.values()), by_text), []
+            edges[str(last)], sizes = edges_of(sizes, parts, by_text, owed), []
         last = chunk.path
         for record in as_records(parse_chunk(chunk), reading):
             bad = isinstance(record, InputError)
             sizes.append(0 if bad else len(record.text or "") if by_text else 1)  # type: ignore[union-attr]
     if last is not None:
-        edges[last] = edges_of(sizes, list(shares.values()), by_text)
-    upto = np.cumsum(list(shares.values()))
-    held = (upto - np.array(list(shares.values())) / 2).tolist()
+        edges[last] = edges_of(sizes, parts, by_text, owed)
+    upto = np.cumsum(parts)
+    held = (upto - np.array(parts) / 2).tolist()
     return Ends(edges, [(float(upto[-1]) + 1) / 2, *held])
 
 
-def edges_of(sizes: Sequence[int], shares: Sequence[float], by_text: bool) -> list[Edge]:
+def edges_of(sizes: Sequence[int], shares: Sequence[float], by_text: bool, owed: list[float]) -> list[Edge]:
     """Where the parts of one file begin.
 
     Args:
         sizes: of its rows; 0 for one that is bad.
         by_text: sizes are characters, and a row can be cut.
+        owed: by edge, how far beyond where they should lie the edges of the files before have to be made up for: of many
+            files too small for a part of their own, some give more. Brought up to date.
     """
     begins = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
     total = int(begins[-1])
     least = total * min(*shares, 1 - sum(shares))
-    edges = []
+    can_cut = by_text and least >= LEAST
+    most = least * REPAID if can_cut else total
+    edges, ideal = [], 0.0
     for held in range(len(shares)):
-        ideal = total * (1 - sum(shares[held:]))
+        wanted = total * (1 - sum(shares[held:]))
+        repaid = min(max(owed[held], -most), most)
+        ideal = min(max(wanted + repaid, ideal), total)  # no edge before the one before it
         row = int(np.abs(begins - ideal).argmin())
-        if by_text and abs(int(begins[row]) - ideal) > MOVED * least and least >= LEAST:
+        if can_cut and abs(int(begins[row]) - ideal) > MOVED * least:
             row = int(np.searchsorted(begins, ideal, side="right")) - 1
             edges.append(Edge(row, int(ideal) - int(begins[row]), max(int(NEAR * least), 1)))
         else:
             edges.append(Edge(row))
+        owed[held] += wanted - int(begins[row]) - edges[-1].at
     return edges
 
 

@@ -53,6 +53,7 @@ class Record:
     tools: list[Any] | None = None
     group: str | None = None  # value of the column `data.group`
     lies: float | None = None  # its point, where it does not come from its content
+    whole: str | None = None  # the place of the row that this is a part of
 
     def digest(self) -> bytes:
         """SHA-256 of the content, not of the place: equal rows land in the same split wherever they stand."""

@@ -34,6 +34,7 @@ class Piece:
         seen: columns named in the config that some row had.
         unread: what rows hold and nothing reads.
         remarks: of rows of the batch.
+        wholes: place -> that of the row that it is a part of, where they differ.
     """
 
     batch: pa.RecordBatch
@@ -46,6 +47,7 @@ class Piece:
     seen: set[str]
     unread: Unread
     remarks: list[Remark] = field(default_factory=list)
+    wholes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def pack_piece(encoded: Encoded, bad: list[InputError], seen: set[str], unread: 
     return Piece(
         encoded.columns.batch(), np.array(encoded.points, np.float64), np.array(encoded.stops, bool),
         encoded.token_bytes, bad + encoded.bad, encoded.dropped, encoded.too_long, seen, unread,
-        encoded.remarks,
+        encoded.remarks, encoded.wholes,
     )  # fmt: skip
 
 

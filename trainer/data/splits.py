@@ -237,7 +237,9 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
 
 def _more(source: Source, name: str, shares: dict[str, float]) -> str:
     """What gives a split rows that has none."""
-    if not shares or source.ends is not None or source.data.group:
+    if shares and source.ends is not None:
+        return "Give more rows, another share, or data.held_out=hash, which divides the rows by their content"
+    if not shares or source.data.group:
         return "Give more rows, or another share"
     return "Give more rows, another share, or data.held_out=contiguous, which holds out the end of each file"
 

@@ -125,7 +125,7 @@ class Divider:
         self._names, self._edges = [*shares, "train"], np.cumsum(list(shares.values()))
         self._data, self._write, self._reject, self._groups = data, write, reject, groups
         self._seen: set[tuple[bytes, str | None]] = set()
-        self._seen_groups: set[int] = set()
+        self._owners: dict[int, str] = {}  # of groups: the row that is kept
 
     def take(self, piece: Piece | InputError) -> None:
         """The next rows of the source, or a fault of one of its files.
@@ -138,10 +138,11 @@ class Divider:
             return
         # The first share takes the points below it, the next those above: a row stays where it is when a later share grows.
         belongs = np.searchsorted(self._edges, piece.points, side="right")
+        keep_all = self._data.duplicates is Duplicates.keep
+        kept = np.ones(len(belongs), bool) if keep_all else self._first_ones(piece, belongs)
         for number, name in enumerate(self._names):
-            mine, sink = belongs == number, self.sinks[name]
-            if self._data.duplicates is not Duplicates.keep:
-                mine[mine] = self._first_ones(piece.batch.filter(pa.array(mine)), sink.report)
+            mine, sink = kept & (belongs == number), self.sinks[name]
+            sink.report.duplicates += int((~kept & (belongs == number)).sum())
             batch = piece.batch if mine.all() else piece.batch.filter(pa.array(mine))
             sink.report.stop_rows += int(piece.stops[mine].sum())
             for remark in piece.remarks:
@@ -160,26 +161,28 @@ class Divider:
         if len(batch):
             self._write(name, batch)
 
-    def _first_ones(self, batch: pa.RecordBatch, report: DataReport) -> np.ndarray:
-        """Which rows repeat none of those that were kept before, bool [n]."""
-        first = np.ones(len(batch), bool)
-        columns = [batch[name].to_pylist() for name in ("digest", "label", "place")]
+    def _first_ones(self, piece: Piece, belongs: np.ndarray) -> np.ndarray:
+        """Which rows repeat none of those that were kept before, in the source's order and whatever their splits, bool [n]."""
+        first = np.ones(len(belongs), bool)
+        columns = [piece.batch[name].to_pylist() for name in ("digest", "label", "place")]
         for i, (digest, label, place) in enumerate(zip(*columns, strict=True)):
-            group = self._groups.get(place)
-            if i and place == columns[2][i - 1]:  # turns of one conversation stay together
+            whole = piece.wholes.get(place, place)
+            group = self._groups.get(whole)
+            turn = i and place == columns[2][i - 1] and belongs[i] == belongs[i - 1]  # not the next part of a text
+            if turn:  # turns of one conversation stay together
                 first[i] = first[i - 1]
                 if not first[i]:
                     self._reject(place, "duplicate", "the row that it was made of is left out")
             elif (digest, label) in self._seen:
                 self._reject(place, "duplicate", "its content and label stand earlier in the source")
                 first[i] = False
-            elif group in self._seen_groups:
+            elif group is not None and self._owners.get(group, whole) != whole:
                 self._reject(place, "near duplicate", "it nearly repeats an earlier row of the source")
                 first[i] = False
             else:
                 self._seen.add((digest, label))
-                self._seen_groups |= set() if group is None else {group}
-        report.duplicates += int((~first).sum())
+                if group is not None:
+                    self._owners[group] = whole
         return first
 
     def _lose(self, piece: Piece | InputError) -> None:
