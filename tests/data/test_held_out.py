@@ -208,7 +208,8 @@ def test_a_near_duplicate_goes_with_all_its_parts_and_the_first_stays_with_all_o
     folder.mkdir()
     book = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
     other = [rng.choice(WORDS) + str(rng.randint(0, 999)) for _ in range(600)]
-    for name, words in (("a", book), ("b", [*book[:300], "changed", *book[301:]]), ("c", other)):
+    near = [*book[:300], "changed", *book[301:590], "also", *book[591:]]
+    for name, words in (("a", book), ("b", near), ("c", other)):
         write(folder / f"{name}.{ending}", [" ".join(words)])
     how = {"held_out": HeldOut.contiguous, "duplicates": Duplicates.drop_near, "max_length": 64}
     config = settings(tmp_path, folder, validation_share=0.1, **how)
