@@ -132,15 +132,29 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
 
 
 def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
-    """With the labels and the prompt of a classifier by token that the export carries, where the config gives no others."""
+    """With what the export carries of a classifier, where the config has the defaults: where texts are cut; of one by token its
+    labels and its prompt as well."""
     objective = config.objective
+    if objective.name == "classify":
+        return replace(config, data=_cut_as_trained(config.data, carried))
     asked = isinstance(objective, ClassifyTokenConfig) or (insist and objective.name == "sft")
     if carried.prompt is None or not asked:
         return config
     usual = ClassifyTokenConfig()
     given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
     chosen = objective if given else replace(usual, prompt=carried.prompt)
-    return replace(config, objective=chosen, data=replace(config.data, labels=carried.labels))
+    data = replace(_cut_as_trained(config.data, carried), labels=carried.labels)
+    return replace(config, objective=chosen, data=data)
+
+
+def _cut_as_trained(data: DataConfig, carried: Carried) -> DataConfig:
+    """With the export's `data.max_length` and `data.overlong`, where the config has the defaults."""
+    usual = DataConfig()
+    if carried.max_length is not None and data.max_length == usual.max_length:
+        data = replace(data, max_length=carried.max_length)
+    if carried.overlong is not None and data.overlong is usual.overlong:
+        data = replace(data, overlong=carried.overlong)
+    return data
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
@@ -209,7 +223,11 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     carried = of_adapter(source, f"model.path={source}", config.data.labels)
     if settings["task_type"] == "SEQ_CLS":
         labels = carried.labels
-        config = replace(config, objective=ObjectiveConfig("classify")) if labels else config
+        config = (
+            _as_trained(replace(config, objective=ObjectiveConfig("classify")), carried, as_trained)
+            if labels
+            else config
+        )
     else:
         config = _as_trained(config, carried, as_trained)
         labels = config.data.labels if isinstance(config.objective, ClassifyTokenConfig) else []

@@ -249,7 +249,12 @@ def _open(config: Config, run: Path | None, as_trained: bool = False):
     world = distributed.start(config.backend, config.train.deterministic)
     if run is not None:
         _require_its_base(config, run)
-    return world, open_model(config, run, world, as_trained=as_trained)
+    opened = open_model(config, run, world, as_trained=as_trained)
+    given, trained = config.data, opened.config.data
+    if (trained.max_length, trained.overlong) != (given.max_length, given.overlong):
+        how = f"data.max_length={trained.max_length} and data.overlong={trained.overlong}"
+        _say(f"length    {how}, as {opened.what} was trained; other values than the defaults change them")
+    return world, opened
 
 
 def _require_its_base(config: Config, run: Path) -> None:
