@@ -133,16 +133,25 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
 
 def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
     """With what the export carries of a classifier, where the config has the defaults: where texts are cut; of one by token its
-    labels and its prompt as well."""
+    labels and its prompt as well.
+
+    Raises:
+        InputError: its prompt held a secret, and the config gives none.
+    """
     objective = config.objective
     if objective.name == "classify":
         return replace(config, data=_cut_as_trained(config.data, carried))
     asked = isinstance(objective, ClassifyTokenConfig) or (insist and objective.name == "sft")
-    if carried.prompt is None or not asked:
+    if not carried.token_ids or not asked:
         return config
     usual = ClassifyTokenConfig()
     given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
-    chosen = objective if given else replace(usual, prompt=carried.prompt)
+    if not given and carried.prompt is None:
+        rule = "the model reads its texts in a prompt that held a secret, which was not written down"
+        raise InputError(
+            "objective.prompt", rule, "Give it: objective=classify_token 'objective.prompt=\"... {text} ...\"'"
+        )
+    chosen = objective if given else replace(usual, prompt=carried.prompt or usual.prompt)
     data = replace(_cut_as_trained(config.data, carried), labels=carried.labels)
     return replace(config, objective=chosen, data=data)
 
@@ -163,7 +172,9 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
-    opened = _assemble(config, [str(label) for label in report.get("labels") or []], str(run), trained=True)
+    opened = _assemble(
+        config, [str(label) for label in report.get("labels") or config.data.labels], str(run), trained=True
+    )
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
     if found is None:

@@ -151,6 +151,9 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     world, opened = _open(config, run, as_trained=True)
     if opened.config.objective.name != config.objective.name:
         _say(f"generate  {opened.what} is a classifier ({opened.config.objective.name}): it answers with a label")
+    if opened.config.objective.name == "classify_token" and not opened.labels:
+        rule = f"{opened.what} is asked for a label, and its classes are not known"
+        raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)
     answered = _labels(opened, config, prompts, below) if opened.labels else _words(opened, config, prompts, world)
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]

@@ -354,6 +354,7 @@ def test_refusals(capfd, stories, tmp_path):
         ((stories, "--prompt"), "without a text"),
         ((stories, f"generate.file={tmp_path}/absent.jsonl"), "does not exist"),
         ((stories, "--prompt", "x", "objective=classify"), "classifier"),
+        ((stories, "--prompt", "x", "objective=classify_token"), "Give data.labels=[...]"),
         ((stories, "--prompt", "x", "generate.max_new_tokens=600"), "context of 512"),
         ((stories, "--prompt", "x", "generate.num_samples=2"), "generate.temperature"),
         (("--prompt", "x"), "model.path"),

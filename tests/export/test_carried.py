@@ -37,6 +37,8 @@ def source(objective: ObjectiveConfig, labels: list[str], below: bool = True) ->
 CUTS = DataConfig(max_length=96, overlong=Overlong.cut_prompt_middle)
 TOKEN = ClassifyTokenConfig(prompt='Is "{text}"\n```\nit? ')
 
+SECRET = ClassifyTokenConfig(prompt="password=hunter2xyz {text} it is ")
+
 
 def test_what_a_config_says_comes_back():
     written = json.loads(json.dumps(in_config({"vocab_size": 7}, source(TOKEN, LABELS))))
@@ -62,8 +64,10 @@ def test_what_stands_beside_an_adapter_comes_back(tmp_path):
     read = of_adapter(tmp_path, "x", [])
     assert read == Carried(LABELS, TOKEN.prompt, tokens, 0.625, 96, Overlong.cut_prompt_middle)
     read.require_tokens(byte_tokenizer(), "x")
-    with pytest.raises(InputError, match="not those that this tokenizer has"):
-        of_adapter(tmp_path, "x", LABELS[::-1]).require_tokens(byte_tokenizer(), "x")
+    for objective in (TOKEN, SECRET):
+        write_beside(tmp_path, source(objective, LABELS))
+        with pytest.raises(InputError, match="not those that this tokenizer has"):
+            of_adapter(tmp_path, "x", LABELS[::-1]).require_tokens(byte_tokenizer(), "x")
     empty = tmp_path / "empty"
     empty.mkdir()
     write_beside(empty, source(ObjectiveConfig("sft"), []))
@@ -117,3 +121,16 @@ def test_texts_are_cut_as_in_training(objective):
     assert (data.max_length, data.overlong) == (64, Overlong.drop)
     data = _as_trained(Config(objective=objective), Carried(LABELS, TOKEN.prompt, [1, 2, 3]), False).data
     assert (data.max_length, data.overlong) == (512, Overlong.cut)
+
+
+def test_a_prompt_with_a_secret_is_given_by_whoever_asks(tmp_path):
+    write_beside(tmp_path, source(SECRET, LABELS))
+    read = of_adapter(tmp_path, "x", [])
+    assert (read.prompt, len(read.token_ids)) == (None, 3)
+    asked = _as_trained(Config(objective=SECRET), read, True)
+    assert (asked.objective, asked.data.labels) == (SECRET, LABELS)
+    for objective, insist in ((ClassifyTokenConfig(), False), (ObjectiveConfig("sft"), True)):
+        with pytest.raises(InputError, match="objective=classify_token 'objective.prompt="):
+            _as_trained(Config(objective=objective), read, insist)
+    words = Config(objective=ObjectiveConfig("sft"))
+    assert _as_trained(words, read, False) == words

@@ -40,7 +40,7 @@ class Carried:
 
     Attributes:
         labels: in the order of the outputs, or of the label tokens.
-        prompt: `objective.prompt` of a classifier by token; None of any other.
+        prompt: `objective.prompt` of a classifier by token; None of any other, and where it held a secret.
         token_ids: its label tokens.
         below: the probability below which it abstains.
         max_length, overlong: `data.max_length` and `data.overlong` of its training; None in an export of an older version.
@@ -59,7 +59,7 @@ class Carried:
         Raises:
             InputError: it does.
         """
-        if self.prompt is not None and label_token_ids(self.labels, tokenizer) != self.token_ids:
+        if self.token_ids and label_token_ids(self.labels, tokenizer) != self.token_ids:
             rule = f"its {TOKEN_IDS} are not those that this tokenizer has for {', '.join(self.labels[:5])}"
             raise InputError(value, rule, "Leave out data.labels and model.tokenizer, or export it again from its run")
 
@@ -151,7 +151,8 @@ def _checked(labels: list[str], fields: Mapping[str, Any], value: str) -> Carrie
     require(prompt is None or (isinstance(prompt, str) and TEXT in prompt), PROMPT, f"a prompt has {TEXT} in it")
     are_ids = isinstance(token_ids, list) and all(type(i) is int for i in token_ids)
     rule = f"there is one for each of the {len(labels)} labels"
-    require(prompt is None or (are_ids and len(token_ids or []) == len(labels) > 1), TOKEN_IDS, rule)
+    by_token = prompt is not None or token_ids is not None  # a prompt that held a secret is not written
+    require(not by_token or (are_ids and len(token_ids or []) == len(labels) > 1), TOKEN_IDS, rule)
     require(below is None or (type(below) in (int, float) and 0 <= below <= 1), BELOW, "a probability is from 0 to 1")
     rule = "a text has at least 2 tokens, and their number is whole"
     require(max_length is None or (type(max_length) is int and max_length >= 2), MAX_LENGTH, rule)
