@@ -93,12 +93,13 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
     return opened
 
 
-def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) -> Source:
+def source_of(config: Config, run: Path, world: World, facts: dict[str, Any], read_back: bool = False) -> Source:
     """What a run trained, to be exported: masters are written, and what they must compute is asked of the model as
     training ran it.
 
     Args:
         facts: of the run's summary; left out where its scores are another step's.
+        read_back: the run's own prompt is used, from its `config.yaml`.
     """
     opened = open_model(config, run, world, settle=False)
     computes = opened.model
@@ -107,7 +108,7 @@ def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) ->
     if facts and facts.get("tested_step") != opened.step:
         facts = {"step": opened.step}
     logits = TokenScorer(computes, None, config.seed, 1).logits
-    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts)
+    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts, read_back)
 
 
 def _open_plain(config: Config, as_trained: bool) -> Opened:
@@ -279,7 +280,7 @@ def _assemble(
     if not heads:
         set_generation(model, tokenizer)
     if trained:  # last: by the tokenizer's own template it is settled where answers stop
-        name_rendering(tokenizer, config.objective)
+        name_rendering(tokenizer, config.objective, read_back=True)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
     below = carried.below if labels else None
     return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below)

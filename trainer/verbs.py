@@ -55,8 +55,11 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
         run = _run_directory(overrides)
         kept = read_config(run) if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
-        _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
+        given = {o.partition("=")[0] for o in overrides}
+        _require_no_blanks(read, given)
         config = load_config(overrides, config_dir, kept=kept, training=False)
+        if verb is export:
+            arguments["own_prompt"] = "objective.prompt" not in given
         verb(config, run, **arguments)
 
     return exit_status(call)
@@ -203,8 +206,12 @@ def _labels(opened: Opened, config: Config, prompts: list[str], below: float | N
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
-def export(config: Config, run: Path | None) -> None:
-    """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
+def export(config: Config, run: Path | None, own_prompt: bool = True) -> None:
+    """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back.
+
+    Args:
+        own_prompt: `objective.prompt` is the run's own, and not given anew.
+    """
     from tritune.trainer.export import export as write
     from tritune.trainer.open import source_of
     from tritune.trainer.parallel import distributed
@@ -215,7 +222,7 @@ def export(config: Config, run: Path | None) -> None:
     world = distributed.start(config.backend, config.train.deterministic)
     _require_its_base(config, run)
     facts = read_json(run / "summary.json", dict, "Move it away: the model's card is written without its figures") or {}
-    write(source_of(config, run, world, facts), export_path(config, run), _say)
+    write(source_of(config, run, world, facts, own_prompt), export_path(config, run), _say)
 
 
 def report(config: Config, run: Path | None) -> None:
@@ -297,7 +304,7 @@ def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
         for name, value in kept.items():
             _require_no_blanks(value, given, f"{key}.{name}" if key else str(name))
     elif MARK in str(kept) and key not in given:
-        rule = "the run's value held a secret, which was not written down"
+        rule = f"{MARK} stands where the run's value held a secret, which was not written down, or {MARK} itself"
         raise InputError(f"{key}={kept}", rule, f"Give it again: {key}=...")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
 from tritune.trainer.config.choices import Overlong
 from tritune.trainer.config.data import DataConfig
+from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import InputError
 from tritune.trainer.export.card_labels import labels_part
 from tritune.trainer.export.carried import Carried, in_config, of_adapter, of_config, write_beside
@@ -130,7 +132,22 @@ def test_a_prompt_with_a_secret_is_given_by_whoever_asks(tmp_path):
     asked = _as_trained(Config(objective=SECRET), read, True)
     assert (asked.objective, asked.data.labels) == (SECRET, LABELS)
     for objective, insist in ((ClassifyTokenConfig(), False), (ObjectiveConfig("sft"), True)):
-        with pytest.raises(InputError, match="objective=classify_token 'objective.prompt="):
+        with pytest.raises(InputError, match=r"objective=classify_token 'objective\.prompt="):
             _as_trained(Config(objective=objective), read, insist)
     words = Config(objective=ObjectiveConfig("sft"))
     assert _as_trained(words, read, False) == words
+
+
+def test_asterisks_that_were_given_are_no_secret():
+    """Of a prompt that was read back from `config.yaml` it cannot be known, and the card says so."""
+    given = source(ClassifyTokenConfig(prompt="*** Review ***\n{text}\nIt is "), LABELS)
+    assert in_config({}, given)["tritune_prompt"] == given.config.objective.prompt
+    name_rendering(given.tokenizer, given.config.objective)
+    assert "*** Review ***" in given.tokenizer.chat_template
+    back = replace(given, read_back=True, tokenizer=byte_tokenizer())
+    assert "tritune_prompt" not in in_config({}, back)
+    name_rendering(back.tokenizer, back.config.objective, back.read_back)
+    assert "*** Review" not in str(back.tokenizer.chat_template)
+    assert "or `***` where one may have stood" in " ".join(labels_part(back, Form.merged))
+    secret = " ".join(labels_part(source(SECRET, LABELS), Form.merged))
+    assert "Its prompt held a secret and is not written here" in secret

@@ -68,6 +68,10 @@ def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, stop_at
     capfd.readouterr()
     assert cli(asks) == 2
     assert "objective.prompt" in capfd.readouterr().err
+    stars = ["objective.prompt='*** Review *** {text} is'", f"export.dir={tmp_path / 'stars'}"]
+    assert cli(["export", f"run.dir={tmp_path}", *stars]) == 0, "given anew, it is what it says"
+    assert "*** Review ***" in AutoTokenizer.from_pretrained(tmp_path / "stars").chat_template
+    capfd.readouterr()
     assert cli([*asks, "objective=classify_token", prompt]) == 0, "whoever knows the prompt gets a label"
     assert json.loads(capfd.readouterr().out)["answers"][0]["guess"] in {"blue", "green", "red"}
 

@@ -55,9 +55,13 @@ def label_prompt(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig)
     return LabelPrompt(head, tail, begin, specials=not tail)
 
 
-def is_secret(objective: ClassifyTokenConfig) -> bool:
-    """Whether the prompt holds what must not be written down, or was read back with that blotted out."""
-    return redact(objective.prompt) != objective.prompt or MARK in objective.prompt
+def is_secret(objective: ClassifyTokenConfig, read_back: bool) -> bool:
+    """Whether the prompt holds what must not be written down, or may have lost it.
+
+    Args:
+        read_back: it comes from a run's `config.yaml`, where `***` may stand for a secret. Given by the user, it is only that.
+    """
+    return redact(objective.prompt) != objective.prompt or (read_back and MARK in objective.prompt)
 
 
 def label_template(tokenizer: PreTrainedTokenizerBase, objective: ClassifyTokenConfig) -> tuple[str, bool]:

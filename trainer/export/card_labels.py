@@ -47,7 +47,8 @@ def labels_part(source: Source, form: Form) -> list[str]:
             _block([json.dumps(fields[PROMPT], ensure_ascii=False)]),
         ]
     elif TOKEN_IDS in fields:
-        parts.append("Its prompt held a secret and is not written here: whoever asks the model must know it.")
+        held = "held a secret, or `***` where one may have stood," if source.read_back else "held a secret"
+        parts.append(f"Its prompt {held} and is not written here: whoever asks the model must know it.")
     data = source.config.data
     parts += [
         _block(_lines(source, fields)),

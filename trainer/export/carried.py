@@ -74,7 +74,7 @@ def fields_of(source: Source) -> dict[str, Any]:
     data = source.config.data
     fields: dict[str, Any] = {MAX_LENGTH: data.max_length, OVERLONG: data.overlong.value}
     if isinstance(source.config.objective, ClassifyTokenConfig):
-        if not is_secret(source.config.objective):
+        if not is_secret(source.config.objective, source.read_back):
             fields[PROMPT] = source.config.objective.prompt
         fields[TOKEN_IDS] = label_token_ids(source.labels, source.tokenizer)
     if source.abstain_below is not None:
