@@ -7,15 +7,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
+from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config.choices import Overlong
 from tritune.trainer.config.data import DataConfig
-from tritune.trainer.data.prompts import name_rendering
+from tritune.trainer.data.prompts import chat_ids, name_rendering
 from tritune.trainer.errors import InputError
 from tritune.trainer.export.card_labels import labels_part
 from tritune.trainer.export.carried import Carried, in_config, of_adapter, of_config, write_beside
 from tritune.trainer.export.source import Form, Source
-from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.model.tokenizer import byte_tokenizer, set_template
 from tritune.trainer.objectives.classify import label_token_ids
 from tritune.trainer.open import _as_trained
 
@@ -151,3 +151,16 @@ def test_asterisks_that_were_given_are_no_secret():
     assert "or `***` where one may have stood" in " ".join(labels_part(back, Form.merged))
     secret = " ".join(labels_part(source(SECRET, LABELS), Form.merged))
     assert "Its prompt held a secret and is not written here" in secret
+
+
+def test_conversations_need_another_template_than_a_classifiers():
+    """And the one that the message names reads them."""
+    tokenizer, talk = (
+        byte_tokenizer(),
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}],
+    )
+    name_rendering(tokenizer, TOKEN)
+    with pytest.raises(InputError, match=r"answers with a label\. It is .* give model\.chat_template=plain, chatml or"):
+        chat_ids(tokenizer, talk, "rows:1")
+    set_template(tokenizer, ModelConfig(chat_template="plain"))
+    assert "hello" in tokenizer.decode(chat_ids(tokenizer, talk, "rows:1"))

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.data.rendering import ONE_TEXT
 from tritune.trainer.model.tokenizer import adds_bos
 from tritune.trainer.redact import MARK, redact
 
@@ -19,7 +20,7 @@ TEXT = "{text}"  # the place of the row's text in `objective.prompt`
 _PROBES = ("red box 1.", " blank before", "two\nlines and a blank ", "Naïve 漢字 🙂?")
 _TEMPLATE = (
     "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
-    "{{- raise_exception('This model reads one text, in one turn of the user, and answers with a label.') -}}"
+    f"{{{{- raise_exception('{ONE_TEXT}.') -}}}}"
     "{%- endif -%}"
     "{{- BEGIN + GAP + HEAD + messages[0]['content'] + TAIL -}}"
 )
