@@ -58,6 +58,10 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
         given = {o.partition("=")[0] for o in overrides}
         _require_no_blanks(read, given)
         config = load_config(overrides, config_dir, kept=kept, training=False)
+        if verb in (evaluate, generate) and config.evaluation.abstain is not None and "evaluation.abstain" in given:
+            rule = "a threshold is chosen in training, and a model that is read takes its own or the one given"
+            remedy = "Give evaluation.abstain_below=<probability>"
+            raise InputError(f"evaluation.abstain={config.evaluation.abstain}", rule, remedy)
         if verb is export:
             arguments["own_prompt"] = "objective.prompt" not in given
         verb(config, run, **arguments)
