@@ -93,12 +93,13 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
     return opened
 
 
-def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) -> Source:
+def source_of(config: Config, run: Path, world: World, facts: dict[str, Any], read_back: bool = False) -> Source:
     """What a run trained, to be exported: masters are written, and what they must compute is asked of the model as
     training ran it.
 
     Args:
         facts: of the run's summary; left out where its scores are another step's.
+        read_back: the run's own prompt is used, from its `config.yaml`.
     """
     opened = open_model(config, run, world, settle=False)
     computes = opened.model
@@ -107,7 +108,7 @@ def source_of(config: Config, run: Path, world: World, facts: dict[str, Any]) ->
     if facts and facts.get("tested_step") != opened.step:
         facts = {"step": opened.step}
     logits = TokenScorer(computes, None, config.seed, 1).logits
-    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts)
+    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts, read_back)
 
 
 def _open_plain(config: Config, as_trained: bool) -> Opened:
@@ -132,15 +133,38 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
 
 
 def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
-    """With the labels and the prompt of a classifier by token that the export carries, where the config gives no others."""
+    """With what the export carries of a classifier, where the config has the defaults: where texts are cut; of one by token its
+    labels and its prompt as well.
+
+    Raises:
+        InputError: its prompt held a secret, and the config gives none.
+    """
     objective = config.objective
+    if objective.name == "classify":
+        return replace(config, data=_cut_as_trained(config.data, carried))
     asked = isinstance(objective, ClassifyTokenConfig) or (insist and objective.name == "sft")
-    if carried.prompt is None or not asked:
+    if not carried.token_ids or not asked:
         return config
     usual = ClassifyTokenConfig()
     given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
-    chosen = objective if given else replace(usual, prompt=carried.prompt)
-    return replace(config, objective=chosen, data=replace(config.data, labels=carried.labels))
+    if not given and carried.prompt is None:
+        rule = "the model reads its texts in a prompt that held a secret, which was not written down"
+        raise InputError(
+            "objective.prompt", rule, "Give it: objective=classify_token 'objective.prompt=\"... {text} ...\"'"
+        )
+    chosen = objective if given else replace(usual, prompt=carried.prompt or usual.prompt)
+    data = replace(_cut_as_trained(config.data, carried), labels=carried.labels)
+    return replace(config, objective=chosen, data=data)
+
+
+def _cut_as_trained(data: DataConfig, carried: Carried) -> DataConfig:
+    """With the export's `data.max_length` and `data.overlong`, where the config has the defaults."""
+    usual = DataConfig()
+    if carried.max_length is not None and data.max_length == usual.max_length:
+        data = replace(data, max_length=carried.max_length)
+    if carried.overlong is not None and data.overlong is usual.overlong:
+        data = replace(data, overlong=carried.overlong)
+    return data
 
 
 def _open_run(config: Config, run: Path, world: World) -> Opened:
@@ -149,7 +173,9 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
-    opened = _assemble(config, [str(label) for label in report.get("labels") or []], str(run), trained=True)
+    opened = _assemble(
+        config, [str(label) for label in report.get("labels") or config.data.labels], str(run), trained=True
+    )
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
     if found is None:
@@ -209,7 +235,11 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     carried = of_adapter(source, f"model.path={source}", config.data.labels)
     if settings["task_type"] == "SEQ_CLS":
         labels = carried.labels
-        config = replace(config, objective=ObjectiveConfig("classify")) if labels else config
+        config = (
+            _as_trained(replace(config, objective=ObjectiveConfig("classify")), carried, as_trained)
+            if labels
+            else config
+        )
     else:
         config = _as_trained(config, carried, as_trained)
         labels = config.data.labels if isinstance(config.objective, ClassifyTokenConfig) else []
@@ -250,7 +280,7 @@ def _assemble(
     if not heads:
         set_generation(model, tokenizer)
     if trained:  # last: by the tokenizer's own template it is settled where answers stop
-        name_rendering(tokenizer, config.objective)
+        name_rendering(tokenizer, config.objective, read_back=True)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
     below = carried.below if labels else None
     return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below)

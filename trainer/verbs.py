@@ -55,8 +55,15 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
         run = _run_directory(overrides)
         kept = read_config(run) if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
-        _require_no_blanks(read, {o.partition("=")[0] for o in overrides})
+        given = {o.partition("=")[0] for o in overrides}
+        _require_no_blanks(read, given)
         config = load_config(overrides, config_dir, kept=kept, training=False)
+        if verb in (evaluate, generate) and config.evaluation.abstain is not None and "evaluation.abstain" in given:
+            rule = "a threshold is chosen in training, and a model that is read takes its own or the one given"
+            remedy = "Give evaluation.abstain_below=<probability>"
+            raise InputError(f"evaluation.abstain={config.evaluation.abstain}", rule, remedy)
+        if verb is export:
+            arguments["own_prompt"] = "objective.prompt" not in given
         verb(config, run, **arguments)
 
     return exit_status(call)
@@ -151,6 +158,9 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     world, opened = _open(config, run, as_trained=True)
     if opened.config.objective.name != config.objective.name:
         _say(f"generate  {opened.what} is a classifier ({opened.config.objective.name}): it answers with a label")
+    if opened.config.objective.name == "classify_token" and not opened.labels:
+        rule = f"{opened.what} is asked for a label, and its classes are not known"
+        raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)
     answered = _labels(opened, config, prompts, below) if opened.labels else _words(opened, config, prompts, world)
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]
@@ -200,8 +210,12 @@ def _labels(opened: Opened, config: Config, prompts: list[str], below: float | N
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
-def export(config: Config, run: Path | None) -> None:
-    """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back."""
+def export(config: Config, run: Path | None, own_prompt: bool = True) -> None:
+    """Write what a run trained in `export.form` to `export.dir`, and prove it by reading it back.
+
+    Args:
+        own_prompt: `objective.prompt` is the run's own, and not given anew.
+    """
     from tritune.trainer.export import export as write
     from tritune.trainer.open import source_of
     from tritune.trainer.parallel import distributed
@@ -212,7 +226,7 @@ def export(config: Config, run: Path | None) -> None:
     world = distributed.start(config.backend, config.train.deterministic)
     _require_its_base(config, run)
     facts = read_json(run / "summary.json", dict, "Move it away: the model's card is written without its figures") or {}
-    write(source_of(config, run, world, facts), export_path(config, run), _say)
+    write(source_of(config, run, world, facts, own_prompt), export_path(config, run), _say)
 
 
 def report(config: Config, run: Path | None) -> None:
@@ -249,7 +263,12 @@ def _open(config: Config, run: Path | None, as_trained: bool = False):
     world = distributed.start(config.backend, config.train.deterministic)
     if run is not None:
         _require_its_base(config, run)
-    return world, open_model(config, run, world, as_trained=as_trained)
+    opened = open_model(config, run, world, as_trained=as_trained)
+    given, trained = config.data, opened.config.data
+    if (trained.max_length, trained.overlong) != (given.max_length, given.overlong):
+        how = f"data.max_length={trained.max_length} and data.overlong={trained.overlong}"
+        _say(f"length    {how}, as {opened.what} was trained; other values than the defaults change them")
+    return world, opened
 
 
 def _require_its_base(config: Config, run: Path) -> None:
@@ -289,7 +308,7 @@ def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
         for name, value in kept.items():
             _require_no_blanks(value, given, f"{key}.{name}" if key else str(name))
     elif MARK in str(kept) and key not in given:
-        rule = "the run's value held a secret, which was not written down"
+        rule = f"{MARK} stands where the run's value held a secret, which was not written down, or {MARK} itself"
         raise InputError(f"{key}={kept}", rule, f"Give it again: {key}=...")
 
 

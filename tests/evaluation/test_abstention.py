@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Rows
+from tritune.launch.cli import main as cli
 from tritune.trainer.config.compose import load_config
 from tritune.trainer.errors import ConfigFaults
 from tritune.trainer.evaluation.abstention import outcomes, settle, threshold_of_run, told
@@ -111,3 +112,10 @@ def test_what_is_allowed():
     asked = load_config([*CLASSIFY, "evaluation.abstain=0.9", "data.validation_share=0.1"])
     assert asked.evaluation.abstain == 0.9
     assert load_config([*CLASSIFY, "evaluation.abstain_below=0"], training=False).evaluation.abstain_below == 0
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["generate", "--prompt", "x"]])
+def test_a_model_that_is_read_takes_a_probability(verb, capfd):
+    """A target would be ignored; that of a run's own configuration is no fault."""
+    assert cli([*verb, "model.path=x", "objective=classify", "evaluation.abstain=0.99"]) == 2
+    assert "evaluation.abstain_below=<probability>" in capfd.readouterr().err

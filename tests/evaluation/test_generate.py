@@ -354,6 +354,7 @@ def test_refusals(capfd, stories, tmp_path):
         ((stories, "--prompt"), "without a text"),
         ((stories, f"generate.file={tmp_path}/absent.jsonl"), "does not exist"),
         ((stories, "--prompt", "x", "objective=classify"), "classifier"),
+        ((stories, "--prompt", "x", "objective=classify_token"), "Give data.labels=[...]"),
         ((stories, "--prompt", "x", "generate.max_new_tokens=600"), "context of 512"),
         ((stories, "--prompt", "x", "generate.num_samples=2"), "generate.temperature"),
         (("--prompt", "x"), "model.path"),
@@ -373,10 +374,19 @@ def test_a_classifiers_words(tritune, capfd, tiny, label_file, stories, tmp_path
     base = [o for o in tiny if not o.startswith("model")]
     assert tritune(*base, stories, *data, "method=lora", "export.enabled=true", f"run.dir={lora}").code == 0
     assert (lora / "export" / "adapter_config.json").is_file()
-    for given in (f"run.dir={full}", f"model.path={lora / 'export'}", f"model.path={full / 'export'}"):
-        code, out, err = call(
-            capfd, given, "--prompt", "red", *(["objective=classify"] if "model.path" in given else [])
-        )
+    found = []
+    for given in (
+        f"run.dir={full}",
+        f"model.path={full / 'export'}",
+        f"run.dir={lora}",
+        f"model.path={lora / 'export'}",
+    ):
+        asks = ["--prompt", "red", "--prompt", "red" + 400 * " more"]  # the second is far above max_length
+        code, out, err = call(capfd, given, *asks, *(["objective=classify"] if "model.path" in given else []))
         assert code == 0, err
-        (answer,) = json.loads(out)["answers"]
-        assert answer["text"] in answer["probabilities"].keys() == {"red", "green", "blue"}
+        assert ("data.max_length=96" in err) == ("model.path" in given)
+        found.append([json.loads(line)["answers"][0] for line in out.splitlines()])
+        assert all(a["text"] in a["probabilities"].keys() == {"red", "green", "blue"} for a in found[-1])
+    for run, export in (found[:2], found[2:]):  # cut where it was in training, an export answers as its run does
+        for ours, its in zip(run, export, strict=True):
+            assert its["probabilities"] == pytest.approx(ours["probabilities"], abs=1e-5)

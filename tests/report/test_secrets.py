@@ -38,7 +38,7 @@ def secretive(tiny, label_file, monkeypatch) -> list[str]:
     ]  # fmt: skip
 
 
-def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, stop_at):
+def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, stop_at, capfd):
     stop_at(2)
     first = tritune(*secretive, f"run.dir={tmp_path}")
     assert first.code == 75, first.err
@@ -63,6 +63,17 @@ def test_nothing_leaks_and_the_run_goes_on(tritune, secretive, tmp_path, stop_at
         assert len(config["tritune_label_token_ids"]) == 3
         assert "tritune_prompt" not in config
         assert "***" not in AutoTokenizer.from_pretrained(folder).chat_template
+    prompt = next(o for o in secretive if o.startswith("objective.prompt"))
+    asks = ["generate", f"model.path={tmp_path / 'again'}", "--prompt", "red"]
+    capfd.readouterr()
+    assert cli(asks) == 2
+    assert "objective.prompt" in capfd.readouterr().err
+    stars = ["objective.prompt='*** Review *** {text} is'", f"export.dir={tmp_path / 'stars'}"]
+    assert cli(["export", f"run.dir={tmp_path}", *stars]) == 0, "given anew, it is what it says"
+    assert "*** Review ***" in AutoTokenizer.from_pretrained(tmp_path / "stars").chat_template
+    capfd.readouterr()
+    assert cli([*asks, "objective=classify_token", prompt]) == 0, "whoever knows the prompt gets a label"
+    assert json.loads(capfd.readouterr().out)["answers"][0]["guess"] in {"blue", "green", "red"}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.data.rendering import ONE_TEXT
 from tritune.trainer.model.tokenizer import adds_bos
 from tritune.trainer.redact import MARK, redact
 
@@ -19,7 +20,7 @@ TEXT = "{text}"  # the place of the row's text in `objective.prompt`
 _PROBES = ("red box 1.", " blank before", "two\nlines and a blank ", "Naïve 漢字 🙂?")
 _TEMPLATE = (
     "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
-    "{{- raise_exception('This model reads one text, in one turn of the user, and answers with a label.') -}}"
+    f"{{{{- raise_exception('{ONE_TEXT}.') -}}}}"
     "{%- endif -%}"
     "{{- BEGIN + GAP + HEAD + messages[0]['content'] + TAIL -}}"
 )
@@ -55,9 +56,13 @@ def label_prompt(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig)
     return LabelPrompt(head, tail, begin, specials=not tail)
 
 
-def is_secret(objective: ClassifyTokenConfig) -> bool:
-    """Whether the prompt holds what must not be written down, or was read back with that blotted out."""
-    return redact(objective.prompt) != objective.prompt or MARK in objective.prompt
+def is_secret(objective: ClassifyTokenConfig, read_back: bool) -> bool:
+    """Whether the prompt holds what must not be written down, or may have lost it.
+
+    Args:
+        read_back: it comes from a run's `config.yaml`, where `***` may stand for a secret. Given by the user, it is only that.
+    """
+    return redact(objective.prompt) != objective.prompt or (read_back and MARK in objective.prompt)
 
 
 def label_template(tokenizer: PreTrainedTokenizerBase, objective: ClassifyTokenConfig) -> tuple[str, bool]:

@@ -41,13 +41,17 @@ def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos(tokenizer) else "''")
 
 
-def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> bool:
+def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig, read_back: bool = False) -> bool:
     """Give a tokenizer the chat template by which the model was trained, where it has another or none: of prompts and
-    responses, or of a text and its label. Return whether it renders the tokens of training."""
+    responses, or of a text and its label. Return whether it renders the tokens of training.
+
+    Args:
+        read_back: as of `label_prompt.is_secret`, whose prompts are not written into a template.
+    """
     exact = True
     if objective.name == "sft" and not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
-    elif isinstance(objective, ClassifyTokenConfig) and not is_secret(objective):
+    elif isinstance(objective, ClassifyTokenConfig) and not is_secret(objective, read_back):
         tokenizer.chat_template, exact = label_template(tokenizer, objective)
     return exact
 

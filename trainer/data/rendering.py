@@ -18,7 +18,10 @@ from tritune.trainer.errors import InputError
 
 ERROR_CHARS = 500  # of what a template says
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: templates read the first or the second
+# What the template of a classifier by token answers to any other conversation (`label_prompt`), which no row can mend.
+ONE_TEXT = "This model reads one text, in one turn of the user, and answers with a label"
 _REMEDY = "Mend the row, or give another model.chat_template"
+_ANOTHER = "It is a classifier's: to read conversations, give model.chat_template=plain, chatml or a Jinja file"
 
 
 def run(program: jinja2.Template, name: str, special: dict, messages: list[dict], place: str, **options: Any):
@@ -86,8 +89,8 @@ def _run_here(program: jinja2.Template, name: str, special: dict, messages: list
         if isolated.ran_out(error):
             raise  # which ends the process, and is said by the one that asked
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        rule = f"the chat template fails on this row: {said[:ERROR_CHARS]}"
-        raise InputError(place, rule, _remedy(messages)) from None
+        rule = f"the chat template fails on this row: {said[:ERROR_CHARS].rstrip('.')}"
+        raise InputError(place, rule, _ANOTHER if ONE_TEXT in said else _remedy(messages)) from None
 
 
 def _remedy(messages: list[dict]) -> str:

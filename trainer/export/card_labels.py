@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config.choices import Form
-from tritune.trainer.export.carried import BELOW, PROMPT, SIDECAR, TOKEN_IDS, fields_of
+from tritune.trainer.export.carried import BELOW, MAX_LENGTH, PROMPT, SIDECAR, TOKEN_IDS, fields_of
 from tritune.trainer.methods.adapter_io import LABELS
 
 if TYPE_CHECKING:
@@ -47,8 +47,14 @@ def labels_part(source: Source, form: Form) -> list[str]:
             _block([json.dumps(fields[PROMPT], ensure_ascii=False)]),
         ]
     elif TOKEN_IDS in fields:
-        parts.append("Its prompt held a secret and is not written here: whoever asks the model must know it.")
-    parts.append(_block(_lines(source, fields)))
+        held = "held a secret, or `***` where one may have stood," if source.read_back else "held a secret"
+        parts.append(f"Its prompt {held} and is not written here: whoever asks the model must know it.")
+    data = source.config.data
+    parts += [
+        _block(_lines(source, fields)),
+        f"It was trained on at most {data.max_length:,} tokens of a row, `data.overlong={data.overlong}` (`{MAX_LENGTH}` in "
+        f"{where}): a longer text is to be cut as in training.",
+    ]
     if BELOW in fields:
         parts.append(_abstains(source.facts["abstain"], where))
     return parts

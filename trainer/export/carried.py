@@ -1,4 +1,5 @@
-"""What an export of a classifier says of itself, so that nobody has to be told: its labels, its prompt, when it abstains.
+"""What an export of a classifier says of itself, so that nobody has to be told: its labels, its prompt, where a text is cut,
+when it abstains.
 
 In a whole model's `config.json`, where transformers keeps fields that it does not know; beside an adapter, which has none, in
 `labels.json` and `tritune.json`.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import ClassifyTokenConfig
+from tritune.trainer.config.choices import Overlong
 from tritune.trainer.data.label_prompt import TEXT, is_secret
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.methods.adapter_io import LABELS
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 SIDECAR = "tritune.json"
 PROMPT, TOKEN_IDS, BELOW = "tritune_prompt", "tritune_label_token_ids", "tritune_abstain_below"
-_FIELDS = (PROMPT, TOKEN_IDS, BELOW)
+MAX_LENGTH, OVERLONG = "tritune_max_length", "tritune_overlong"
+_FIELDS = (PROMPT, TOKEN_IDS, BELOW, MAX_LENGTH, OVERLONG)
 _REMEDY = "Mend the file, or export the model again from its run"
 _GIVE = "Give data.labels=[...] in the order of the outputs"
 
@@ -37,15 +40,18 @@ class Carried:
 
     Attributes:
         labels: in the order of the outputs, or of the label tokens.
-        prompt: `objective.prompt` of a classifier by token; None of any other.
+        prompt: `objective.prompt` of a classifier by token; None of any other, and where it held a secret.
         token_ids: its label tokens.
         below: the probability below which it abstains.
+        max_length, overlong: `data.max_length` and `data.overlong` of its training; None in an export of an older version.
     """
 
     labels: list[str] = field(default_factory=list)
     prompt: str | None = None
     token_ids: list[int] = field(default_factory=list)
     below: float | None = None
+    max_length: int | None = None
+    overlong: Overlong | None = None
 
     def require_tokens(self, tokenizer: PreTrainedTokenizerBase, value: str) -> None:
         """Refuse a tokenizer that names other label tokens than those that were trained.
@@ -53,7 +59,7 @@ class Carried:
         Raises:
             InputError: it does.
         """
-        if self.prompt is not None and label_token_ids(self.labels, tokenizer) != self.token_ids:
+        if self.token_ids and label_token_ids(self.labels, tokenizer) != self.token_ids:
             rule = f"its {TOKEN_IDS} are not those that this tokenizer has for {', '.join(self.labels[:5])}"
             raise InputError(value, rule, "Leave out data.labels and model.tokenizer, or export it again from its run")
 
@@ -62,13 +68,16 @@ NOTHING = Carried()
 
 
 def fields_of(source: Source) -> dict[str, Any]:
-    """The fields of ours for this model; none where it is no classifier, or one by a head that never abstains."""
-    fields: dict[str, Any] = {}
-    if source.labels and isinstance(source.config.objective, ClassifyTokenConfig):
-        if not is_secret(source.config.objective):
+    """The fields of ours for this model; none where it is no classifier."""
+    if not source.labels:
+        return {}
+    data = source.config.data
+    fields: dict[str, Any] = {MAX_LENGTH: data.max_length, OVERLONG: data.overlong.value}
+    if isinstance(source.config.objective, ClassifyTokenConfig):
+        if not is_secret(source.config.objective, source.read_back):
             fields[PROMPT] = source.config.objective.prompt
         fields[TOKEN_IDS] = label_token_ids(source.labels, source.tokenizer)
-    if source.labels and source.abstain_below is not None:
+    if source.abstain_below is not None:
         fields[BELOW] = source.abstain_below
     return fields
 
@@ -133,7 +142,7 @@ def of_adapter(folder: Path, value: str, given: list[str]) -> Carried:
 
 
 def _checked(labels: list[str], fields: Mapping[str, Any], value: str) -> Carried:
-    prompt, token_ids, below = (fields.get(name) for name in _FIELDS)
+    prompt, token_ids, below, max_length, overlong = (fields.get(name) for name in _FIELDS)
 
     def require(holds: bool, name: str, rule: str) -> None:
         if not holds:
@@ -142,6 +151,12 @@ def _checked(labels: list[str], fields: Mapping[str, Any], value: str) -> Carrie
     require(prompt is None or (isinstance(prompt, str) and TEXT in prompt), PROMPT, f"a prompt has {TEXT} in it")
     are_ids = isinstance(token_ids, list) and all(type(i) is int for i in token_ids)
     rule = f"there is one for each of the {len(labels)} labels"
-    require(prompt is None or (are_ids and len(token_ids or []) == len(labels) > 1), TOKEN_IDS, rule)
+    by_token = prompt is not None or token_ids is not None  # a prompt that held a secret is not written
+    require(not by_token or (are_ids and len(token_ids or []) == len(labels) > 1), TOKEN_IDS, rule)
     require(below is None or (type(below) in (int, float) and 0 <= below <= 1), BELOW, "a probability is from 0 to 1")
-    return Carried(labels, prompt, list(token_ids or []), below)
+    rule = "a text has at least 2 tokens, and their number is whole"
+    require(max_length is None or (type(max_length) is int and max_length >= 2), MAX_LENGTH, rule)
+    known = [choice.value for choice in Overlong]
+    require(overlong is None or overlong in known, OVERLONG, f"it is one of {', '.join(known)}")
+    cuts = None if overlong is None else Overlong(overlong)
+    return Carried(labels, prompt, list(token_ids or []), below, max_length, cuts)

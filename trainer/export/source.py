@@ -21,6 +21,7 @@ class Source:
         logits: input ids -> logits, as the model computed them in training.
         heads: modules that are new; labels: of a classifier.
         facts: of the run, for the model card: step, tokens, scores, abstention.
+        read_back: `objective.prompt` comes from the run's `config.yaml`, where `***` may stand for a secret.
     """
 
     config: Config
@@ -30,6 +31,7 @@ class Source:
     heads: list[str]
     labels: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    read_back: bool = False
 
     @property
     def abstain_below(self) -> float | None:

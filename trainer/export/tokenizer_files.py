@@ -23,7 +23,7 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
     """
     config, tokenizer = source.config, source.tokenizer
     template = tokenizer.chat_template
-    exact = name_rendering(tokenizer, config.objective)
+    exact = name_rendering(tokenizer, config.objective, source.read_back)
     try:
         tokenizer.save_pretrained(directory)
         changed = changed_tokenizer(directory, tokenizer)
@@ -33,10 +33,15 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
         rule = f"saved and read back, it is not the tokenizer that the run trains with: {changed}"
         remedy = "Save its fast form with transformers first, or take it as it is with export.insist=true"
         raise InputError(f"model.tokenizer={config.model.tokenizer or config.model.path}", rule, remedy)
-    if isinstance(config.objective, ClassifyTokenConfig) and is_secret(config.objective):
-        say(
-            "export    objective.prompt holds a secret, or *** in its place: it is not written, and whoever asks must know it"
+    if isinstance(config.objective, ClassifyTokenConfig) and is_secret(config.objective, source.read_back):
+        known = (
+            "holds *** in the run's config.yaml, perhaps in a secret's place" if source.read_back else "holds a secret"
         )
+        say(f"export    objective.prompt {known}: it is not written, and whoever asks must know it")
+        if source.read_back:
+            say(
+                "export    where no secret was in it, export again with objective.prompt=... as it was given to the run"
+            )
     if not exact:
         say("export    its chat template renders the prompt, in other tokens than those of training: the tokenizer tells a "
             "text after its first token from a text at the start")  # fmt: skip
