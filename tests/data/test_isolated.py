@@ -56,7 +56,8 @@ ENDS = [
 
 @pytest.mark.parametrize(("work", "why"), ENDS, ids=lambda value: getattr(value, "__name__", None))
 def test_what_ends_it_is_said(monkeypatch, capfd, work, why):
-    monkeypatch.setattr(isolated, "CPU_SECONDS", 1)
+    # On a busy machine half a gigabyte can take more than a second.
+    monkeypatch.setattr(isolated, "CPU_SECONDS", 1 if work is spins else 60)
     said = outcome_of(work)
     assert said is not None
     assert why.replace("\\", "") in said
