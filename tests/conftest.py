@@ -60,11 +60,7 @@ class Result:
 @pytest.fixture
 def tritune(capfd):
     """Call the trainer in this process: `tritune("experiment=...", ...)` -> exit status and what it printed."""
-    import signal
-
     from tritune.trainer.__main__ import main
-
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
 
     def call(*overrides: str) -> Result:
         capfd.readouterr()
@@ -72,9 +68,8 @@ def tritune(capfd):
         out = capfd.readouterr()
         return Result(code, out.err)
 
-    yield call
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        yield call
 
 
 @pytest.fixture

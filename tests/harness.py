@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tritune.launch import processes
@@ -21,6 +23,7 @@ preload(on_cpu=True)
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 from tritune.trainer.data.examples import Columns, Examples  # noqa: E402
+from tritune.trainer.run.interrupted import SIGNALS  # noqa: E402
 from tritune.trainer.run.pulse import proc_stat  # noqa: E402
 
 
@@ -68,6 +71,15 @@ def run_many(cells: list[list[str]], logs: Path, world_size: int = 1, timeout: f
     codes = job.wait(timeout)
     assert codes == [0] * world_size, f"exit {codes}\n{job.output()}"
     return job
+
+
+@contextmanager
+def keeping_signals() -> Iterator[None]:
+    """Around a run in this process, which catches signals: afterwards they are caught as before."""
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
+import harness
 import pytest
 from saved import STEPS
-from tritune.trainer.run.stop import SIGNALS
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +23,8 @@ def unbroken(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
         "evaluation.every=2",
     ]  # fmt: skip
     directory = tmp_path_factory.mktemp("unbroken") / "run"
-    kept = {n: signal.getsignal(n) for n in SIGNALS}
-    assert main([*overrides, f"run.dir={directory}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        assert main([*overrides, f"run.dir={directory}"]) == 0
     names = {p.name for p in (directory / "checkpoints").iterdir()}
     assert {f"step-{s:08d}" for s in STEPS} <= names
     return overrides, directory

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
+import harness
 import pytest
 import tritune.conf
 import yaml
@@ -15,7 +15,6 @@ from tritune.trainer.config import IDENTITY, SCHEMAS, Config, LoraConfig
 from tritune.trainer.config.check import check
 from tritune.trainer.config.compose import GROUPS, compose_partly, load_config, split_argv, to_dict
 from tritune.trainer.errors import EXIT_INPUT, ConfigFaults
-from tritune.trainer.run.stop import SIGNALS
 
 CONF = Path(tritune.conf.__file__).parent
 SECRET = "a-secret-7f3e"
@@ -432,10 +431,8 @@ def finished(sft_file, tmp_path_factory):
         "export.enabled=false", "report.enabled=false",
     ]  # fmt: skip
     directory = tmp_path_factory.mktemp("finished") / "run"
-    kept = {n: signal.getsignal(n) for n in SIGNALS}
-    assert main([*overrides, f"run.dir={directory}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        assert main([*overrides, f"run.dir={directory}"]) == 0
     return overrides, directory
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import harness
@@ -95,10 +94,8 @@ def finished(base, tmp_path_factory) -> tuple[dict[str, str], list[str], Path]:
     options = ["data.max_length=96", "train.batch_size=8", "train.max_steps=2", "backend.device=cpu", "method=lora",
                "method.rank=2", "export.enabled=false", "report.enabled=false", "evaluation.samples=0",
                "optim.lr=1e-2"]  # fmt: skip
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    assert main([*options, *(f"{k}={v}" for k, v in places.items()), f"run.dir={root / 'run'}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        assert main([*options, *(f"{k}={v}" for k, v in places.items()), f"run.dir={root / 'run'}"]) == 0
     return places, options, root / "run"
 
 

@@ -60,7 +60,6 @@ def test_what_is_no_file_is_not_read(tmp_path, what):
 def trained(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
     """A run of four steps whose last checkpoint is gone: started again it trains one step more."""
     from tritune.trainer.__main__ import main
-    from tritune.trainer.run.stop import SIGNALS
 
     directory = tmp_path_factory.mktemp("trained") / "run"
     overrides = [
@@ -68,12 +67,8 @@ def trained(sft_file, tmp_path_factory) -> tuple[list[str], Path]:
         "data.max_length=160", "train.batch_size=8", "train.max_steps=4", "backend.device=cpu", "export.enabled=false",
         "report.enabled=false", "checkpoint.every=1", "data.test_share=0.1", "generate.max_new_tokens=2",
     ]  # fmt: skip
-    import signal
-
-    kept = {n: signal.getsignal(n) for n in SIGNALS}
-    assert main([*overrides, f"run.dir={directory}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        assert main([*overrides, f"run.dir={directory}"]) == 0
     shutil.rmtree(saved_steps(directory / "checkpoints")[-1])
     return overrides, directory
 

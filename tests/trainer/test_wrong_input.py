@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED, InputError
 from tritune.trainer.run.directory import RunDir
-from tritune.trainer.run.stop import SIGNALS
 
 REWRITTEN = ("status.json", "train.log", "lock.json")  # they tell of the newest start, which was refused
 PROGRESS = ("run ", "data ", "kernels ", "model ", "backend ")  # what may be said before the refusal
@@ -618,10 +617,8 @@ def finished_once(sft_file, tmp_path_factory):
         "data.max_length=160", "train.batch_size=8", "train.max_steps=2", "backend.device=cpu",
         "export.enabled=false", "report.enabled=false",
     ]  # fmt: skip
-    handlers = {n: signal.getsignal(n) for n in SIGNALS}
-    assert main([*overrides, f"run.dir={folder / 'run'}"]) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with harness.keeping_signals():
+        assert main([*overrides, f"run.dir={folder / 'run'}"]) == 0
     return overrides, rows, folder / "run"
 
 
