@@ -12,13 +12,13 @@ import numpy as np
 from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
 from tritune.trainer.config import Config
-from tritune.trainer.config.data import Check, DataConfig, data_of
+from tritune.trainer.config.data import Check, DataConfig, data_of, held_out_sources, training_sources
 from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.held_out import find_ends, is_contiguous, records_in
 from tritune.trainer.data.kinds import Reading, Record, turns_of
 from tritune.trainer.data.records import read_chunks
-from tritune.trainer.data.splits import retention_data, training_sources
+from tritune.trainer.data.splits import retention_data
 from tritune.trainer.errors import InputError
 
 FIRST, SPREAD = 64, 64  # rows for the chat template: the first, and at least half as many as this over all of them
@@ -48,10 +48,9 @@ def parts_of(config: Config) -> list[Part]:
     parts = [
         Part("train", path, key, data_of(data, key), objective, shares) for path, key in training_sources(data).values()
     ]
-    for name in ("validation", "test"):
-        path = getattr(data, name)
-        if path is not None:
-            parts.append(Part(name, path, f"data.{name}", data_of(data, f"data.{name}"), objective))
+    parts += [
+        Part(name, path, key, data_of(data, key), objective) for name, (path, key) in held_out_sources(data).items()
+    ]
     if data.retention is not None:
         text = retention_data(data)
         parts.append(Part("retention", data.retention, "data.retention", text, "pretrain"))

@@ -149,6 +149,12 @@ def training_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
     return {"train": (data.train, "data.train")} if data.train is not None else {}
 
 
+def held_out_sources(data: DataConfig) -> dict[str, tuple[str, str]]:
+    """Split -> path and config key of each held-out split that has a file of its own; not of the retention text."""
+    files = {"validation": data.validation, "test": data.test}
+    return {name: (path, f"data.{name}") for name, path in files.items() if path is not None}
+
+
 def columns_key(data: DataConfig, key: str) -> str:
     """The config key of the mapping that a source has: its own, its split's or that of all.
 

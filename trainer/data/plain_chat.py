@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
-from tritune.trainer.config.data import Kind, data_of, training_sources
+from tritune.trainer.config.data import Kind, data_of, held_out_sources, training_sources
 from tritune.trainer.data.kinds import Reading
 from tritune.trainer.data.records import read_all
 from tritune.trainer.errors import INPUT_ERRORS, InputError
@@ -25,19 +25,14 @@ def settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, say: Cal
     """
     if config.objective.name != "sft" or config.model.chat_template is not None or tokenizer.chat_template:
         return config
-    if not any(_chats(config, path, key) for path, key in _sources(config)):
+    sources = [*training_sources(config.data).values(), *held_out_sources(config.data).values()]
+    if not any(_chats(config, path, key) for path, key in sources):
         return config
     model = replace(config.model, chat_template=PLAIN)
     set_template(tokenizer, model)
     say("template  the rows are conversations and the tokenizer has no chat template: model.chat_template=plain is used, which "
         "needs no new token; chatml or a Jinja file is another")  # fmt: skip
     return replace(config, model=model)
-
-
-def _sources(config: Config) -> list[tuple[str, str]]:
-    data = config.data
-    held_out = [(path, f"data.{name}") for name in ("validation", "test") if (path := getattr(data, name)) is not None]
-    return [*training_sources(data).values(), *held_out]
 
 
 def _chats(config: Config, path: str, key: str) -> bool:

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import SPLITS, Config
 from tritune.trainer.config.choices import Duplicates, Kind, SpecialTokens
-from tritune.trainer.config.data import DataConfig, data_of, training_sources
+from tritune.trainer.config.data import DataConfig, data_of, held_out_sources, training_sources
 from tritune.trainer.data import remarks
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -109,10 +109,8 @@ def read_splits(
         for path, key in sources.values():
             for name, entry in reader.entries(path, key, data_of(data, key), objective, encoder, shares, block).items():
                 found.setdefault(name, []).append(entry)
-    for name in ("validation", "test"):
-        path = getattr(data, name)
-        if path is not None and name in names:
-            key = f"data.{name}"
+    for name, (path, key) in held_out_sources(data).items():
+        if name in names:
             found[name] = [reader.entries(path, key, data_of(data, key), objective, encoder, {}, block)["train"]]
     labels = _labels(config, found.get("train"))
     _say_target(found.get("train", []), labels, reader.watch)
@@ -127,7 +125,7 @@ def read_splits(
         entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
     for name, split in examples.items():  # of all sources together, as the audit counts them
-        if objective == "sft" and name != "retention" and split.report.ends_the_run(data.unsupervised):
+        if objective == "sft" and name != "retention":
             require_supervision({"train": split.report}, data)
     return Splits(examples, labels, list(sources), reader.folders, reader.at_ends)
 

@@ -163,7 +163,7 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
         InputError: values differ; it names them.
     """
     now = run_identity(config)
-    before = {k: v for k, v in renamed_keys(saved).items() if k not in _OF_THE_ROWS} if isinstance(saved, dict) else {}
+    before = _compared(saved) if isinstance(saved, dict) else {}
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted({*before, *now})
@@ -177,11 +177,13 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
 
 def _identity(tree: Any) -> dict[str, Any]:
     """Dotted key -> value of a configuration's keys that decide what the loss curve is."""
-    return {
-        k: v
-        for k, v in renamed_keys(_flat(tree)).items()
-        if k not in _OF_THE_ROWS and any(k == name or k.startswith(f"{name}.") for name in IDENTITY)
-    }
+    flat = _compared(_flat(tree))
+    return {k: v for k, v in flat.items() if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)}
+
+
+def _compared(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value under today's names, without the keys that the rows tell of."""
+    return {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
