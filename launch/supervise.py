@@ -34,7 +34,7 @@ POLL_SECONDS = 0.2
 SHARED_SECONDS = 2.0  # between two looks at a file system that all machines use
 KILL_SECONDS = 60.0
 END_SECONDS = 15.0  # after one rank died the others have so long to say what they met
-PEER_SECONDS = 5.0  # a launcher waits so long for the others' reports, which were written at about the same time
+PEER_SECONDS = 10.0  # a launcher waits so long for the others' first word, which came at about the same time
 VERDICT_SECONDS = 40.0
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_FILE = "exit"  # in the node's folder: rank 0's exit status
@@ -224,12 +224,10 @@ def _agree(attempt: Attempt, code: int | None, agent_code: int, culprits: list[C
     asked = requests.name
     if attempt.nodes == 1:
         return _judge(attempt, code, agent_code, culprits, asked)
-    _tell(attempt, culprits)
+    _tell(attempt, culprits, final=True)
     verdict = attempt.shared / "verdict.json"
     if attempt.node == 0:
-        deadline = time.monotonic() + (PEER_SECONDS if code is None or culprits else 0.0)
-        while len(reports := _reports(attempt)) < attempt.nodes and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        reports = _all_reports(attempt) if code is None or culprits else _reports(attempt)
         every = [Culprit(**c) for report in reports for c in report["culprits"]]
         said = {report["node"] for report in reports}
         for node in sorted(set(range(attempt.nodes)) - said) if code is None or culprits else []:
@@ -257,10 +255,24 @@ def _judge(attempt: Attempt, code: int | None, agent_code: int, culprits: list[C
     return Outcome(EXIT_FAILED, f"torchrun on {attempt.host} ended with {agent_code}; see {attempt.logs}", asked)
 
 
-def _tell(attempt: Attempt, culprits: list[Culprit]) -> None:
-    """Leave word for the launchers of the other machines."""
-    report: dict[str, Any] = {"node": attempt.node, "host": attempt.host, "culprits": [asdict(c) for c in culprits]}
+def _tell(attempt: Attempt, culprits: list[Culprit], final: bool = False) -> None:
+    """Leave word for the launchers of the other machines; the final one adds what torchrun knew, such as the signal."""
+    report: dict[str, Any] = {"node": attempt.node, "host": attempt.host, "final": final}
+    report["culprits"] = [asdict(c) for c in culprits]
     write_whole_json(attempt.shared / f"node-{attempt.node}.json", report)
+
+
+def _all_reports(attempt: Attempt) -> list[dict[str, Any]]:
+    """The final word of every launcher; of one that began to speak it comes within `END_SECONDS`, and a lost one says nothing."""
+    began = time.monotonic()
+    while True:
+        reports, waited = _reports(attempt), time.monotonic() - began
+        pending = any(not report["final"] for report in reports)
+        if waited > (END_SECONDS if pending else PEER_SECONDS):
+            return reports
+        if len(reports) == attempt.nodes and not pending:
+            return reports
+        time.sleep(POLL_SECONDS)
 
 
 def _reports(attempt: Attempt) -> list[dict[str, Any]]:

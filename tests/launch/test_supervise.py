@@ -8,13 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import harness
 import pytest
-from tritune.launch import watchdog
+from tritune.launch import supervise, watchdog
 from tritune.launch.restarts import Outcome, record
+from tritune.launch.supervise import Attempt, Requests
+from tritune.launch.watchdog import Culprit
 from tritune.trainer.config.launch import LaunchConfig
 
 STEPS = 400
@@ -289,3 +292,22 @@ def plant(folder: Path, source: str, module: str = "tritune.trainer") -> None:
         f"if any({module!r} in a for a in sys.orig_argv) and 'tritune.launch.agent' not in sys.orig_argv:\n"
         "    change()\n"
     )
+
+
+@pytest.mark.parametrize("second", ["says more", "stays at its first word", "says nothing"])
+def test_the_first_machine_waits_for_the_last_word_of_the_others(second, tmp_path, monkeypatch):
+    """A launcher tells at once that a rank died, and by which signal only when its torchrun has ended."""
+    monkeypatch.setattr(supervise, "PEER_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "END_SECONDS", 2.0)
+    first, other = (Attempt("one", [], tmp_path, LaunchConfig(), 1, nodes=2, node=n, host=f"n{n + 1}") for n in (0, 1))
+    first.shared.mkdir(parents=True)
+    if second != "says nothing":
+        supervise._tell(other, [Culprit(1, 1.0, 1, "rank 1 died without a word")])
+    last = Culprit(1, 1.0, 1, "rank 1 was killed by SIGKILL")
+    late = threading.Timer(1.0, supervise._tell, (other, [last], True))
+    if second == "says more":
+        late.start()
+    outcome = supervise._agree(first, None, 1, [Culprit(3, 2.0, 0, "rank 0: connection reset")], Requests())
+    late.cancel()
+    wanted = {"says more": "rank 1 was killed by SIGKILL", "stays at its first word": "rank 1 died without a word"}
+    assert outcome.culprit == wanted.get(second, "machine 2 of 2 left no word: it, or its launcher, may be lost")
