@@ -143,12 +143,13 @@ def show(name: str, figures: Any) -> None:
 
 
 def _config(rows: str, tokenizer: str, cache: str, length: int, objective: str) -> Any:
-    from tritune.trainer.config import Config, ObjectiveConfig
+    from tritune.trainer.config import Config
     from tritune.trainer.config.choices import Packing, Unsupervised
+    from tritune.trainer.config.registry import axis_options
 
     config = Config()
     config.model.tokenizer, config.data.train, config.cache.dir = tokenizer, rows, cache
-    config.objective = ObjectiveConfig(objective)
+    config.objective = axis_options("objective")[objective]()
     config.data.max_length, config.data.packing = length, Packing.best_fit
     config.data.unsupervised = Unsupervised.drop
     return config

@@ -48,7 +48,7 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
     """In a rank: load as `build` does, and return how memory rose."""
     from tritune.trainer import build
     from tritune.trainer.config.compose import load_config
-    from tritune.trainer.methods import apply_method
+    from tritune.trainer.methods.apply import apply_method
     from tritune.trainer.model.load import load_architecture, storage_dtype, widen_masters
     from tritune.trainer.model.optim import make_optimizer
     from tritune.trainer.model.scorer import TokenScorer

@@ -86,8 +86,8 @@ def ours(name: str, model: Any, on: bool, ids: Tensor, dtype: torch.dtype) -> tu
     from tritune.kernels.dispatch import choose
     from tritune.kernels.install import Installed, install
     from tritune.trainer.batch import rows_of
-    from tritune.trainer.config import LoraConfig
-    from tritune.trainer.methods.lora import add_lora
+    from tritune.trainer.methods.lora import LoraConfig
+    from tritune.trainer.methods.lora_layers import add_lora
     from tritune.trainer.model.scorer import TokenScorer
 
     keys = add_lora(LoraConfig(rank=RANK, alpha=ALPHA), model, [], 0) if name == "8b-lora" else None

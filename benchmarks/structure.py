@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 350
-OBJECTIVES = re.compile(r"(?<![a-z_])(pretrain|sft|classify|classify_token)(?![a-z_])|LanguageModel|Classify")
+OBJECTIVES = re.compile(r"(?<![a-z_])(pretrain|sft|classify|classify_token)(?![a-z_])|LanguageModel|Classes")
 METHODS = re.compile(r"lora|^'full'$|method=full", re.IGNORECASE)  # a variable may well be called full
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENTED = ast.Module | ast.ClassDef | FUNCTIONS

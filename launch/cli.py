@@ -30,7 +30,8 @@ Every verb takes the same Hydra overrides:
   experiment=NAME        a whole named run: {experiments}
   run.dir=DIR            where it goes; the same command goes on with a run that was stopped
   model.path=PATH        hub id or folder          data.train=FILE    .jsonl .csv .parquet .txt or hf://name:split
-  method=full|lora       what trains               objective=pretrain|sft|classify|classify_token
+  objective=NAME         what is learnt: {objective}
+  method=NAME            what trains: {method}
   backend=NAME           where the state lives: auto, single, ddp, fsdp, hsdp, zero1, zero2, zero3
   launch.num_procs=N     processes on a machine; launch.max_restarts=N restarts after a crash
   train.batch_size=N     sequences per step over all ranks; train.micro_batch_size=N only splits it
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     wait_asleep()
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help", "help") or argv[1:2] in (["-h"], ["--help"]):
-        print(USAGE.format(experiments=", ".join(_experiments())), end="")
+        print(_usage(), end="")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"tritune {__version__}")
@@ -90,6 +91,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"tritune: {shown(said)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _usage() -> str:
+    from tritune.trainer.config.registry import AXES, axis_options
+
+    return USAGE.format(experiments=", ".join(_experiments()), **{axis: ", ".join(axis_options(axis)) for axis in AXES})
 
 
 def _train(argv: list[str]) -> int:

@@ -44,8 +44,8 @@ def rank_with_the_head_read_through_full_tensor(*args) -> None:
     """Outside the module whose hooks gather it, the head's gradient stays what this rank alone computed."""
     from torch.distributed.tensor import DTensor
     from tritune.trainer.model.scorer import TokenScorer
-    from tritune.trainer.objectives import Loss
     from tritune.trainer.objectives.language_model import LanguageModel
+    from tritune.trainer.objectives.loss import Loss
 
     def score(self, batch, want):
         hidden = self.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -85,8 +85,8 @@ def rank_that_forgets_its_moments(*args) -> None:
 
 def rank_with_one_bad_step(*args) -> None:
     """The second step's loss is not finite, its gradient is: nothing but the loop's own look at the loss refuses it."""
-    from tritune.trainer.objectives import Loss
     from tritune.trainer.objectives.language_model import LanguageModel
+    from tritune.trainer.objectives.loss import Loss
 
     score = LanguageModel.__call__
 

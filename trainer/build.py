@@ -31,7 +31,7 @@ from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.loop import Run
-from tritune.trainer.methods import apply_method
+from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.model.acceleration import choose_kernels, install_kernels
@@ -40,9 +40,9 @@ from tritune.trainer.model.attention import choose_attention
 from tritune.trainer.model.generation_config import model_stop_ids, set_generation
 from tritune.trainer.model.layers import compile_layers
 from tritune.trainer.model.load import (
-    CLASS_HEAD,
     context_length,
     count_parameters,
+    heads_of,
     is_tied,
     load_architecture,
     load_model,
@@ -55,9 +55,7 @@ from tritune.trainer.model.reached import describe_unused, find_unused
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.objectives import Objective, Sources
-from tritune.trainer.objectives.classify import Classify, label_token_ids
-from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.objectives.loss import Objective, Sources
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import RunDir, export_path
@@ -131,7 +129,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     pulse.phase("model")
     with world.raise_on_all("loading the model"):
         base = require_same_base(config, directory, say) if world.rank == 0 else None
-        heads = [CLASS_HEAD] if config.objective.name == "classify" else []
+        heads = heads_of(config.objective)
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
         model, weights, unused = _load(config, architecture, tokenizer, labels, dtype, say)
@@ -215,7 +213,7 @@ def _load(
             return *found, frozenset()
         say(f"model     each rank loads it whole before it is sharded: {found}")
     model = load_model(*args)
-    unused = find_unused(model, [CLASS_HEAD] if labels is not None else [])
+    unused = find_unused(model, heads_of(config.objective))
     if labels is None and architecture.model_type not in TESTED_FAMILIES:
         require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
     return model, None, unused
@@ -319,11 +317,7 @@ def make_objective(config: Config, labels: list[str], tokenizer: PreTrainedToken
     """The objective that `config.objective` names."""
     named = config.data.sources
     sources = Sources(tuple(named), tuple(s.loss_weight for s in named.values()))
-    if config.objective.name == "classify":
-        return Classify(len(labels), sources=sources)
-    if config.objective.name == "classify_token":
-        return Classify(len(labels), label_token_ids(labels, tokenizer), sources)
-    return LanguageModel(sources)
+    return config.objective.loss(labels, tokenizer, sources)
 
 
 def _device_name(device: torch.device) -> str:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.overrides import override
 from tritune.trainer.errors import CheckpointError, ExportError, InputError, reason
 from tritune.trainer.evaluation.abstention import outcomes, settle, told
 from tritune.trainer.evaluation.predictions import Recorder
-from tritune.trainer.evaluation.samples import Sample, answer, classify, pick
+from tritune.trainer.evaluation.samples import Sample, answer, answer_by_label, pick
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run, score
 from tritune.trainer.model.load import context_length
-from tritune.trainer.objectives import Objective
-from tritune.trainer.objectives.classify import Classify
-from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.objectives.loss import Objective, text_loss
 from tritune.trainer.open import source_of
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import export_path, now
@@ -170,8 +169,8 @@ def _score(run: Run, who: str, recorders: dict[str, Recorder] | None = None) -> 
     for name in run.config.evaluation.splits:
         if name in run.splits:
             run.progress.say(f"evaluate  {who} on {name} ({len(run.splits[name]):,} rows)")
-            objective: Objective = LanguageModel() if name == "retention" else run.objective
-            if recorders is not None and isinstance(objective, Classify):
+            objective: Objective = text_loss(run.tokenizer) if name == "retention" else run.objective
+            if recorders is not None and run.labels and name != "retention":
                 objective = recorders[name] = Recorder(objective)
             scores[name] = score(run, objective, name)
     return scores
@@ -211,8 +210,8 @@ def _kept_answers(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
 
 def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:
     config, device = run.config, run.backend.device
-    if isinstance(run.objective, Classify):
+    if run.config.objective.learns is Learns.labels:
         args = (run.splits[split], run.model, run.objective, run.labels, run.loader.dealer.pad_id, device)
-        return classify(samples, *args)
+        return answer_by_label(samples, *args)
     return answer(samples, run.core, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
                   context_length(run.core.config), config.model.dtype.value == "float64")  # fmt: skip

@@ -12,17 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.backends import Backend
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config
+from tritune.trainer.config.check import metrics_of
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Loader
 from tritune.trainer.errors import NonFiniteError, StopRequested
 from tritune.trainer.evaluation.choices import Choices
-from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER, evaluate
+from tritune.trainer.evaluation.evaluate import evaluate
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.metrics.standstill import Standstill
 from tritune.trainer.model.optim import learning_rate, peak_rate, warmup_steps
 from tritune.trainer.model.scorer import TokenScorer
-from tritune.trainer.objectives import Objective, means_by_source, window_weight
+from tritune.trainer.objectives.loss import Objective, means_by_source, window_weight
 from tritune.trainer.parallel.distributed import World, generator_digest, seed_forward
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.identity import run_identity
@@ -201,7 +202,7 @@ def validate(run: Run) -> bool:
         return False
     metric = config.evaluation.metric
     state.evaluated = state.step
-    improved = state.observe(figures[metric], metric in HIGHER_IS_BETTER)
+    improved = state.observe(figures[metric], metrics_of(config)[metric].higher_is_better)
     if run.world.rank == 0:
         run.directory.append("evaluations.jsonl", {"step": state.step, "split": "validation", **figures})
         for sink in run.sinks:

@@ -11,22 +11,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config.axes import Head, Learns
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.data import DataConfig
+from tritune.trainer.config.registry import default_option, saying_labels, with_class_head
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.data.splits import Watch
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
-from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
+from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.model.files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.model.generation_config import model_stop_ids, set_generation
 from tritune.trainer.model.load import (
-    CLASS_HEAD,
     cast_parameters,
+    heads_of,
     load_architecture,
     load_model,
     storage_dtype,
@@ -120,13 +122,12 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
         labels = config.data.labels
         kinds = settings.architectures or []
         classifier = any("SequenceClassification" in kind for kind in kinds)
-        if classifier != (config.objective.name == "classify") and kinds:
+        if classifier != (config.objective.head is Head.classes) and kinds:
             is_one = "a classifier" if classifier else "no classifier"
             rule = f"it is {is_one} ({', '.join(kinds)}); objective={config.objective.name} would give it a random head"
-            raise InputError(
-                f"model.path={config.model.path}", rule, f"Give objective={'classify' if classifier else 'sft'}"
-            )
-    if config.objective.name == "classify" and config.model.path:
+            fitting = with_class_head() if classifier else default_option("objective")
+            raise InputError(f"model.path={config.model.path}", rule, f"Give objective={fitting.name}")
+    if config.objective.head is Head.classes and config.model.path:
         named: dict[Any, str] = settings.id2label or {}
         labels = labels or [named[i] for i in range(len(named))]
     return _assemble(config, labels, str(config.model.path or config.model.config), carried)
@@ -140,19 +141,19 @@ def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
         InputError: its prompt held a secret, and the config gives none.
     """
     objective = config.objective
-    if objective.name == "classify":
+    if objective.head is Head.classes:
         return replace(config, data=_cut_as_trained(config.data, carried))
-    asked = isinstance(objective, ClassifyTokenConfig) or (insist and objective.name == "sft")
+    says = objective.label_prompt is not None
+    asked = says or (insist and objective.learns is Learns.answers)
     if not carried.token_ids or not asked:
         return config
-    usual = ClassifyTokenConfig()
-    given = isinstance(objective, ClassifyTokenConfig) and objective.prompt != usual.prompt
+    usual = type(objective)() if says else saying_labels()
+    given = says and objective.label_prompt != usual.label_prompt
     if not given and carried.prompt is None:
         rule = "the model reads its texts in a prompt that held a secret, which was not written down"
-        raise InputError(
-            "objective.prompt", rule, "Give it: objective=classify_token 'objective.prompt=\"... {text} ...\"'"
-        )
-    chosen = objective if given else replace(usual, prompt=carried.prompt or usual.prompt)
+        remedy = f"Give it: objective={usual.name} 'objective.prompt=\"... {{text}} ...\"'"
+        raise InputError("objective.prompt", rule, remedy)
+    chosen = objective if given else usual.with_label_prompt(carried.prompt or usual.label_prompt or "")
     data = replace(_cut_as_trained(config.data, carried), labels=carried.labels)
     return replace(config, objective=chosen, data=data)
 
@@ -235,14 +236,10 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     carried = of_adapter(source, f"model.path={source}", config.data.labels)
     if settings["task_type"] == "SEQ_CLS":
         labels = carried.labels
-        config = (
-            _as_trained(replace(config, objective=ObjectiveConfig("classify")), carried, as_trained)
-            if labels
-            else config
-        )
+        config = _as_trained(replace(config, objective=with_class_head()), carried, as_trained) if labels else config
     else:
         config = _as_trained(config, carried, as_trained)
-        labels = config.data.labels if isinstance(config.objective, ClassifyTokenConfig) else []
+        labels = config.data.labels if config.objective.label_prompt is not None else []
     try:
         opened = _assemble(replace(config, model=model), labels, str(name), carried)
     except InputError as error:
@@ -263,12 +260,12 @@ def _assemble(
     """
     tokenizer = load_tokenizer(config.model)
     config = settle_template(config, tokenizer, Watch().say)
-    if isinstance(config.objective, ClassifyTokenConfig):
-        carried.require_tokens(tokenizer, f"model.path={what}")
+    if config.objective.label_prompt is not None:
+        carried.require_tokens(config.objective, tokenizer, f"model.path={what}")
     architecture = load_architecture(config.model, len(tokenizer))
     stops = stop_token_ids(tokenizer, model_stop_ids(config.model, architecture))
     choose_pad_token(tokenizer, config.model.pad_token, stops)
-    heads = [CLASS_HEAD] if config.objective.name == "classify" else []
+    heads = heads_of(config.objective)
     if heads and len(labels) < 2:
         remedy = "Give data.labels=[...] in the order of the outputs, or a model that names them"
         raise InputError("data.labels", "a classifier's classes are not known", remedy)

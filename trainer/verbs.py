@@ -106,7 +106,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.model.finite import require_a_loss
     from tritune.trainer.model.load import context_length
     from tritune.trainer.model.scorer import TokenScorer
-    from tritune.trainer.objectives.language_model import LanguageModel
+    from tritune.trainer.objectives.loss import text_loss
     from tritune.trainer.run.directory import write_whole_json
 
     require_sources(config.data)
@@ -127,7 +127,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
-        how = LanguageModel() if name == "retention" else objective
+        how = text_loss(tokenizer) if name == "retention" else objective
         if out is not None or below is not None:
             how = recorders[name] = Recorder(how)
         results[name] = score(how, scorer, examples, backend, config.evaluation.batch_size,
@@ -158,7 +158,7 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     world, opened = _open(config, run, as_trained=True)
     if opened.config.objective.name != config.objective.name:
         _say(f"generate  {opened.what} is a classifier ({opened.config.objective.name}): it answers with a label")
-    if opened.config.objective.name == "classify_token" and not opened.labels:
+    if opened.config.objective.label_prompt is not None and not opened.labels:
         rule = f"{opened.what} is asked for a label, and its classes are not known"
         raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tritune.trainer.config import NAMES
 from tritune.trainer.config.backends import HsdpConfig, hsdp_shards
 from tritune.trainer.config.compose import load_config
+from tritune.trainer.config.schema import names
 from tritune.trainer.errors import ConfigFaults
 
 RUN = ["model=tiny", "data.train=rows.jsonl", "train.max_steps=1"]
@@ -41,7 +41,7 @@ def test_refused(overrides, world_size, message):
     assert len(error.value.faults) == 1
 
 
-@pytest.mark.parametrize("name", NAMES["backend"])
+@pytest.mark.parametrize("name", names()["backend"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_one_override_is_enough(name, method):
     config = load_config([*RUN, f"method={method}", f"backend={name}"], None, 1 if name == "single" else 4)

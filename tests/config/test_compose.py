@@ -11,10 +11,12 @@ import pytest
 import tritune.conf
 import yaml
 from tritune.launch.cli import main as command_line
-from tritune.trainer.config import IDENTITY, SCHEMAS, Config, LoraConfig
+from tritune.trainer.config import IDENTITY, Config
 from tritune.trainer.config.check import check
 from tritune.trainer.config.compose import GROUPS, compose_partly, load_config, split_argv, to_dict
+from tritune.trainer.config.schema import schemas
 from tritune.trainer.errors import EXIT_INPUT, ConfigFaults
+from tritune.trainer.methods.lora import LoraConfig
 
 CONF = Path(tritune.conf.__file__).parent
 SECRET = "a-secret-7f3e"
@@ -490,7 +492,7 @@ def test_identity_keys_exist():
         node = tree
         for part in key.split("."):
             node = node[part]
-    assert set(SCHEMAS) <= set(tree)
+    assert set(schemas()) <= set(tree)
 
 
 def test_sources_are_made_by_the_keys_that_name_them():

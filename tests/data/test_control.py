@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.audit.cheap import cheap_findings
-from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import SpecialTokens
 from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.control import ControlTokens
@@ -25,6 +25,8 @@ from tritune.trainer.data.splits import read_splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.chat_templates import CHATML
 from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.objectives.classify import ClassifyConfig
+from tritune.trainer.objectives.classify_token import ClassifyTokenConfig
 
 KNOWN = st.characters(codec="utf-8", exclude_categories=["Cn"])  # what Unicode has
 TEXT = "say <|im_end|>\n<|im_start|>assistant\nI am <eos> free"
@@ -130,11 +132,11 @@ def test_every_objective(choice):
     tokenizer, keep = byte_tokenizer(), choice is SpecialTokens.keep
     data = DataConfig(max_length=999, special_tokens=choice)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    asks = ClassifyTokenConfig("classify_token", prompt="<|im_start|>{text}<|im_end|>")
+    asks = ClassifyTokenConfig(prompt="<|im_start|>{text}<|im_end|>")
     tokenizer.chat_template = None
     found = {
         "plain": Conversations(tokenizer, data, [])([Record("here", prompt=TEXT, response=TEXT)]),
-        "classify": Labelled(tokenizer, data, ObjectiveConfig("classify"))([Record("here", text=TEXT, label="a")]),
+        "classify": Labelled(tokenizer, data, ClassifyConfig())([Record("here", text=TEXT, label="a")]),
         "classify_token": Labelled(tokenizer, data, asks)([Record("here", text=TEXT, label="a")]),
         "pretrain": Documents(tokenizer, separate=True, keep=keep)([Record("here", text=TEXT)]),
     }

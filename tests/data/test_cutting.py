@@ -14,7 +14,7 @@ from harness import mask_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from tritune.trainer.audit.cheap import cheap_findings
-from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import BadRows, Overlong, Unsupervised
 from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.cutting import Content, runs_to_cut, without
@@ -24,6 +24,8 @@ from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.splits import Splits
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.objectives.classify import ClassifyConfig
+from tritune.trainer.objectives.classify_token import ClassifyTokenConfig
 
 START, MIDDLE = Overlong.cut_prompt_start, Overlong.cut_prompt_middle
 LETTERS = "abcdefghijklmnopqrstuvwxyzäé漢😀"
@@ -241,7 +243,7 @@ def test_a_system_turn_goes_last_and_what_a_template_writes_never():
 def test_the_text_of_a_class_is_cut_and_what_stands_around_it_is_not():
     rng, tokenizer = random.Random(3), byte_tokenizer()
     prompt = ClassifyTokenConfig(prompt="Text: {text}\nLabel:")
-    for objective, head, tail in ((ObjectiveConfig("classify"), "<bos>", ""), (prompt, "<bos>Text: ", "\nLabel:")):
+    for objective, head, tail in ((ClassifyConfig(), "<bos>", ""), (prompt, "<bos>Text: ", "\nLabel:")):
         for number in range(60):
             text = words(rng, rng.randint(1, 40))
             before, tokens, after = (
@@ -267,7 +269,7 @@ def test_what_closes_the_text_of_a_class_is_kept(how):
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     for limit in range(4, 14):
         data = DataConfig(max_length=limit, overlong=how)
-        encode = Labelled(tokenizer, data, ObjectiveConfig("classify"))
+        encode = Labelled(tokenizer, data, ClassifyConfig())
         room = min(limit - 2, len(tokens))
         kept = tokens[:room] if how is Overlong.cut else shortened(text, room, how)
         made = tokenized([Record("f:1", text=text, label="a")], encode, data)

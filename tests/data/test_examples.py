@@ -10,12 +10,14 @@ from encoded import blocks, conversations, documents, labelled
 from harness import mask_of
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config.choices import Unsupervised
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.tokenizer import adds_bos, byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.objectives.classify import ClassifyConfig
+from tritune.trainer.objectives.classify_token import ClassifyTokenConfig
 
 
 def config(**data) -> Config:
@@ -322,7 +324,7 @@ def test_documents_are_cut_and_counted():
 
 def labels_config(max_length=512, objective=None) -> Config:
     result = config(max_length=max_length)
-    result.objective = objective or ObjectiveConfig(name="classify")
+    result.objective = objective or ClassifyConfig()
     return result
 
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from harness import write_prompts
-from tritune.trainer.config import Config, ObjectiveConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
 from tritune.trainer.config.data import SourceConfig
 from tritune.trainer.data import records
@@ -19,6 +19,7 @@ from tritune.trainer.data.splits import Watch, read_splits
 from tritune.trainer.data.tables import REJECTS
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.objectives.classify import ClassifyConfig
 
 
 def config(tmp_path, **data) -> Config:
@@ -184,7 +185,7 @@ def test_an_empty_label_or_group_is_none(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text)
     settings = config(tmp_path, train=str(path), group="who")
-    settings.objective = ObjectiveConfig("classify")
+    settings.objective = ClassifyConfig()
     with pytest.raises(InputError, match=rf"{name}:\d: the column (label|who) is empty"):
         read_splits(settings, byte_tokenizer(), None)
 

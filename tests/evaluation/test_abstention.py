@@ -13,7 +13,7 @@ from tritune.trainer.config.compose import load_config
 from tritune.trainer.errors import ConfigFaults
 from tritune.trainer.evaluation.abstention import outcomes, settle, threshold_of_run, told
 from tritune.trainer.evaluation.predictions import Recorder
-from tritune.trainer.objectives.classify import Classify
+from tritune.trainer.objectives.classes import Classes
 
 
 class Rank:
@@ -36,7 +36,7 @@ def test_outcomes_are_of_all_ranks_rows():
     for i, label in enumerate(labels):
         rows.add([1, 2, 3], [False] * 3, f"a:{i}", label=label)
     examples, chances = rows.freeze(), torch.tensor(rng.dirichlet(np.ones(3), 11))
-    recorders = [Recorder(Classify(3)), Recorder(Classify(3))]
+    recorders = [Recorder(Classes(3)), Recorder(Classes(3))]
     for i in range(11):
         recorders[i % 2].kept[i] = {"probabilities": chances[i]}
     first = Rank()

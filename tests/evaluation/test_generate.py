@@ -12,7 +12,7 @@ from encoded import conversations
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tritune.launch.cli import main as cli
-from tritune.trainer.config import ClassifyTokenConfig, Config, GenerateConfig, ModelConfig
+from tritune.trainer.config import Config, GenerateConfig, ModelConfig
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.encode import Labelled
 from tritune.trainer.data.kinds import Record
@@ -20,6 +20,7 @@ from tritune.trainer.data.label_prompt import label_template
 from tritune.trainer.data.prompts import chat_ids, plain_template, read_prompts, text_ids
 from tritune.trainer.evaluation.generate import generate, lack_of_room
 from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer
+from tritune.trainer.objectives.classify_token import ClassifyTokenConfig
 
 CPU = torch.device("cpu")
 PROMPTS = [

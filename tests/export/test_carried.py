@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from tritune.trainer.config import ClassifyTokenConfig, Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config.choices import Overlong
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.prompts import chat_ids, name_rendering
@@ -16,7 +16,10 @@ from tritune.trainer.export.card_labels import labels_part
 from tritune.trainer.export.carried import Carried, in_config, of_adapter, of_config, write_beside
 from tritune.trainer.export.source import Form, Source
 from tritune.trainer.model.tokenizer import byte_tokenizer, set_template
-from tritune.trainer.objectives.classify import label_token_ids
+from tritune.trainer.objectives.classes import label_token_ids
+from tritune.trainer.objectives.classify import ClassifyConfig
+from tritune.trainer.objectives.classify_token import ClassifyTokenConfig
+from tritune.trainer.objectives.sft import SftConfig
 from tritune.trainer.open import _as_trained
 
 LABELS = ["grün", 'b"lue```', "red"]
@@ -54,8 +57,8 @@ def test_what_a_config_says_comes_back():
 def test_what_the_base_said_does_not_stay():
     """A model that was a classifier by token and was trained on as another one."""
     before = in_config({"vocab_size": 7}, source(TOKEN, LABELS))
-    assert in_config(before, source(ObjectiveConfig("sft"), [])) == {"vocab_size": 7}
-    head = in_config(before, source(ObjectiveConfig("classify"), ["a", "b"], below=False))
+    assert in_config(before, source(SftConfig(), [])) == {"vocab_size": 7}
+    head = in_config(before, source(ClassifyConfig(), ["a", "b"], below=False))
     assert [key for key in head if key.startswith("tritune_")] == ["tritune_max_length", "tritune_overlong"]
     assert of_config(SimpleNamespace(vocab_size=7), "x", []) == Carried()
 
@@ -65,14 +68,14 @@ def test_what_stands_beside_an_adapter_comes_back(tmp_path):
     tokens = label_token_ids(LABELS, byte_tokenizer())
     read = of_adapter(tmp_path, "x", [])
     assert read == Carried(LABELS, TOKEN.prompt, tokens, 0.625, 96, Overlong.cut_prompt_middle)
-    read.require_tokens(byte_tokenizer(), "x")
+    read.require_tokens(TOKEN, byte_tokenizer(), "x")
     for objective in (TOKEN, SECRET):
         write_beside(tmp_path, source(objective, LABELS))
         with pytest.raises(InputError, match="not those that this tokenizer has"):
-            of_adapter(tmp_path, "x", LABELS[::-1]).require_tokens(byte_tokenizer(), "x")
+            of_adapter(tmp_path, "x", LABELS[::-1]).require_tokens(TOKEN, byte_tokenizer(), "x")
     empty = tmp_path / "empty"
     empty.mkdir()
-    write_beside(empty, source(ObjectiveConfig("sft"), []))
+    write_beside(empty, source(SftConfig(), []))
     assert list(empty.iterdir()) == []
     assert of_adapter(empty, "x", []) == Carried()
 
@@ -109,10 +112,10 @@ def test_the_cards_part(form):
         in text
     )
     assert ("tritune.json" in text) == (form is Form.adapter)
-    assert labels_part(source(ObjectiveConfig("sft"), []), form) == []
+    assert labels_part(source(SftConfig(), []), form) == []
 
 
-@pytest.mark.parametrize("objective", [TOKEN, ObjectiveConfig("classify")])
+@pytest.mark.parametrize("objective", [TOKEN, ClassifyConfig()])
 def test_texts_are_cut_as_in_training(objective):
     """Of a classifier by token and by a head; what the config gives otherwise stays."""
     read = Carried(LABELS, TOKEN.prompt, [1, 2, 3], None, 96, Overlong.cut_prompt_middle)
@@ -131,10 +134,10 @@ def test_a_prompt_with_a_secret_is_given_by_whoever_asks(tmp_path):
     assert (read.prompt, len(read.token_ids)) == (None, 3)
     asked = _as_trained(Config(objective=SECRET), read, True)
     assert (asked.objective, asked.data.labels) == (SECRET, LABELS)
-    for objective, insist in ((ClassifyTokenConfig(), False), (ObjectiveConfig("sft"), True)):
+    for objective, insist in ((ClassifyTokenConfig(), False), (SftConfig(), True)):
         with pytest.raises(InputError, match=r"objective=classify_token 'objective\.prompt="):
             _as_trained(Config(objective=objective), read, insist)
-    words = Config(objective=ObjectiveConfig("sft"))
+    words = Config(objective=SftConfig())
     assert _as_trained(words, read, False) == words
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from tritune.launch.cli import main as cli
-from tritune.trainer.config import LoraConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import write
 from tritune.trainer.export.merge import merged_state
-from tritune.trainer.methods import apply_method
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.lora import LoraConfig
 
 LORA = ["method=lora", "method.rank=4"]
 

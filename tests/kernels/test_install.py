@@ -18,8 +18,8 @@ from tritune.kernels.dropout import token_keys
 from tritune.kernels.families import FAMILIES
 from tritune.kernels.install import install, uninstall
 from tritune.kernels.selfcheck import self_check, sizes_of
-from tritune.trainer.config import LoraConfig
-from tritune.trainer.methods.lora import add_lora
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import add_lora
 from tritune.trainer.model.scorer import TESTED_FAMILIES
 
 ALL = {kernel: Choice("triton", "asked for") for kernel in KERNELS}

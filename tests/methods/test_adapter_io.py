@@ -12,19 +12,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tritune.trainer.build import require_trained_embeddings
-from tritune.trainer.config import Config, LoraConfig, MethodConfig, ModelConfig
+from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config.choices import Bias, Dtype
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import Source, export
-from tritune.trainer.methods import apply_method
 from tritune.trainer.methods.adapter_io import save_adapter
-from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.full import FullConfig
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.model.load import is_tied, load_architecture, load_model
 from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.model.tokenizer import byte_tokenizer, choose_pad_token, load_tokenizer, stop_token_ids
-from tritune.trainer.objectives.classify import Classify
+from tritune.trainer.objectives.classes import Classes
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # asked for; float32 sums of a few hundred terms in another order leave about 1e-6
 
@@ -75,7 +77,7 @@ def check_in_peft(config: LoraConfig, model, base_dir, tmp_path, vocab, heads=()
     """Train `model`, save, load with PEFT on the base from disk, compare; return PEFT's model and the saved tensors."""
     keys = apply_method(config, model, list(heads), 0)
     base = auto.from_pretrained(base_dir, **options).eval()
-    train(model, keys, vocab, Classify(3) if heads else None)
+    train(model, keys, vocab, Classes(3) if heads else None)
     size = save_adapter(tmp_path / "adapter", config, model, list(heads), str(base_dir))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     assert size == file.stat().st_size
@@ -227,7 +229,7 @@ def test_classifier_with_a_score_head(shared, tmp_path):
     model = load_model(settings, architecture, tokenizer, labels, 0, torch.float32)
     config = LoraConfig(rank=4, alpha=8.0)
     keys = apply_method(config, model, ["score"], 0)
-    train(model, keys, 2048, Classify(3))
+    train(model, keys, 2048, Classes(3))
     save_adapter(tmp_path / "adapter", config, model, ["score"], str(path))
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors["base_model.model.score.weight"].shape == (3, 128)
@@ -271,7 +273,7 @@ def test_a_classifier_from_a_tied_checkpoint_starts_from_its_weights(shared):
 
 def full(path, **model) -> Config:
     config = Config(model=ModelConfig(path=str(path), **model))
-    config.method = MethodConfig()
+    config.method = FullConfig()
     return config
 
 
@@ -371,7 +373,7 @@ def test_an_adapter_with_added_tokens_is_whole_or_refused(shared, tmp_path):
 def test_classifier_exports_whole(shared, tmp_path):
     config = full(shared / "models" / "tinystories-656k")
     model, tokenizer, keys = loaded(config, ["no", "perhaps", "yes"])
-    train(model, keys, 2048, Classify(3), steps=2, lr=1e-3)
+    train(model, keys, 2048, Classes(3), steps=2, lr=1e-3)
     write(tmp_path / "out", config, model, tokenizer, ["score"])
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert again.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}

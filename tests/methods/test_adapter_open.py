@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.trainer.batch import rows_of
-from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config import Config, ModelConfig
 from tritune.trainer.config.backends import BackendConfig
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.data import DataConfig
@@ -22,6 +22,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.generate import generate
 from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.objectives.classify import ClassifyConfig
 from tritune.trainer.open import open_model
 from tritune.trainer.parallel.distributed import start
 
@@ -165,7 +166,7 @@ def test_a_classifier_of_pefts(bases, tmp_path):
     adapter = write(
         bases[False], tmp_path, auto=AutoModelForSequenceClassification, options=options, task_type="SEQ_CLS"
     )
-    config = Config(model=ModelConfig(path=str(adapter)), objective=ObjectiveConfig("classify"),
+    config = Config(model=ModelConfig(path=str(adapter)), objective=ClassifyConfig(),
                     data=DataConfig(labels=["a", "b", "c"]))  # fmt: skip
     opened = open_model(config, None, start(BackendConfig(), False))
     expected = logits(theirs(bases[False], adapter, AutoModelForSequenceClassification, **options))

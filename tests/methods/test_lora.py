@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.kernels.dropout import token_keys
-from tritune.trainer.config import LoraConfig, MethodConfig
 from tritune.trainer.config.choices import Bias
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods import apply_method
-from tritune.trainer.methods.lora import LoRALinear, lora_layers
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.full import FullConfig
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import LoRALinear, lora_layers
 from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.load import count_parameters, is_tied
 from tritune.trainer.model.scorer import TokenScorer
@@ -185,7 +186,7 @@ def test_modules_to_save():
 
 def test_full_trains_everything():
     model = make().requires_grad_(False)
-    assert apply_method(MethodConfig(), model, [], 0) is None
+    assert apply_method(FullConfig(), model, [], 0) is None
     assert all(p.requires_grad for p in model.parameters())
 
 

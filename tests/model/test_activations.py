@@ -11,9 +11,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 from tritune.trainer.batch import rows_of
-from tritune.trainer.config import LoraConfig, TrainConfig
+from tritune.trainer.config import TrainConfig
 from tritune.trainer.config.choices import Activations
-from tritune.trainer.methods.lora import add_lora
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import add_lora
 from tritune.trainer.model.activations import checkpoint_activations
 from tritune.trainer.model.layers import compile_layers, decoder_layers
 from tritune.trainer.model.scorer import TokenScorer

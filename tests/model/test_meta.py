@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from tritune.trainer.config import LoraConfig, MethodConfig, ModelConfig
+from tritune.trainer.config import ModelConfig
 from tritune.trainer.config.choices import Attention
-from tritune.trainer.methods import apply_method
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.full import FullConfig
+from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.load import CLASS_HEAD, is_tied, load_architecture, load_model, widen_masters
 from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.tokenizer import byte_tokenizer
@@ -62,7 +64,7 @@ def both(where, labels, dtype, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("method", [MethodConfig(), LoraConfig(rank=3, modules_to_save=["norm"])], ids=["full", "lora"])
+@pytest.mark.parametrize("method", [FullConfig(), LoraConfig(rank=3, modules_to_save=["norm"])], ids=["full", "lora"])
 @pytest.mark.parametrize("saved", ["llama", "qwen3", "phi3"], indirect=True)
 def test_every_value_is_found(saved, method, dtype):
     compare(*both(saved, None, dtype, method))
@@ -70,7 +72,7 @@ def test_every_value_is_found(saved, method, dtype):
 
 @pytest.mark.parametrize("saved", FAMILIES, indirect=True)
 def test_every_family(saved):
-    compare(*both(saved, None, torch.float32, MethodConfig()))
+    compare(*both(saved, None, torch.float32, FullConfig()))
 
 
 @pytest.mark.parametrize("saved", ["llama-untied", "mistral"], indirect=True)

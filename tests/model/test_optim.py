@@ -17,9 +17,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
     get_wsd_schedule,
 )
-from tritune.trainer.config import LoraConfig, OptimConfig
+from tritune.trainer.config import OptimConfig
 from tritune.trainer.config.choices import Bias, Schedule
-from tritune.trainer.methods import apply_method
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.optim import learning_rate, make_optimizer, warmup_steps
 
 # A factor takes half a dozen operations in double precision, of numbers not above 1 (a cosine of up to pi among them).

@@ -15,11 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from tritune.kernels.dispatch import KERNELS, Choice
 from tritune.kernels.families import FAMILIES as KERNEL_FAMILIES
 from tritune.kernels.install import install
-from tritune.trainer.config import LoraConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.lora import add_lora
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import add_lora
 from tritune.trainer.model.attention import (
     VARLEN,
     document_bounds,

@@ -11,12 +11,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.trainer.backends.fsdp import Fsdp
 from tritune.trainer.batch import rows_of
-from tritune.trainer.config import LoraConfig, MethodConfig, ModelConfig, OptimConfig
+from tritune.trainer.config import ModelConfig, OptimConfig
 from tritune.trainer.config.backends import FsdpConfig
 from tritune.trainer.config.choices import Bias, Dtype
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods import apply_method
-from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.full import FullConfig
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.model import reached
 from tritune.trainer.model.layers import decoder_layers, idle_modules
 from tritune.trainer.model.load import auto_class, load_architecture, load_model
@@ -104,7 +106,7 @@ def test_unused_heads_and_parameters():
     unused = find_unused(model, [])
     assert unused == {"value_head.weight", "value_head.bias", "model.layers.0.scale"} == without_gradient(model)
     assert idle_modules(model) == [model.value_head]
-    (line,) = describe_unused(model, unused, MethodConfig())
+    (line,) = describe_unused(model, unused, FullConfig())
     assert line.startswith("28 parameters in 3 tensors take no part")
     assert line.endswith("value_head, model.layers.0.scale")
 
@@ -127,10 +129,10 @@ def test_an_encoder_that_text_does_not_pass_is_refused(seeing):
 
 def test_full_trains_the_rest(seeing):
     unused = find_unused(seeing, [])
-    apply_method(MethodConfig(), seeing, [], 0, unused)
+    apply_method(FullConfig(), seeing, [], 0, unused)
     everything = {n for n, _ in seeing.named_parameters()}
     assert trains(seeing) == everything - unused
-    (line,) = describe_unused(seeing, unused, MethodConfig())
+    (line,) = describe_unused(seeing, unused, FullConfig())
     count = sum(p.numel() for n, p in seeing.named_parameters() if n in unused)
     assert line.startswith(f"{count:,} parameters in {len(unused)} tensors")
     assert "model.vision_tower, model.multi_modal_projector" in line
@@ -192,7 +194,7 @@ def test_layers_for_images_among_those_of_text():
 def test_fsdp_gathers_no_tower(folders):
     """It is a group of its own that no forward asks for; the root's would be gathered with every one."""
     model = load(folders["gemma3"])
-    apply_method(MethodConfig(), model, [], 0, find_unused(model, []))
+    apply_method(FullConfig(), model, [], 0, find_unused(model, []))
     scorer = TokenScorer(model, None, 0, 64)
     backend = Fsdp("fsdp", FsdpConfig(), World(0, 1, torch.device("cpu")), Dtype.float32)
     wrapped = backend.prepare(scorer, lambda m: make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.5), m))

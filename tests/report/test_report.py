@@ -19,8 +19,8 @@ from tritune.trainer.config import Config
 from tritune.trainer.config.compose import to_dict
 from tritune.trainer.errors import InputError
 from tritune.trainer.evaluation.abstention import settle
-from tritune.trainer.objectives import Loss
 from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.objectives.loss import Loss
 from tritune.trainer.report import write_report
 
 EVIL = "<script>alert(1)</script>"

@@ -93,7 +93,7 @@ def test_a_failure_tells_no_secret(tritune, secretive, tmp_path, monkeypatch):
     def fail(self, model, batch):
         raise RuntimeError(f"could not reach {ADDRESS} with {TOKEN}")
 
-    monkeypatch.setattr("tritune.trainer.objectives.classify.Classify.__call__", fail)
+    monkeypatch.setattr("tritune.trainer.objectives.classes.Classes.__call__", fail)
     result = tritune(*secretive, f"run.dir={tmp_path}")
     assert result.code == 1
     assert "could not reach" in result.err

@@ -10,8 +10,8 @@ import harness
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tritune.trainer.objectives import Loss
 from tritune.trainer.objectives.language_model import LanguageModel
+from tritune.trainer.objectives.loss import Loss
 
 
 def summary(directory) -> dict:

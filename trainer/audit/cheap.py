@@ -13,6 +13,7 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
 from tritune.trainer.config import Config
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import BadRows, Overlong, SpecialTokens, Unrendered
 from tritune.trainer.config.data import Check
 from tritune.trainer.data.encode import chat_template
@@ -44,7 +45,12 @@ def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenize
         findings += [*_left_out(config, name, examples), *_cut(config, name, examples)]
         findings += unread(name, examples.report)
         findings += _double_bos(config, name, examples, tokenizer)
-        if config.objective.name == "sft" and name != "retention" and len(examples) and not examples.report.stop_rows:
+        if (
+            config.objective.learns is Learns.answers
+            and name != "retention"
+            and len(examples)
+            and not examples.report.stop_rows
+        ):
             severity = Severity.fault if config.data.require_stop_token else Severity.note
             text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
             findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
@@ -148,7 +154,7 @@ def _double_bos(config: Config, name: str, examples: Examples, tokenizer: PreTra
     bos = tokenizer.bos_token_id
     if bos is None:
         return
-    anywhere = config.objective.name == "pretrain" and bos != tokenizer.eos_token_id and adds_bos(tokenizer)
+    anywhere = config.objective.learns is Learns.text and bos != tokenizer.eos_token_id and adds_bos(tokenizer)
     rows: list[np.ndarray] = []
     number = 0
     for chunk in examples.table["ids"].chunks:
@@ -180,7 +186,11 @@ def _twice(chunk: pa.ListArray, bos: int, anywhere: bool) -> np.ndarray:
 
 def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """The chat template on a conversation of ours; one that it refuses shows nothing."""
-    if config.objective.name != "sft" or not tokenizer.chat_template or "assistant" not in config.data.train_on:
+    if (
+        config.objective.learns is not Learns.answers
+        or not tokenizer.chat_template
+        or "assistant" not in config.data.train_on
+    ):
         return
     template = chat_template(tokenizer, config.data)
     try:

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from tritune.trainer.audit.findings import Finding, Severity
 from tritune.trainer.audit.read import Audit
+from tritune.trainer.config.axes import Learns
+from tritune.trainer.config.registry import axis_options
 from tritune.trainer.shown import shown
 
 WIDTH = 100
@@ -36,7 +38,7 @@ def render_page(audit: Audit, color: bool = False) -> str:
     if audit.facts:
         console.print(_splits(audit.facts))
     if "train" in audit.facts:
-        if about["objective"] != "pretrain":  # whose blocks all have one length
+        if axis_options("objective")[about["objective"]].learns is not Learns.text:  # its blocks all have one length
             console.print(_lengths(audit.facts["train"]))
         if "labels" in audit.facts["train"]:
             console.print(_labels(audit.facts["train"]["labels"]))

@@ -13,6 +13,7 @@ from tritune.trainer.audit.review import review
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Part, Texts, parts_of, read_texts
 from tritune.trainer.config import Config
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
 from tritune.trainer.config.data import Check, training_sources
 from tritune.trainer.data.encoded import BEYOND
@@ -96,7 +97,7 @@ def read_audit(config: Config, watch: Watch) -> Audit:
 
 def _label_set(config: Config, texts: Texts) -> list[str]:
     """As `splits` has it: as given, or what occurs in train."""
-    if not config.objective.name.startswith("classify"):
+    if config.objective.learns is not Learns.labels:
         return []
     return config.data.labels or sorted(texts.labels.get("train", {}))
 
@@ -169,7 +170,7 @@ def _expected(config: Config, finding: Finding) -> Finding:
         return finding
     dropped = {Check.duplicates_exact, *([Check.duplicates_near] if near else [])}
     if not getattr(config.data, str(split), None) and not finding.details.get("relabelled"):
-        labelled = config.objective.name.startswith("classify")  # of near ones those with the same label are left out
+        labelled = config.objective.learns is Learns.labels  # of near ones those with the same label are left out
         dropped |= {Check.leakage_exact, Check.split_leaked, *([Check.leakage_near] if near and not labelled else [])}
     return replace(finding, severity=Severity.note) if finding.name in dropped else finding
 

@@ -12,6 +12,7 @@ from tritune.trainer.audit.repeats import Contents, repeats
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Texts
 from tritune.trainer.config import Config
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import SpecialTokens
 from tritune.trainer.config.data import Check
 from tritune.trainer.data.contradictions import contradictory
@@ -34,15 +35,15 @@ def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTr
         labels: the label set, of classification.
     """
     findings: list[Finding] = []
-    if config.objective.name == "pretrain":
+    if config.objective.learns is Learns.text:
         findings += repeats(_documents(texts))
     if texts.near is not None:
         findings += near(texts, config.data.similarity)
-    if config.objective.name != "pretrain":
-        findings += _answered_twice(texts, config.objective.name == "sft")
-    if config.objective.name == "sft":
+    if config.objective.learns is not Learns.text:
+        findings += _answered_twice(texts, config.objective.learns is Learns.answers)
+    if config.objective.learns is Learns.answers:
         findings += _prompt_leaks(texts)
-    if config.objective.name.startswith("classify"):
+    if config.objective.learns is Learns.labels:
         findings += _unknown_labels(texts, labels)
     findings += [found.finding(check) for check, found in texts.seen.items()]
     findings += _rendering(config, texts.sample, tokenizer)

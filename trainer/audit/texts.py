@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ObjectiveConfig
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.data import Check, DataConfig, data_of, held_out_sources, training_sources
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
 from tritune.trainer.data.held_out import find_ends, is_contiguous, records_in
@@ -32,7 +34,7 @@ class Part:
     path: str
     key: str
     data: DataConfig
-    objective: str
+    objective: ObjectiveConfig
     shares: dict[str, float] = field(default_factory=dict)
 
     def split_of(self, point: float) -> str:
@@ -43,7 +45,7 @@ class Part:
 
 def parts_of(config: Config) -> list[Part]:
     """Every source, those of training first, the retention text last."""
-    data, objective = config.data, config.objective.name
+    data, objective = config.data, config.objective
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
     parts = [
         Part("train", path, key, data_of(data, key), objective, shares) for path, key in training_sources(data).values()
@@ -53,7 +55,7 @@ def parts_of(config: Config) -> list[Part]:
     ]
     if data.retention is not None:
         text = retention_data(data)
-        parts.append(Part("retention", data.retention, "data.retention", text, "pretrain"))
+        parts.append(Part("retention", data.retention, "data.retention", text, reading_text()))
     return parts
 
 
@@ -128,7 +130,7 @@ def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, ro
     """
     parts, settings = parts_of(config), config.audit
     names = list(dict.fromkeys(name for part in parts for name in (part.split, *part.shares)))
-    asked = [name != "retention" and config.objective.name != "pretrain" for name in names]
+    asked = [name != "retention" and config.objective.learns is not Learns.text for name in names]
     texts = Texts(names, asked, NearDuplicates(config.data.similarity) if settings.near_duplicates else None)
     sample = _Sample()
     for part in parts:
@@ -148,7 +150,7 @@ def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, ro
                 texts.splits.append(number[split])
                 texts.digests += digest[:16]
                 _add(texts, record, split, settings.personal)
-                if config.objective.name == "sft" and split != "retention":
+                if config.objective.learns is Learns.answers and split != "retention":
                     sample.add(record)
         except InputError as error:
             texts.faults.append(error)

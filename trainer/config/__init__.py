@@ -1,17 +1,15 @@
-"""The configuration: its keys (`schema.py` and what it imports), the rules they keep, and how overrides become a `Config`."""
+"""The configuration: its keys (`schema.py` and what it imports), the rules they keep, and how overrides become a `Config`.
 
+`objective` and `method` are axes: each option is a file of its own (`axes.py`, `registry.py`).
+"""
+
+from tritune.trainer.config.axes import MethodConfig, ObjectiveConfig
 from tritune.trainer.config.schema import (
     IDENTITY,
-    NAMES,
-    SCHEMAS,
     SPLITS,
-    ClassifyTokenConfig,
     Config,
     GenerateConfig,
-    LoraConfig,
-    MethodConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     TrackingConfig,
     TrainConfig,
@@ -20,13 +18,9 @@ from tritune.trainer.config.schema import (
 
 __all__ = [
     "IDENTITY",
-    "NAMES",
-    "SCHEMAS",
     "SPLITS",
-    "ClassifyTokenConfig",
     "Config",
     "GenerateConfig",
-    "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "ObjectiveConfig",

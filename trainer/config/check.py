@@ -8,21 +8,13 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, Metric
 from tritune.trainer.config.backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config.check_data import check_data
 from tritune.trainer.config.choices import Activations, Dtype, Form
 from tritune.trainer.config.launch import check_launch
-from tritune.trainer.config.schema import (
-    CHOICE_METRICS,
-    METRICS,
-    NAMES,
-    SCHEMAS,
-    SPLITS,
-    ClassifyTokenConfig,
-    Config,
-    LoraConfig,
-    TrainConfig,
-)
+from tritune.trainer.config.registry import saying_labels
+from tritune.trainer.config.schema import SPLITS, Config, TrainConfig, names, schemas
 
 
 def check(config: Config, world_size: int | None = None, training: bool = True) -> list[str]:
@@ -65,17 +57,8 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(not training or has_rows, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
     check_data(c, rule, faults)
-    if isinstance(c.method, LoraConfig):
-        rule(c.method.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
-        rule(0.0 <= c.method.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")
-        rule(c.method.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
-        rule(bool(c.method.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
-    if isinstance(c.objective, ClassifyTokenConfig):
-        rule(
-            "{text}" in c.objective.prompt,
-            "objective.prompt",
-            "the row's text has no place. Write {text} where it goes",
-        )
+    c.method.check(rule)
+    c.objective.check(rule)
     rate = c.optim.lr
     rule(
         rate is None or 0 < rate < math.inf,
@@ -116,25 +99,26 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
     rule(c.backend.join_seconds > 0, "backend.join_seconds", "a process needs some time to begin. Use e.g. 20")
     check_launch(c.launch, rule)
-    metrics = METRICS.get(c.objective.name, ()) + (CHOICE_METRICS if c.evaluation.choices else ())
+    metrics = metrics_of(c)
     rule(
-        not metrics or c.evaluation.metric in metrics,
+        c.evaluation.metric in metrics,
         "evaluation.metric",
         f"objective={c.objective.name} reports {', '.join(metrics)}. Choose one of these",
     )
-    for group, names in NAMES.items():
+    for group, known in names().items():
         node = getattr(c, group)
-        schema = SCHEMAS[group].get(node.name)
+        schema = schemas()[group].get(node.name)
         rule(
-            node.name in names and (schema is None or type(node) is schema),
+            node.name in known and (schema is None or type(node) is schema),
             f"{group}.name",
-            f"the name follows from the group's option, {', '.join(names)}. Write {group}={node.name}, or in a YAML, "
+            f"the name follows from the group's option, {', '.join(known)}. Write {group}={node.name}, or in a YAML, "
             f"among its defaults, `override /{group}: {node.name}`",
         )
     rule(
-        not c.data.retention or c.objective.name != "classify",
+        not c.data.retention or c.objective.head is Head.language_model,
         "data.retention",
-        "it is scored as text, and objective=classify replaces the language-model head. Use classify_token, or leave it out",
+        f"it is scored as text, and objective={c.objective.name} replaces the language-model head. Use "
+        f"{saying_labels().name}, or leave it out",
     )
     rule(c.train.log_every >= 1, "train.log_every", "rows are logged every n steps. Use 1 or more")
     rule(c.train.max_nonfinite >= 1, "train.max_nonfinite", "at least one bad step must be seen. Use 1 or more")
@@ -189,9 +173,10 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(c.evaluation.samples >= 0, "evaluation.samples", "a count of rows. Use 0 or more")
     choices = c.evaluation.choices
     rule(
-        not choices or c.objective.name == "sft",
+        not choices or c.objective.learns is Learns.answers,
         "evaluation.choices",
-        f"answers are chosen among with objective=sft, and this is {c.objective.name}. Leave it out",
+        f"answers are chosen among where answers are learnt, and objective={c.objective.name} learns "
+        f"{c.objective.learns.value}. Leave it out",
     )
     clash = next((a for a in choices for b in choices if a is not b and b.startswith(a)), None)
     rule(
@@ -201,7 +186,7 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     )
     rule(c.checkpoint.step is None or c.checkpoint.step >= 1, "checkpoint.step", "steps count from 1. Use 1 or more")
     rule(c.export.shard_gb > 0, "export.shard_gb", "a file has a size. Use e.g. 5")
-    trains_adapter = isinstance(c.method, LoraConfig)
+    trains_adapter = c.method.adapts
     rule(
         c.export.form is Form.auto or (c.export.form is Form.full) != trains_adapter,
         "export.form",
@@ -230,7 +215,7 @@ def _check_abstention(c: Config, rule: Callable[[bool, str, str], None], trainin
     e = c.evaluation
     rule(e.abstain is None or 0 < e.abstain < 1, "evaluation.abstain", "a share of answers in (0, 1). Use e.g. 0.95")
     rule(
-        e.abstain is None or c.objective.name.startswith("classify"),
+        e.abstain is None or c.objective.learns is Learns.labels,
         "evaluation.abstain",
         f"a classifier may abstain, and this is {c.objective.name}. Leave it out",
     )
@@ -305,6 +290,11 @@ def _check_backend(c: Config, rule: Callable[[bool, str, str], None], world_size
             f"{world_size} ranks cannot be split into equal groups of it, or of several ranks each. Give a divisor of "
             f"{world_size}, use another number of processes, or backend=fsdp",
         )
+
+
+def metrics_of(config: Config) -> dict[str, Metric]:
+    """The figures that evaluation reports, by name."""
+    return {**config.objective.metrics, **(CLASSIFICATION if config.evaluation.choices else {})}
 
 
 def derived_accumulation(train: TrainConfig, world_size: int) -> int:

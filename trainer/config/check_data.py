@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import Duplicates, HeldOut, Packing
 from tritune.trainer.config.data import COLUMNS, ROLES, SPLIT_FILES, Check
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.config.schema import Config
 
 
@@ -76,12 +78,12 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
             "a split cannot be cut from rows that are not all read. Give data.validation=<file> and data.test=<file>",
         )
         rule(
-            c.objective.name != "pretrain" and d.duplicates is Duplicates.keep,
+            c.objective.learns is not Learns.text and d.duplicates is Duplicates.keep,
             "data.streaming",
             "blocks of text, and duplicates, need all rows. Leave it out, or use other settings",
         )
         rule(
-            not c.objective.name.startswith("classify") or bool(d.labels),
+            c.objective.learns is not Learns.labels or bool(d.labels),
             "data.streaming",
             "the classes cannot be collected from rows that are not all read. Give data.labels=[...]",
         )
@@ -92,14 +94,14 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
         )
     rule(0 <= d.stride < d.max_length, "data.stride", "it repeats a part of a block. Use a value below data.max_length")
     rule(
-        d.stride == 0 or c.objective.name == "pretrain",
+        d.stride == 0 or c.objective.learns is Learns.text,
         "data.stride",
-        "only objective=pretrain cuts text into blocks. Leave it out",
+        f"only objective={reading_text().name} cuts text into blocks. Leave it out",
     )
     rule(
-        d.packing is Packing.none or c.objective.name != "pretrain",
+        d.packing is Packing.none or c.objective.learns is not Learns.text,
         "data.packing",
-        "objective=pretrain fills its blocks with text already. Use none",
+        f"objective={c.objective.name} fills its blocks with text already. Use none",
     )
     rule(0 < d.similarity <= 1, "data.similarity", "a share of word 3-grams, in (0, 1]. Use e.g. 0.8")
     rule(d.pack_window >= 1, "data.pack_window", "a pack is filled from some rows. Use e.g. 16384")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -21,13 +21,15 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tritune.trainer.config.check import check
 from tritune.trainer.config.data import SourceConfig
+from tritune.trainer.config.registry import AXES, load_plugins
 from tritune.trainer.config.renamed import RENAMED, is_old, renamed_override, renamed_tree, settle_old_names
-from tritune.trainer.config.schema import GROUPS, SCHEMAS, Config, register
-from tritune.trainer.config.yaml_faults import conversion, nearest, one_line, options, yaml_faults
-from tritune.trainer.errors import ConfigFaults
+from tritune.trainer.config.schema import GROUPS, Config, register
+from tritune.trainer.config.yaml_faults import conversion, key_types, nearest, one_line, options, yaml_faults
+from tritune.trainer.errors import ConfigFaults, InputError
 from tritune.trainer.shown import bounded
 
 SOURCES = "data.sources."
+_BY_HAND = "only the command line names Python files that are run. Give plugins=[FILE,...] there"
 # Hydra's parser takes a second for so much.
 MOST_CHARACTERS, MOST_WORDS = 20_000, 1_000
 
@@ -79,6 +81,9 @@ def compose_partly(
         return None, [
             f"--config-dir={config_dir}: the folder does not exist. Give a folder with groups such as experiment/"
         ]
+    unread = _load_plugins(overrides, kept)
+    if unread is not None:
+        return None, [unread]
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("tritune.conf", version_base="1.3"):
@@ -97,16 +102,18 @@ def compose_partly(
             composed = hydra_compose("config")
         if located:
             faults += located
-            failed |= {"experiment", "method", "objective"}  # which keys these have is not known now
+            failed |= {"experiment", *AXES}  # which keys these have is not known now
     if not located:
         settle_old_names(composed)
+        if composed.plugins:
+            faults.append(f"plugins={composed.plugins} in a YAML: {_BY_HAND}")
     if kept is not None and not failed:
         try:
             OmegaConf.set_struct(composed, False)  # for free mappings; a schema refuses unknown keys all the same
             composed = OmegaConf.merge(composed, renamed_tree(kept))  # type: ignore[assignment]
         except Exception as error:  # noqa: BLE001  whatever a spoilt file makes the library raise
             return None, [*faults, f"config.yaml of the run: {one_line(error)}. It was written by another version"]
-    valid = _keys(OmegaConf.get_type(composed), composed)
+    valid = _keys(Config, composed)
     for override in values:
         if override.key_or_group.partition(".")[0] not in failed:
             fault = _apply(composed, override, valid)
@@ -131,6 +138,32 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, dict):
         return {k: to_dict(v) for k, v in config.items()}
     return [to_dict(v) for v in config] if isinstance(config, list) else config
+
+
+def _load_plugins(overrides: list[str], kept: dict[str, Any] | None) -> str | None:
+    """Read the users' own files that the command line names; return the fault, if there is one.
+
+    Args:
+        kept: of the run that is read: a file that it names and the command line does not is never run.
+    """
+    given: list[str] = []
+    for text in overrides:
+        if text.startswith("plugins="):
+            try:
+                value: Any = OverridesParser.create().parse_override(text).value()
+            except HydraException:
+                value = None
+            given = [str(name) for name in value] if isinstance(value, list) else []
+            if not given and value != []:
+                return f"{text}: it is a list of Python files. Write plugins=[FILE,...]"
+    missing = [name for name in (kept or {}).get("plugins") or [] if name not in given]
+    if missing:
+        return f"plugins={missing} in config.yaml of the run: {_BY_HAND}, where you trust them"
+    try:
+        load_plugins(given)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _sort_overrides(
@@ -181,7 +214,7 @@ def _apply(composed: Any, override: Override, valid: dict[str, bool]) -> str | N
     """Set one value in the composed config, whose keys are `valid`; return the fault, if it is one."""
     key, text = override.key_or_group, override.input_line
     group, _, rest = key.partition(".")
-    if group in SCHEMAS and rest == "name":
+    if group in GROUPS and rest == "name":
         return f"{text}: the name follows from the group. Write {group}={override.get_value_string()}"
     if key.startswith(SOURCES):
         return _apply_to_source(composed, override)
@@ -241,10 +274,10 @@ def _unknown(key: str, valid: dict[str, bool]) -> str | None:
     return f"there is no such key. {nearest(key, [*valid, *GROUPS] if '.' not in key else list(valid))}"
 
 
-def _keys(schema: type | None, node: Any, prefix: str = "") -> dict[str, bool]:
+def _keys(schema: type, node: Any, prefix: str = "") -> dict[str, bool]:
     """Dotted keys of the schema as composed -> whether the key is a free mapping."""
     keys: dict[str, bool] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in key_types(schema).items():
         if prefix + name in RENAMED:
             continue
         child = node._get_node(name)

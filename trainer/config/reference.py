@@ -21,7 +21,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tritune.conf
 from tritune.trainer.config.data import Check
-from tritune.trainer.config.schema import IDENTITY, METRICS, NAMES, SCHEMAS, Config
+from tritune.trainer.config.registry import AXES, built_in, default_option
+from tritune.trainer.config.schema import IDENTITY, Config, names, schemas
 
 MARKS = ("<!-- keys: python -m tritune.trainer.config.reference conf/README.md -->", "<!-- /keys -->")
 
@@ -93,11 +94,12 @@ def _group(group: str, schema: type) -> list[str]:
     """The keys of a group, then those that some of its options have beside them, or with another default."""
     parts = _section(f"`{group}`", group, schema)
     by_schema: dict[type, list[str]] = {}
-    for option, own in SCHEMAS.get(group, {}).items():
+    for option, own in schemas().get(group, {}).items():
         if own is not schema:
             by_schema.setdefault(own, []).append(f"`{group}={option}`")
     for own, options in by_schema.items():
-        parts += _section(", ".join(options), group, own)
+        if any(name != "name" for name, *_ in keys(own)):
+            parts += _section(", ".join(options), group, own)
     for name, hint in get_type_hints(schema).items():
         for inner in get_args(hint):
             if dataclasses.is_dataclass(inner):
@@ -115,9 +117,12 @@ def _section(title: str, prefix: str, kind: Any) -> list[str]:
 
 def _row(key: str, hint: Any, default: Any, meaning: str) -> tuple[str, ...]:
     group, _, name = key.partition(".")
-    takes = " ".join(f"`{n}`" for n in NAMES[group]) if name == "name" and group in NAMES else _takes(hint)
+    takes = " ".join(f"`{n}`" for n in names()[group]) if name == "name" and group in names() else _takes(hint)
     if key == "evaluation.metric":
-        takes = " ".join(f"`{metric}`" for metric in dict.fromkeys(m for found in METRICS.values() for m in found))
+        metrics = dict.fromkeys(m for objective in built_in("objective").values() for m in objective.metrics)
+        takes = " ".join(f"`{metric}`" for metric in metrics)
+    if name == "name" and group in AXES:
+        default = default_option(group).name
     return f"`{key}`", takes, f"`{shown_value(default)}`", meaning
 
 

@@ -7,15 +7,15 @@ holds the rules that values must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from tritune.trainer.config.axes import MethodConfig, ObjectiveConfig
 from tritune.trainer.config.backends import BackendConfig, FsdpConfig, HsdpConfig, ZeroConfig
 from tritune.trainer.config.choices import (
     Activations,
     Attention,
-    Bias,
     Dtype,
     Form,
     Implementation,
@@ -25,6 +25,7 @@ from tritune.trainer.config.choices import (
 from tritune.trainer.config.data import AuditConfig, CacheConfig, DataConfig
 from tritune.trainer.config.launch import SCHEMAS as LAUNCH_SCHEMAS
 from tritune.trainer.config.launch import LaunchConfig
+from tritune.trainer.config.registry import AXES, axis_options, built_in, default_option, plugin_options
 from tritune.trainer.config.renamed import old_name
 
 
@@ -42,38 +43,6 @@ class ModelConfig:
     chat_template: str | None = None  # a Jinja file, chatml or plain; default: the tokenizer's own, else plain
     pad_token: str | None = None  # default: the tokenizer's own, unless it is a stop token
     add_tokens: list[str] = field(default_factory=list)  # new tokens; embeddings are resized
-
-
-@dataclass
-class MethodConfig:
-    name: str = "full"  # what trains: every parameter, or low-rank updates beside a frozen base
-
-
-@dataclass
-class LoraConfig(MethodConfig):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685)."""
-
-    name: str = "lora"
-    rank: int = 16  # of the update of each adapted layer
-    alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0  # share of the adapted layers' inputs that the update does not see
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # suffixes or globs of linear layers
-    exclude: list[str] = field(
-        default_factory=list
-    )  # suffixes or globs of layers that `targets` names and that stay as they are
-    bias: Bias = Bias.none
-    modules_to_save: list[str] = field(default_factory=list)  # trained whole and saved with the adapter
-
-
-@dataclass
-class ObjectiveConfig:
-    name: str = "sft"  # what is learnt of a row, and which loss measures it
-
-
-@dataclass
-class ClassifyTokenConfig(ObjectiveConfig):
-    name: str = "classify_token"
-    prompt: str = "{text}\nLabel:"  # what the model reads before it says the label's one token
 
 
 @dataclass
@@ -221,12 +190,13 @@ class VerifyConfig:
 @dataclass
 class Config:
     seed: int = 0  # of everything that is drawn: weights, order, dropout
+    plugins: list[str] = field(default_factory=list)  # Python files of your own objectives and methods
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    method: MethodConfig = field(default_factory=partial(default_option, "method"))
+    objective: ObjectiveConfig = field(default_factory=partial(default_option, "objective"))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -256,15 +226,8 @@ IDENTITY = (
     "evaluation.metric",
 )
 
-SCHEMAS: dict[str, dict[str, type]] = {
+_SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hub": ModelConfig},
-    "method": {"full": MethodConfig, "lora": LoraConfig},
-    "objective": {
-        "pretrain": ObjectiveConfig,
-        "sft": ObjectiveConfig,
-        "classify": ObjectiveConfig,
-        "classify_token": ClassifyTokenConfig,
-    },
     "optim": {"adamw": OptimConfig},
     "backend": {
         "auto": BackendConfig,
@@ -277,33 +240,44 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "kernels": {"auto": KernelsConfig},
     "launch": LAUNCH_SCHEMAS,
 }
-GROUPS = (*SCHEMAS, "experiment")
+GROUPS = ("model", "method", "objective", "optim", "backend", "kernels", "launch", "experiment")
 
 # What `<group>.name` may be. It follows from the option chosen; a YAML that sets it by hand is refused unless it fits.
-NAMES: dict[str, tuple[str, ...]] = {
-    "method": ("full", "lora"),
-    "objective": ("pretrain", "sft", "classify", "classify_token"),
+_NAMES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
     "kernels": ("auto", "triton", "reference"),
     "optim": ("adamw",),
 }
-
-# The figures each objective reports, of which `evaluation.metric` is one.
-METRICS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("loss", "perplexity", "bits_per_byte"),
-    "sft": ("loss", "perplexity"),
-    "classify": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
-    "classify_token": ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
-}
-CHOICE_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")  # of sft, with evaluation.choices
 SPLITS = ("train", "validation", "test", "retention")
 
 
-@cache
+def schemas() -> dict[str, dict[str, type]]:
+    """Group -> the dataclass of each of its options."""
+    return _SCHEMAS | {axis: axis_options(axis) for axis in AXES}
+
+
+def names() -> dict[str, tuple[str, ...]]:
+    """Group -> what `<group>.name` may be, where the group has names."""
+    return _NAMES | {axis: tuple(axis_options(axis)) for axis in AXES}
+
+
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore, under `<group>/schema_<name>`; once in a process, since it takes 0.1 s."""
+    """Put the schemas into Hydra's ConfigStore, under `<group>/schema_<name>`, and users' own options under their names."""
+    _register_ours()
+    for axis in AXES:
+        for name, schema in plugin_options(axis).items():
+            ConfigStore.instance().store(group=axis, name=name, node=schema)
+
+
+@cache
+def _register_ours() -> None:
+    """Once in a process, since it takes 0.1 s."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, schemas in SCHEMAS.items():
-        for name, schema in schemas.items():
+    # With the bases of the axes: OmegaConf merges an option into its base, and not into another option.
+    store.store(name="schema", node=Config(method=MethodConfig(), objective=ObjectiveConfig()))
+    for group, options in _SCHEMAS.items():
+        for name, schema in options.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
+    for axis in AXES:
+        for name, schema in built_in(axis).items():
+            store.store(group=axis, name=f"schema_{name}", node=schema)

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tritune.trainer.config.schema import GROUPS, SCHEMAS, Config
+from tritune.trainer.config.registry import AXES, plugin_options
+from tritune.trainer.config.schema import GROUPS, Config, schemas
 from tritune.trainer.config.yaml_file import read_yaml
 from tritune.trainer.errors import InputError
 from tritune.trainer.shown import bounded
@@ -52,7 +53,14 @@ def one_line(error: Exception) -> str:
 
 def options(group: str, config_dir: str | None) -> list[str]:
     """What can be chosen in a group."""
-    return sorted(p.stem for root in roots(config_dir) for p in (root / group).glob("*.yaml"))
+    plugins = plugin_options(group) if group in AXES else {}
+    return sorted([*plugins, *(p.stem for root in roots(config_dir) for p in (root / group).glob("*.yaml"))])
+
+
+def key_types(schema: type) -> dict[str, Any]:
+    """Name -> type of each key of a group; what else its class holds is none."""
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
 def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
@@ -84,8 +92,9 @@ def yaml_faults(choices: list[str], config_dir: str | None) -> list[str]:
         else:
             entries = content.pop("defaults", None)
             bases = [str(d).removeprefix("schema_") for d in (entries if isinstance(entries, list) else [])]
-            known = [SCHEMAS[group][b] for b in [*bases, name] if b in SCHEMAS[group]]
-            schema = known[0] if known else next(iter(SCHEMAS[group].values()))
+            of_group = schemas()[group]
+            known = [of_group[b] for b in [*bases, name] if b in of_group]
+            schema = known[0] if known else next(iter(of_group.values()))
             faults += _walk({group: content}, Config, {group: schema}, "", str(path))
     return faults
 
@@ -122,8 +131,8 @@ def _experiment_faults(
     if "@package _global_" not in text:
         faults.append(f"{path}: its keys would land below `experiment`. Begin the file with: # @package _global_")
     defaults, wrong = _defaults(content.pop("defaults", None) or [], config_dir, str(path))
-    schema_of = {g: SCHEMAS[g].get(picked.get(g, defaults.get(g, ""))) for g in SCHEMAS}
-    skip = {g for g in ("method", "objective") if wrong}  # which keys these have is not known then
+    schema_of = {g: options.get(picked.get(g, defaults.get(g, ""))) for g, options in schemas().items()}
+    skip = set(AXES) if wrong else set()  # which keys these have is not known then
     return faults + wrong + _walk({k: v for k, v in content.items() if k not in skip}, Config, schema_of, "", str(path))
 
 
@@ -149,7 +158,7 @@ def _defaults(entries: Any, config_dir: str | None, path: str) -> tuple[dict[str
 def _walk(content: Any, schema: type, schema_of: dict[str, type | None], prefix: str, path: str) -> list[str]:
     if not isinstance(content, dict):
         return [f"{path}: {prefix.rstrip('.')} is not a mapping. Write keys and values"]
-    hints, faults = get_type_hints(schema), []
+    hints, faults = key_types(schema), []
     for name, value in content.items():
         hint = schema_of.get(f"{prefix}{name}") or hints.get(name)
         if value == "???":

@@ -58,7 +58,7 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
     data = config.data
     encoder, _ = encoder_of(config, tokenizer, stops)
     named = training_sources(data)
-    sources = [source_of(path, key, data, config.objective.name, encoder) for path, key in named.values()]
+    sources = [source_of(path, key, data, config.objective, encoder) for path, key in named.values()]
     for source in sources:
         source.settle()
     weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from tritune.trainer.config import ObjectiveConfig
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import HeldOut, TextUnit
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, parse_chunk
@@ -95,17 +97,17 @@ def end_near(text: str, at: int, near: int) -> int:
     return at
 
 
-def is_contiguous(path: str, key: str, data: DataConfig, objective: str) -> bool:
+def is_contiguous(path: str, key: str, data: DataConfig, objective: ObjectiveConfig) -> bool:
     """Whether a source is divided so: as the config says, else where it is plain text that is cut in units, or one file."""
     if data.held_out is not HeldOut.auto:
         return data.held_out is HeldOut.contiguous
-    files = [] if objective != "pretrain" or is_saved(Path(path)) else source_files(path, key)
+    files = [] if objective.learns is not Learns.text or is_saved(Path(path)) else source_files(path, key)
     plain = bool(files) and format_of(files[0]) == "txt"
     return plain and (data.text_unit is not TextUnit.file or len(files) == 1)
 
 
 def find_ends(
-    path: str, key: str, data: DataConfig, objective: str, shares: Mapping[str, float],
+    path: str, key: str, data: DataConfig, objective: ObjectiveConfig, shares: Mapping[str, float],
     beat: Callable[[], None] = lambda: None,
 ) -> Ends:  # fmt: skip
     """Measure a source.
@@ -116,7 +118,7 @@ def find_ends(
     Raises:
         InputError: nothing is there, or it is no data.
     """
-    reading, by_text = Reading(data, objective, key=key), objective == "pretrain"
+    reading, by_text = Reading(data, objective, key=key), objective.learns is Learns.text
     edges: dict[str, list[Edge]] = {}
     sizes: list[int] = []
     parts, owed = list(shares.values()), [0.0] * len(shares)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritune.trainer.config.axes import Learns, ObjectiveConfig
 from tritune.trainer.config.choices import Kind
 from tritune.trainer.config.data import DataConfig, columns_key
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import (
     NEEDS,
@@ -31,13 +33,6 @@ from tritune.trainer.data.row_limits import ROW_BYTES, SKIP, text_bytes
 from tritune.trainer.data.turns import flag_of
 from tritune.trainer.data.unread import Unread
 from tritune.trainer.errors import InputError, some_names
-
-KINDS_OF = {
-    "pretrain": (Kind.text,),
-    "sft": (Kind.messages, Kind.prompt_response),
-    "classify": (Kind.text_label,),
-    "classify_token": (Kind.text_label,),
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,9 @@ class Reading:
         key: the config key of the source, for messages.
     """
 
-    def __init__(self, config: DataConfig, objective: str, kind: Kind | None = None, key: str = "data.train") -> None:
+    def __init__(
+        self, config: DataConfig, objective: ObjectiveConfig, kind: Kind | None = None, key: str = "data.train"
+    ) -> None:
         self.config, self.objective, self.kind, self.key = config, objective, kind, key
         self.seen: set[str] = set()
         self.unread = Unread()
@@ -105,7 +102,7 @@ class Reading:
                 lists more than `DEPTH` deep, a row made for another kind of learning, a loss flag that cannot be obeyed.
         """
         layout = self.layout(row)
-        require_no_verdict(row, layout.verdicts)
+        require_no_verdict(row, layout.verdicts, self.objective.name)
         for name in layout.flags:
             if flag_of(row.fields[name], name, row.place) is False:
                 rule = f"its {name} says that it is not to be learnt"
@@ -121,9 +118,9 @@ class Reading:
         layout = self._layouts.get(names)
         if layout is None:
             self.seen |= {theirs for theirs in self._wanted if parts_of(theirs, names)}
-            columns, chat = columns_of(names, self.config), self.objective == "sft"
+            columns, chat = columns_of(names, self.config), self.objective.learns is Learns.answers
             if chat:
-                require_one_answer(row, self.config, self.prefix)
+                require_one_answer(row, self.config, self.prefix, self.objective.name)
             if self.kind is None:
                 self.kind = self._settled(row, columns)
             verdicts = verdicts_of(names, self.config) if chat else ()
@@ -131,12 +128,12 @@ class Reading:
         return layout
 
     def _settled(self, row: Row, columns: dict[str, str]) -> Kind:
-        allowed = KINDS_OF[self.objective]
+        allowed = self.objective.kinds
         require_rows(row, self.config)
         if self.config.kind is not Kind.auto:
             if self.config.kind not in allowed:
                 names = ", ".join(k.value for k in allowed)
-                rule = f"objective={self.objective} reads {names}"
+                rule = f"objective={self.objective.name} reads {names}"
                 raise InputError(f"data.kind={self.config.kind.value}", rule, "Choose one of these")
             return self.config.kind
         for kind in allowed:
@@ -148,11 +145,11 @@ class Reading:
         """What is said of a row that lacks a column of each kind."""
         missing = missing_of(kinds, columns)
         needs = " or ".join(" + ".join(NEEDS[kind]) for kind in kinds)
-        rule = f"objective={self.objective} needs the columns {needs}; {' and '.join(missing)} is missing"
+        rule = f"objective={self.objective.name} needs the columns {needs}; {' and '.join(missing)} is missing"
         rule += f", and this file has {some_names(row.fields)}"
         remedy = how_to_map(missing, row.fields, columns, self.prefix)
-        if self.objective == "sft" and "text" in columns:
-            remedy = "objective=pretrain reads its text. To learn answers, write prompt and response"
+        if self.objective.learns is Learns.answers and "text" in columns:
+            remedy = f"objective={reading_text().name} reads its text. To learn answers, write prompt and response"
         for name, value in row.fields.items():
             inner = value[0] if isinstance(value, list) and value else value
             if isinstance(inner, dict) and not missing_of(kinds, columns_of(inner.keys(), self.config)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, ObjectiveConfig
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.data.rendering import ONE_TEXT
 from tritune.trainer.model.tokenizer import adds_bos
 from tritune.trainer.redact import MARK, redact
@@ -50,22 +50,22 @@ class LabelPrompt:
 
 def label_prompt(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> LabelPrompt:
     """The prompt of `objective`; nothing around the text where it has none."""
-    prompt = objective.prompt if isinstance(objective, ClassifyTokenConfig) else TEXT
+    prompt = TEXT if objective.label_prompt is None else objective.label_prompt
     head, _, tail = prompt.partition(TEXT)
     begin = [tokenizer.bos_token_id] if tail and adds_bos(tokenizer) else []
     return LabelPrompt(head, tail, begin, specials=not tail)
 
 
-def is_secret(objective: ClassifyTokenConfig, read_back: bool) -> bool:
+def is_secret(prompt: str, read_back: bool) -> bool:
     """Whether the prompt holds what must not be written down, or may have lost it.
 
     Args:
         read_back: it comes from a run's `config.yaml`, where `***` may stand for a secret. Given by the user, it is only that.
     """
-    return redact(objective.prompt) != objective.prompt or (read_back and MARK in objective.prompt)
+    return redact(prompt) != prompt or (read_back and MARK in prompt)
 
 
-def label_template(tokenizer: PreTrainedTokenizerBase, objective: ClassifyTokenConfig) -> tuple[str, bool]:
+def label_template(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfig) -> tuple[str, bool]:
     """Return a chat template that renders one user's turn into the prompt, and whether its tokens are those of training."""
     prompt = label_prompt(tokenizer, objective)
     before, after = _specials(tokenizer, prompt)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from tritune.trainer.config.data import DataConfig
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.columns import ALIASES, parts_of
 from tritune.trainer.errors import InputError, some_names
@@ -20,11 +21,12 @@ VERDICTS = ("label", "kto_tag")
 _SAID = (True, False, 0, 1, "true", "false", "True", "False", "0", "1")
 
 
-def require_one_answer(row: Row, config: DataConfig, prefix: str) -> None:
+def require_one_answer(row: Row, config: DataConfig, prefix: str, objective: str) -> None:
     """Refuse rows of two answers of which one is better, unless the config names which of their columns is read.
 
     Args:
         prefix: the config key of the mapping, for the remedy.
+        objective: the name of what learns, for the message.
 
     Raises:
         InputError: it names the columns.
@@ -32,7 +34,10 @@ def require_one_answer(row: Row, config: DataConfig, prefix: str) -> None:
     settled = _settled(row.fields.keys(), config)
     for names in PAIRS:
         if all(name in row.fields for name in names) and settled.isdisjoint(names):
-            rule = f"it has {' and '.join(names)}: a row of preferences, and objective=sft learns from one answer each"
+            rule = (
+                f"it has {' and '.join(names)}: a row of preferences, and objective={objective} learns from one answer "
+            )
+            rule += "each"
             raise InputError(row.place, rule, _one_of(row.fields, names, prefix))
 
 
@@ -65,7 +70,7 @@ def verdicts_of(names: Collection[str], config: DataConfig) -> tuple[str, ...]:
     return tuple(name for name in VERDICTS if name in names and name not in settled)
 
 
-def require_no_verdict(row: Row, columns: tuple[str, ...]) -> None:
+def require_no_verdict(row: Row, columns: tuple[str, ...], objective: str) -> None:
     """Refuse a row that says of its answer that it is good or bad: all would be learnt as good ones.
 
     Raises:
@@ -74,9 +79,8 @@ def require_no_verdict(row: Row, columns: tuple[str, ...]) -> None:
     for name in columns:
         value = row.fields[name]
         if isinstance(value, bool | int | str) and value in _SAID:
-            rule = (
-                f"column {name} is {value!r}: an answer labelled good or bad, and objective=sft learns all as good ones"
-            )
+            rule = f"column {name} is {value!r}: an answer labelled good or bad, and objective={objective} learns all as good "
+            rule += "ones"
             remedy = (
                 f"Give a file of the good rows without that column. If it says something else: data.ignore=[{name}]"
             )
@@ -99,7 +103,7 @@ def _one_of(fields: dict[str, Any], names: tuple[str, ...], prefix: str) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         first = value[0].get("role", value[0].get("from"))
         ours = "response" if ours == "response" and first in ("assistant", "gpt") else "messages"
-    objective = " objective=pretrain" if ours == "text" else ""
+    objective = f" objective={reading_text().name}" if ours == "text" else ""
     spoken = value[0] if isinstance(value, list) and value else value
     if isinstance(spoken, dict) and spoken.get("role", spoken.get("from")) in ("assistant", "gpt"):
         before = next((name for name in ALIASES["messages"] if name in fields), None)

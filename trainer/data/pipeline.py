@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config.choices import Kind
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row
@@ -65,7 +66,7 @@ class Source:
     path: str
     key: str
     data: DataConfig
-    objective: str
+    objective: ObjectiveConfig
     encoder: Encoder
     kind: Kind | None = None
     names: tuple[str, ...] = ()

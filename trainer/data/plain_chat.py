@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.data import Kind, data_of, held_out_sources, training_sources
 from tritune.trainer.data.kinds import Reading
 from tritune.trainer.data.records import read_all
@@ -23,7 +24,11 @@ def settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, say: Cal
 
     One of a tokenizer, or one that was asked for, stays. The first row of each source is read.
     """
-    if config.objective.name != "sft" or config.model.chat_template is not None or tokenizer.chat_template:
+    if (
+        config.objective.learns is not Learns.answers
+        or config.model.chat_template is not None
+        or tokenizer.chat_template
+    ):
         return config
     sources = [*training_sources(config.data).values(), *held_out_sources(config.data).values()]
     if not any(_chats(config, path, key) for path, key in sources):
@@ -41,7 +46,7 @@ def _chats(config: Config, path: str, key: str) -> bool:
     with suppress(*INPUT_ERRORS):
         for row in read_all(path, key, data.text_unit):
             if not isinstance(row, InputError):
-                reading = Reading(data, config.objective.name, key=key)
+                reading = Reading(data, config.objective, key=key)
                 layout, record = reading.layout(row), reading.record(row)
                 return (
                     reading.kind is Kind.messages or bool(record.messages) or bool(_OF_A_CHAT & layout.columns.keys())

@@ -8,9 +8,11 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig, Config, ObjectiveConfig
+from tritune.trainer.config import Config, ObjectiveConfig
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import SpecialTokens, TextUnit
 from tritune.trainer.config.data import DataConfig
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data.columns import columns_of, how_to_map
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.forms import asked, conversation, merged, tools_of
@@ -49,9 +51,9 @@ def name_rendering(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveConfi
         read_back: as of `label_prompt.is_secret`, whose prompts are not written into a template.
     """
     exact = True
-    if objective.name == "sft" and not tokenizer.chat_template:
+    if objective.learns is Learns.answers and not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
-    elif isinstance(objective, ClassifyTokenConfig) and not is_secret(objective, read_back):
+    elif objective.label_prompt is not None and not is_secret(objective.label_prompt, read_back):
         tokenizer.chat_template, exact = label_template(tokenizer, objective)
     return exact
 
@@ -132,7 +134,7 @@ def read_asked(
 def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     columns = columns_of(row.fields.keys(), data)
     keep = config.data.special_tokens is SpecialTokens.keep
-    chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.name == "sft"
+    chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.learns is Learns.answers
     if "messages" in columns:
         turns = conversation(row, columns, data)
         _require_template(tokenizer, row)
@@ -156,7 +158,7 @@ def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTok
 
 def _text_columns(row: Row, columns: dict[str, str], config: Config) -> dict[str, str]:
     """The columns of a row that is no conversation: its prompt with what belongs to it, or its text."""
-    if "text" in columns and ("prompt" not in columns or config.objective.name != "sft"):
+    if "text" in columns and ("prompt" not in columns or config.objective.learns is not Learns.answers):
         return {"prompt": columns["text"]}
     if "prompt" not in columns:
         rule = f"it has {some_names(row.fields)}, and a prompt is a text in messages, prompt or text"
@@ -177,8 +179,8 @@ def text_ids(
     control = _control(tokenizer, None, len(tokenizer), keep)
     hidden = not keep and bool(control.found(text))
     text = control.mask(text, ASKED) if hidden else text
-    prompt = label_prompt(tokenizer, objective or ObjectiveConfig())
+    prompt = label_prompt(tokenizer, objective or reading_text())
     ids = next(control.encode([prompt.around(text)], [hidden], [ASKED], specials=prompt.specials))[0]
-    if isinstance(objective, ClassifyTokenConfig):
+    if objective is not None and objective.label_prompt is not None:
         return prompt.begin + ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some end every text

@@ -14,9 +14,11 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import SPLITS, Config
+from tritune.trainer.config import SPLITS, Config, ObjectiveConfig
+from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config.data import DataConfig, data_of, held_out_sources, training_sources
+from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data import remarks
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -97,7 +99,7 @@ def read_splits(
     Raises:
         InputError: a fault in a file or a row, an empty split, a row without a supervised token.
     """
-    data, objective = config.data, config.objective.name
+    data, objective = config.data, config.objective
     reader = Reader(
         config, tokenizer, stop_token_ids(tokenizer, list(model_stops)), watch or Watch(), tokenizer_key(tokenizer)
     )
@@ -122,10 +124,10 @@ def read_splits(
         text = replace(retention_data(data), max_length=limit, bad_rows=data.bad_rows)
         keep = data.special_tokens is SpecialTokens.keep
         documents = Documents(tokenizer, separate=False, limit=limit, keep=keep)
-        entries = reader.entries(data.retention, "data.retention", text, "pretrain", documents, {}, None)
+        entries = reader.entries(data.retention, "data.retention", text, reading_text(), documents, {}, None)
         examples["retention"] = _examples([entries["train"]], [])
     for name, split in examples.items():  # of all sources together, as the audit counts them
-        if objective == "sft" and name != "retention":
+        if objective.learns is Learns.answers and name != "retention":
             require_supervision({"train": split.report}, data)
     return Splits(examples, labels, list(sources), reader.folders, reader.at_ends)
 
@@ -143,7 +145,7 @@ class Reader:
     at_ends: list[str] = field(default_factory=list)
 
     def entries(
-        self, path: str, key: str, data: DataConfig, objective: str, encoder: Encoder, shares: dict[str, float],
+        self, path: str, key: str, data: DataConfig, objective: ObjectiveConfig, encoder: Encoder, shares: dict[str, float],
         block: int | None,
     ) -> dict[str, Entry]:  # fmt: skip
         """The splits of one source, from the cache or built into it."""
@@ -154,7 +156,7 @@ class Reader:
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
             "data": {name: str(getattr(data, name)) for name in DECIDES},
-            "objective": [objective, getattr(self.config.objective, "prompt", None)],
+            "objective": [objective.name, self.config.objective.label_prompt],
             "encoder": [type(encoder).__name__, block, getattr(encoder, "limit", None), getattr(encoder, "end", None)],
             "shares": shares,
             "stops": list(self.stops),
@@ -191,7 +193,7 @@ class Reader:
             self.at_ends.append(key)
         for entry in found.values():
             remarks.require_rendered(entry.report.remarks, entry.report.rows, self.config.data)
-        if objective == "sft" and self.config.data.require_stop_token:
+        if objective.learns is Learns.answers and self.config.data.require_stop_token:
             require_stop_token([entry.report for entry in found.values()], self.tokenizer, self.stops, data)
         return found
 
@@ -225,7 +227,7 @@ def require_rows(source: Source, seen: set[str], reports: dict[str, DataReport],
         what = f"none of its {lost.bad:,} rows can be read" if lost.bad else "the file holds no row"
         raise InputError(f"{source.key}={source.path}", what, "Give a file with rows")
     require_columns(source, seen)
-    if source.objective == "sft":
+    if source.objective.learns is Learns.answers:
         require_supervision(reports, source.data, None)
     for name, report in reports.items():
         if not report.rows:
@@ -245,14 +247,16 @@ def _more(source: Source, name: str, shares: dict[str, float]) -> str:
 def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
     """The encoder of the objective, and the length of the blocks that its text is cut into."""
     keep = config.data.special_tokens is SpecialTokens.keep
-    if config.objective.name.startswith("classify"):
-        return Labelled(tokenizer, config.data, config.objective), None
-    if config.objective.name == "pretrain":
-        return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
-    return Conversations(tokenizer, config.data, stops), None
+    match config.objective.learns:
+        case Learns.labels:
+            return Labelled(tokenizer, config.data, config.objective), None
+        case Learns.text:
+            return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
+        case Learns.answers:
+            return Conversations(tokenizer, config.data, stops), None
 
 
-def source_of(path: str, key: str, data: DataConfig, objective: str, encoder: Encoder) -> Source:
+def source_of(path: str, key: str, data: DataConfig, objective: ObjectiveConfig, encoder: Encoder) -> Source:
     """A source with its encoder, and with what finds out which keys of messages are rendered."""
     template = encoder.template if isinstance(encoder, Conversations) else None
     return Source(path, key, data, objective, encoder, keys=None if template is None else KeyReader(template))
@@ -281,7 +285,7 @@ def _examples(entries: list[Entry], labels: list[str]) -> Examples:
 
 def _labels(config: Config, train: list[Entry] | None) -> list[str]:
     """The label set: as given, or what occurs in the training rows, sorted."""
-    if not config.objective.name.startswith("classify"):
+    if config.objective.learns is not Learns.labels:
         return []
     if not config.data.labels and train is None:
         raise InputError("data.labels", "the classes are not known without training rows", "Give data.labels=[...]")

@@ -10,9 +10,7 @@ from tritune.trainer.backends import Backend
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import evaluation_batches
 from tritune.trainer.evaluation.choices import Choices, choose
-from tritune.trainer.objectives import Objective
-
-HIGHER_IS_BETTER = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+from tritune.trainer.objectives.loss import Objective
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from tritune.trainer.data.records import Row
 from tritune.trainer.errors import InputError, some_names
 from tritune.trainer.evaluation.predictions import likeliest
 from tritune.trainer.model.scorer import TokenScorer
-from tritune.trainer.objectives import Objective
+from tritune.trainer.objectives.loss import Objective
 from tritune.trainer.open import Opened
 
 Asked = Sequence[tuple[Row, str | InputError]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.objectives import Loss, Objective
+from tritune.trainer.objectives.loss import Loss, Objective
 from tritune.trainer.redact import redact_tree
 
 DIGITS, MOST = 6, 100

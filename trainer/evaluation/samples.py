@@ -13,7 +13,7 @@ from tritune.trainer.config import GenerateConfig
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import collate
 from tritune.trainer.evaluation.generate import Generate, generate
-from tritune.trainer.objectives.classify import Classify
+from tritune.trainer.objectives.loss import Objective
 
 OPENING = 24  # tokens of a text that a language model is given to go on from
 
@@ -70,15 +70,15 @@ def answer(
 
 
 @torch.no_grad()
-def classify(
+def answer_by_label(
     samples: list[Sample],
     split: Examples,
     model: nn.Module,
-    objective: Classify,
+    objective: Objective,
     labels: Sequence[str],
     pad_id: int,
     device: torch.device,
 ) -> list[str]:
     """The class that the model finds likeliest for each sample."""  # fmt: skip
     batch = collate(split, [s.row for s in samples], pad_id).to(device)
-    return [labels[i] for i in objective.predict(model, batch).tolist()]
+    return [labels[i] for i in objective.rows(model, batch)["probabilities"].argmax(dim=-1).tolist()]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from tritune.trainer import __version__
-from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
 from tritune.trainer.export.card_labels import asking, labels_part
+from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.redact import redact
 

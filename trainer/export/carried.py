@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config.choices import Overlong
 from tritune.trainer.data.label_prompt import TEXT, is_secret
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.methods.adapter_io import LABELS
 from tritune.trainer.model.folder import read_settings_file
-from tritune.trainer.objectives.classify import label_token_ids
 from tritune.trainer.shown import bounded
 
 if TYPE_CHECKING:
@@ -53,13 +52,15 @@ class Carried:
     max_length: int | None = None
     overlong: Overlong | None = None
 
-    def require_tokens(self, tokenizer: PreTrainedTokenizerBase, value: str) -> None:
-        """Refuse a tokenizer that names other label tokens than those that were trained.
+    def require_tokens(
+        self, objective: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase, value: str
+    ) -> None:  # fmt: skip
+        """Refuse a tokenizer for which `objective` names other label tokens than those that were trained.
 
         Raises:
             InputError: it does.
         """
-        if self.token_ids and label_token_ids(self.labels, tokenizer) != self.token_ids:
+        if self.token_ids and objective.label_tokens(self.labels, tokenizer) != self.token_ids:
             rule = f"its {TOKEN_IDS} are not those that this tokenizer has for {', '.join(self.labels[:5])}"
             raise InputError(value, rule, "Leave out data.labels and model.tokenizer, or export it again from its run")
 
@@ -73,10 +74,11 @@ def fields_of(source: Source) -> dict[str, Any]:
         return {}
     data = source.config.data
     fields: dict[str, Any] = {MAX_LENGTH: data.max_length, OVERLONG: data.overlong.value}
-    if isinstance(source.config.objective, ClassifyTokenConfig):
-        if not is_secret(source.config.objective, source.read_back):
-            fields[PROMPT] = source.config.objective.prompt
-        fields[TOKEN_IDS] = label_token_ids(source.labels, source.tokenizer)
+    objective = source.config.objective
+    if objective.label_prompt is not None:
+        if not is_secret(objective.label_prompt, source.read_back):
+            fields[PROMPT] = objective.label_prompt
+        fields[TOKEN_IDS] = objective.label_tokens(source.labels, source.tokenizer)
     if source.abstain_below is not None:
         fields[BELOW] = source.abstain_below
     return fields

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.adapter_io import whole
-from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.model.load import is_tied
 
 MAX_LOST = 0.5  # share of an update, by norm, that rounding the merged weights may take

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
-from tritune.trainer.config import LoraConfig
 from tritune.trainer.config.choices import Bias, Form
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export.card import write_card
@@ -20,7 +19,8 @@ from tritune.trainer.export.source import Source, choose_form
 from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
 from tritune.trainer.methods.adapter_io import adapter_tensors, save_settings
-from tritune.trainer.methods.lora import lora_layers
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.model.scorer import TESTED_FAMILIES
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
+from tritune.trainer.methods.lora import LoraConfig
 
 
 @dataclass(frozen=True)

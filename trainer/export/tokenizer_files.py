@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from tritune.trainer.config import ClassifyTokenConfig
 from tritune.trainer.data.label_prompt import is_secret
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.errors import InputError, reason
@@ -33,7 +32,8 @@ def write_tokenizer(directory: Path, source: Source, say: Callable[[str], None])
         rule = f"saved and read back, it is not the tokenizer that the run trains with: {changed}"
         remedy = "Save its fast form with transformers first, or take it as it is with export.insist=true"
         raise InputError(f"model.tokenizer={config.model.tokenizer or config.model.path}", rule, remedy)
-    if isinstance(config.objective, ClassifyTokenConfig) and is_secret(config.objective, source.read_back):
+    prompt = config.objective.label_prompt
+    if prompt is not None and is_secret(prompt, source.read_back):
         known = (
             "holds *** in the run's config.yaml, perhaps in a secret's place" if source.read_back else "holds a secret"
         )

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
-from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config import Config
 from tritune.trainer.export.carried import in_config, write_beside
 from tritune.trainer.export.merge import merged_state
 from tritune.trainer.methods.adapter_io import save_adapter, whole
+from tritune.trainer.methods.lora import LoraConfig
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source

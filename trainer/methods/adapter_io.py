@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from tritune.trainer.config import LoraConfig
 from tritune.trainer.config.choices import Bias
 from tritune.trainer.methods.adapter_open import PREFIX
-from tritune.trainer.methods.lora import lora_layers, saved_modules
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import lora_layers, saved_modules
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
-from tritune.trainer.objectives import Loss
+from tritune.trainer.objectives.loss import Loss
 from tritune.trainer.parallel.distributed import World
 
 

@@ -23,8 +23,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import logging as hf_logging
-from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config.axes import Head
 from tritune.trainer.config.choices import Dtype
+from tritune.trainer.config.registry import saying_labels, with_class_head
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model.files import ADAPTER_CONFIG, find_file, weight_files
 from tritune.trainer.model.finite import require_finite
@@ -82,6 +84,11 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     return architecture
 
 
+def heads_of(objective: ObjectiveConfig) -> list[str]:
+    """The modules that are new for an objective."""
+    return [CLASS_HEAD] if objective.head is Head.classes else []
+
+
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions that the model has, or None where it sets no limit."""
     return getattr(architecture.get_text_config(), "max_position_embeddings", None)
@@ -106,7 +113,11 @@ def load_model(
     """
     if labels is not None and architecture.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         rule = f"transformers has no classifier of {architecture.model_type}"
-        raise InputError("objective=classify", rule, "Use objective=classify_token, which needs no new head")
+        raise InputError(
+            f"objective={with_class_head().name}",
+            rule,
+            f"Use objective={saying_labels().name}, which needs no new head",
+        )
     if config.path is not None:
         weight_files(config.path, config.revision)
     auto = settle_architecture(architecture, tokenizer, labels)
@@ -147,7 +158,9 @@ def load_model(
         require_finite(model, f"model.path={config.path}")
     if labels is not None and not isinstance(getattr(model, CLASS_HEAD, None), nn.Linear):
         rule = f"a {architecture.model_type} classifier has no linear head named {CLASS_HEAD}"
-        raise InputError("objective=classify", rule, "Use objective=classify_token, which needs none")
+        raise InputError(
+            f"objective={with_class_head().name}", rule, f"Use objective={saying_labels().name}, which needs none"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=not config.config)

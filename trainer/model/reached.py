@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from tritune.trainer.batch import rows_of
-from tritune.trainer.config import LoraConfig, MethodConfig
+from tritune.trainer.config import MethodConfig
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.methods.lora import unused_targets
+from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora_layers import unused_targets
 from tritune.trainer.model.layers import idle_modules, set_apart
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 from tritune.trainer.batch import Batch
-from tritune.trainer.objectives import ONE_SOURCE, Loss, Sources, means_by_source
+from tritune.trainer.objectives.loss import ONE_SOURCE, Loss, Sources, means_by_source
 
 
 class LanguageModel:

@@ -12,7 +12,8 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 from tritune.trainer import __version__
-from tritune.trainer.evaluation.evaluate import HIGHER_IS_BETTER
+from tritune.trainer.config.axes import CLASSIFICATION, Metric
+from tritune.trainer.config.registry import axis_options
 from tritune.trainer.metrics.progress import duration
 from tritune.trainer.report.data_plots import pictures as data_pictures
 from tritune.trainer.report.plots import curves
@@ -33,12 +34,6 @@ NAMES = {
     "macro_f1": "macro F1",
     "coverage": "answered (coverage)",
     "answered_accuracy": "accuracy where answered",
-}
-TASKS = {
-    "pretrain": "continued pre-training on plain text",
-    "sft": "supervised fine-tuning on prompts and answers",
-    "classify": "classification by a new head",
-    "classify_token": "classification by a word that the model says",
 }
 _SPECIAL = re.compile(r"<\|?[A-Za-z_/]+\|?>")
 
@@ -73,7 +68,13 @@ def _question(config: dict[str, Any]) -> str:
     what = f"{Path(model).name}" if model else f"a {config['model']['config'].get('model_type')} with random weights"
     trains = "every parameter" if config["method"]["name"] == "full" else "LoRA"
     data = Path(config["data"]["train"]).name if config["data"]["train"] else "its data"
-    return f"What does {trains} on {data} make of {what}? ({TASKS.get(config['objective']['name'])})"
+    return f"What does {trains} on {data} make of {what}?{_title(config)}"
+
+
+def _title(config: dict[str, Any]) -> str:
+    """What the objective does, in brackets; empty where the file that has the objective is not loaded here."""
+    objective = axis_options("objective").get(config["objective"]["name"])
+    return f" ({objective.title})" if objective is not None and objective.title else ""
 
 
 def _headline(record: Record) -> str:
@@ -93,13 +94,15 @@ def _headline(record: Record) -> str:
 
 def _results(record: Record) -> list[dict[str, Any]]:
     rows = []
+    objective = axis_options("objective").get(record.config["objective"]["name"])
+    metrics = CLASSIFICATION | (dict(objective.metrics) if objective is not None else {})
     for split, pair in record.eval.items():
         tuned, base = pair["tuned"] or {}, pair["base"] or {}
         for index, (figure, after) in enumerate(tuned.items()):
             before = base.get(figure)
             better = None
             if before is not None and after is not None and before != after:
-                better = (after > before) == (figure in HIGHER_IS_BETTER)
+                better = (after > before) == metrics.get(figure, Metric()).higher_is_better
             count = record.data.get(split, {}).get("rows")
             rows.append({
                 "split": split if index == 0 else "", "rows": count if index == 0 else None,

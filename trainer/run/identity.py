@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.config import IDENTITY, Config, LoraConfig
+from tritune.trainer.config import IDENTITY, Config
 from tritune.trainer.config.choices import Resume
 from tritune.trainer.config.compose import to_dict
 from tritune.trainer.config.renamed import renamed_keys
 from tritune.trainer.errors import InputError
+from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import RunDir

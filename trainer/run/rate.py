@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.config import Config, LoraConfig
+from tritune.trainer.config import Config
+from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.files import read_config

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritune.trainer.config import NAMES, Config
+from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.overrides import override
+from tritune.trainer.config.schema import names as names_of
 from tritune.trainer.errors import InputError
 
 # What a proof leaves out: it costs time, or it would write elsewhere, and no step depends on it.
@@ -38,7 +39,7 @@ def parse(entry: str, processes: int) -> tuple[str, bool, int]:
         InputError: there is no such backend, or it has nothing to offload.
     """
     match = re.fullmatch(r"(\w+)(\+offload)?(?:@(\d+))?", entry)
-    names = [n for n in NAMES["backend"] if n != "auto"]
+    names = [n for n in names_of()["backend"] if n != "auto"]
     if match is None or match[1] not in names or (match[2] and match[1] not in _OFFLOAD):
         rule = "a backend is written NAME, NAME+offload or NAME@PROCESSES"
         raise InputError(

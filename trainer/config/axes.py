@@ -1,0 +1,100 @@
+"""What an objective and a method say of themselves: the bases of their configurations, with what the house asks of them.
+
+An option of `objective` or `method` is one dataclass, in a file of its own in `trainer/objectives/` or `trainer/methods/`: its
+fields are the option's keys, and its other attributes and methods answer for it. Nobody else spells an option's name; whoever
+wants to know something asks the object, `config.objective` or `config.method`. Such a file imports PyTorch only inside its
+methods, since the launcher and `tritune check` read it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tritune.trainer.config.choices import Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rule = Callable[[bool, str, str], None]  # whether it holds, the key, and what is said where it does not
+
+
+class Learns(Enum):
+    """What of a row is learnt, and with that how rows are read, audited and rendered."""
+
+    text = "text"  # documents, joined and cut into blocks; every token
+    answers = "answers"  # what is said in reply, in the tokens that the chat template puts around it
+    labels = "labels"  # one of a set of classes
+
+
+class Head(Enum):
+    """What stands on the model's last layer."""
+
+    language_model = "language_model"
+    classes = "classes"  # a new linear layer, one output a class
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that evaluation reports, which `evaluation.metric` may name."""
+
+    higher_is_better: bool = False
+
+
+def lower_is_better(*names: str) -> dict[str, Metric]:
+    """Losses, and what is made of them."""
+    return {name: Metric() for name in names}
+
+
+# What a choice among classes is measured by.
+CLASSIFICATION = {
+    name: Metric(higher_is_better=True) for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+}
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = ""  # what is learnt of a row, and which loss measures it
+
+    title: ClassVar[str] = ""  # in a report, what was done: "supervised fine-tuning on prompts and answers"
+    learns: ClassVar[Learns] = Learns.answers
+    kinds: ClassVar[tuple[Kind, ...]] = ()  # of rows that it reads; the first that a file's columns allow is taken
+    head: ClassVar[Head] = Head.language_model
+    metrics: ClassVar[Mapping[str, Metric]] = lower_is_better("loss")
+
+    @property
+    def label_prompt(self) -> str | None:
+        """The text, with `{text}` in it, after which the model says the label; None where it says none."""
+        return None
+
+    def with_label_prompt(self, prompt: str) -> ObjectiveConfig:
+        """The same with another `label_prompt`."""
+        raise NotImplementedError
+
+    def check(self, rule: Rule) -> None:
+        """The rules that its own keys keep."""
+
+    def label_tokens(self, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The one token for each label that is said; empty where none is."""
+        return []
+
+    def loss(self, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, sources: Any) -> Any:
+        """The `Objective` (`objectives/loss.py`) that computes it.
+
+        Args:
+            labels: the classes, in the order of the outputs; empty unless `learns` is labels.
+            sources: the `Sources` that the rows come from, and what each counts.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class MethodConfig:
+    name: str = ""  # what trains: every parameter, or few beside a frozen base
+
+    adapts: ClassVar[bool] = False  # the base stays frozen, and what trains can be written apart from it
+
+    def check(self, rule: Rule) -> None:
+        """The rules that its own keys keep."""
