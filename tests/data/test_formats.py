@@ -8,9 +8,9 @@ import json
 import tracemalloc
 
 import pytest
+from options import learning
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import TextUnit
-from tritune.trainer.config.registry import axis_options
 from tritune.trainer.data.delimited import delimiter_of
 from tritune.trainer.data.records import parse_chunk, read_chunks, read_rows
 from tritune.trainer.data.splits import read_splits
@@ -143,7 +143,7 @@ def train(tmp_path, path, objective="sft"):
     config.cache.dir, config.cache.num_procs = str(tmp_path / "cache"), 1
     config.data.train, config.data.require_stop_token = str(path), False
     if objective != "sft":
-        config.objective = axis_options("objective")[objective]()
+        config.objective = learning(objective)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return read_splits(config, tokenizer, None).examples["train"]

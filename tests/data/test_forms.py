@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from options import learning
 from tritune.trainer.config.choices import SystemTurn, TextUnit
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Row
@@ -25,7 +26,7 @@ def cases() -> Path:
 
 
 def record(row: dict, objective: str = "sft", **config) -> Record:
-    return Reading(DataConfig(**config), objective).record(Row(row, "f:1"))
+    return Reading(DataConfig(**config), learning(objective)).record(Row(row, "f:1"))
 
 
 def spoken(row: dict, **config) -> list[tuple[str, str | None]]:
@@ -115,7 +116,7 @@ def test_a_form_of_the_field_becomes_the_turns_that_were_meant(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_reads_all_its_columns(name):
     """But for what stands beside the conversation, which is named."""
-    reading = Reading(DataConfig(), "sft")
+    reading = Reading(DataConfig(), learning("sft"))
     reading.record(Row(FORMS[name][0], "f:1"))
     assert set(reading.unread.rows) == {f"column {n}" for n in ("id", "category") if n in FORMS[name][0]}
 
@@ -233,7 +234,7 @@ def test_columns_are_joined_where_a_mapping_says_so():
 
 
 def case(cases: Path, name: str, objective: str = "sft", **config) -> list[Record]:
-    reading = Reading(DataConfig(**config), objective)
+    reading = Reading(DataConfig(**config), learning(objective))
     return [reading.record(row) for row in read_rows(str(cases / name), "data.train", TextUnit.line)]
 
 

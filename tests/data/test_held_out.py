@@ -8,6 +8,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from options import learning
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Duplicates, HeldOut, Kind, TextUnit
 from tritune.trainer.config.compose import load_config
@@ -34,7 +35,8 @@ def prose(rng: random.Random, paragraphs: int) -> str:
 
 def settings(tmp_path, path, **data) -> Config:
     config = Config()
-    config.objective.name, config.data.train, config.cache.dir = "pretrain", str(path), str(tmp_path / "cache")
+    config.objective = learning("pretrain")
+    config.data.train, config.cache.dir = str(path), str(tmp_path / "cache")
     config.cache.num_procs = 1
     for name, value in data.items():
         setattr(config.data, name, value)
@@ -121,8 +123,8 @@ def test_every_character_is_there_once_in_order(tmp_path, monkeypatch, ending):
         write(path, rows)
         shares = rng.choice([{"validation": 0.1}, {"validation": 0.3, "test": 0.1}, {"test": 0.5}])
         data = DataConfig(held_out=HeldOut.contiguous, text_unit=TextUnit.line, kind=Kind.text)
-        ends = find_ends(str(path), "data.train", data, "pretrain", shares)
-        reading = Reading(data, "pretrain")
+        ends = find_ends(str(path), "data.train", data, learning("pretrain"), shares)
+        reading = Reading(data, learning("pretrain"))
         chunks = list(read_chunks(str(path), "data.train", TextUnit.line))
         found = [record for chunk in chunks for record in records_in(chunk, reading, ends)]
         assert all(isinstance(record, Record) for record in found)
@@ -175,7 +177,7 @@ def test_rows_are_held_out_by_their_number_where_asked(tmp_path):
     digests = {}
     for how in HeldOut:
         config = settings(tmp_path, path, validation_share=0.2, test_share=0.1, held_out=how)
-        config.objective.name = "sft"
+        config.objective = learning("sft")
         splits = read_splits(config, byte_tokenizer(), None).examples
         digests[how] = {name: e.digest for name, e in splits.items()}
         if how is HeldOut.contiguous:
@@ -196,7 +198,7 @@ def test_the_default_is_for_what_is_cut_in_units(tmp_path):
     text, folder, rows = str(tmp_path / "a.txt"), str(tmp_path / "*.txt"), str(tmp_path / "rows.jsonl")
     asked = [(text, units, "pretrain"), (folder, units, "pretrain"), (text, whole, "pretrain"),
              (folder, whole, "pretrain"), (rows, units, "pretrain"), (rows, units, "sft")]  # fmt: skip
-    assert [is_contiguous(path, "data.train", data, objective) for path, data, objective in asked] == [
+    assert [is_contiguous(path, "data.train", data, learning(objective)) for path, data, objective in asked] == [
         True, True, True, False, False, False
     ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import math
 import random
 
 import pytest
+from options import learning
 from tritune.trainer.config.choices import Kind, TextUnit
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data import kinds, templates
@@ -247,7 +248,7 @@ def test_sources_that_are_not_there(tmp_path):
 
 def records(path, objective, **config) -> list[Record]:
     data = DataConfig(**config)
-    reading = Reading(data, objective)
+    reading = Reading(data, learning(objective))
     return [reading.record(row) for row in read(path, data.text_unit)]
 
 
@@ -317,7 +318,10 @@ def test_a_row_nested_too_deep_is_a_bad_row_like_others(depth, where):
         "role": talk(role=nested(depth)),
         "prompt": {"prompt": nested(depth), "response": "b"},
     }[where]
-    reading = Reading(DataConfig(kind=Kind.prompt_response if where == "prompt" else Kind.messages), "sft")
+    reading = Reading(
+        DataConfig(kind=Kind.prompt_response if where == "prompt" else Kind.messages),
+        learning("sft"),
+    )
     fault, good = as_records([Row(row, "f:1"), Row({**talk(), "prompt": "a", "response": "b"}, "f:2")], reading)
     assert isinstance(fault, InputError)
     assert fault.value == "f:1"
@@ -329,7 +333,7 @@ def test_a_row_nested_too_deep_is_a_bad_row_like_others(depth, where):
 def test_the_deepest_row_that_is_read_renders_and_hashes():
     source = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
     row = {**talk(x=nested(DEPTH - 1)), "tools": nested(DEPTH)}
-    record = Reading(DataConfig(), "sft").record(Row(row, "f:1"))
+    record = Reading(DataConfig(), learning("sft")).record(Row(row, "f:1"))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = source
     text = templates.render(tokenizer, record.messages or [], "f:1", tools=record.tools)
@@ -348,13 +352,13 @@ def test_a_row_that_is_too_long_is_a_bad_row_like_others(monkeypatch):
     ]
     for row, objective in rows:
         with pytest.raises(InputError, match=r"f:1: the row has 1\d\d bytes of text, and 100 are the most"):
-            Reading(DataConfig(), objective).record(Row(row, "f:1"))
-    assert Reading(DataConfig(), "pretrain").record(Row({"text": "a" * 100}, "f:1")).text == "a" * 100
+            Reading(DataConfig(), learning(objective)).record(Row(row, "f:1"))
+    assert Reading(DataConfig(), learning("pretrain")).record(Row({"text": "a" * 100}, "f:1")).text == "a" * 100
 
 
 def test_a_message_names_few_columns():
     with pytest.raises(InputError, match=r"k29 and 170 more\."):
-        Reading(DataConfig(), "sft").record(Row({f"k{i}": i for i in range(200)}, "f:1"))
+        Reading(DataConfig(), learning("sft")).record(Row({f"k{i}": i for i in range(200)}, "f:1"))
 
 
 # -- the split -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from harness import write_prompts
+from options import learning
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import BadRows, Duplicates, HeldOut, Kind, Overlong, Unsupervised
 from tritune.trainer.config.data import SourceConfig
@@ -201,7 +202,7 @@ def test_rows_that_call_other_things_are_no_duplicates(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row(city)) + "\n" for city in ("Rome", "Reykjavik", "Rome")))
     settings = config(tmp_path, train=str(source)).data
-    opened = Source(str(source), "data.train", settings, "sft", None)
+    opened = Source(str(source), "data.train", settings, learning("sft"), None)
     opened.settle()
     assert sorted(near_groups(opened, 0.95, lambda: None)) == [f"{source}:1", f"{source}:3"]
 
@@ -258,7 +259,7 @@ def test_one_file_as_text_and_as_retention(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"paragraph {i} of some words" for i in range(50)) + "\n")
     settings = config(tmp_path, train=str(path), retention=str(path), max_length=2048, kind=Kind.text)
-    settings.objective.name = "pretrain"
+    settings.objective = learning("pretrain")
     splits = read_splits(settings, byte_tokenizer(), None).examples
     assert len(splits["retention"]) == 50
     assert len(splits["train"]) == 1

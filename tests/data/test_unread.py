@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from options import learning
 from tritune.trainer.config import Config
 from tritune.trainer.data.chunks import Row
 from tritune.trainer.data.kinds import Reading, Record
@@ -208,7 +209,7 @@ def test_a_key_is_tried_a_few_times_and_by_role():
 
 
 def test_columns_of_each_kind_are_counted():
-    reading = Reading(Config().data, "pretrain")
+    reading = Reading(Config().data, learning("pretrain"))
     for number in range(3):
         reading.record(Row({"text": "t", "url": "u", "meta": {"a": 1} if number else {}}, "f:1"))
     assert reading.unread.rows == {"column url": 3, "column meta": 2}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from options import learning
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity
 from tritune.trainer.config import Config
 from tritune.trainer.config.data import Check, DataConfig
-from tritune.trainer.config.registry import axis_options
 from tritune.trainer.data.encode import Conversations, Documents
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.splits import read_splits
@@ -31,7 +31,7 @@ def found(tmp_path, objective, rows, tokenizer, **settings):
     path, config = tmp_path / f"{objective}.jsonl", Config()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.data.train, config.cache.dir, config.cache.num_procs = str(path), str(tmp_path / "cache"), 1
-    config.objective = axis_options("objective")[objective]()
+    config.objective = learning(objective)
     config.data.max_length = 8192
     for key, value in settings.items():
         setattr(config.data, key, value)
