@@ -41,6 +41,7 @@ class Batch:
         labels: int64 [D], classes; -1 where there is none.
         sources: int64 [D], which source of the data each is from.
         packs: None where each row is one document (D = B).
+        unit: how many consecutive documents are one unit.
         num_tokens, num_bytes: real tokens; bytes spelled by the predicted ones (0 where not counted).
         digest: checksum of the documents, summed, so that it is the same however a window is split over ranks or packed.
         step, index: optimizer step and number of the micro-batch in its window over all ranks.
@@ -60,6 +61,14 @@ class Batch:
     digest: int
     step: int
     index: int
+    unit: int = 1
+
+    def sum_by_document(self, values: Tensor) -> Tensor:
+        """Sums of what belongs to the predicted tokens, [M] -> [D]; the same from run to run, also on a GPU."""
+        documents = self.document_of(self.predict)
+        edges = torch.arange(len(self.lengths) + 1, device=documents.device)
+        counts = torch.searchsorted(documents, edges).diff()  # in order; a bincount would wait for the GPU
+        return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
 
     def document_of(self, positions: Tensor) -> Tensor:
         """The document, int64, in which each of some flat positions lies."""

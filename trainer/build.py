@@ -292,7 +292,7 @@ def _named(path: Path) -> Iterator[None]:
 def _dealer(config: Config, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Dealer:
     return Dealer(
         config.train.batch_size, config.train.micro_batch_size, tokenizer.pad_token_id, backend.dp_rank, backend.dp_size,
-        backend.device, config.train.unpack, config.verify.order,
+        backend.device, config.train.unpack, config.data.packing is not Packing.none, config.verify.order,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class ObjectiveConfig:
     kinds: ClassVar[tuple[Kind, ...]] = ()  # of rows that it reads; the first that a file's columns allow is taken
     head: ClassVar[Head] = Head.language_model
     metrics: ClassVar[Mapping[str, Metric]] = lower_is_better("loss")
+    documents: ClassVar[int] = 1  # of a unit: what is made of a row, and shuffled, packed and dealt whole
 
     @property
     def label_prompt(self) -> str | None:
@@ -75,6 +76,14 @@ class ObjectiveConfig:
 
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
+
+    def documents_of(self, record: Any) -> Sequence[Any]:
+        """The `documents` that are made of a `Record` (`data/kinds.py`), as records whose last answers are trained.
+
+        Raises:
+            InputError: the row is none that can be learnt from.
+        """
+        return [record]
 
     def label_tokens(self, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The one token for each label that is said; empty where none is."""

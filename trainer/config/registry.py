@@ -7,6 +7,7 @@ would run whoever's code wrote it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -76,6 +77,14 @@ def with_class_head() -> ObjectiveConfig:
 def saying_labels() -> ObjectiveConfig:
     """The objective of a language model that says a label."""
     return option_where("objective", lambda o: o.label_prompt is not None)
+
+
+def code_of(option: Any) -> list[str]:
+    """A hash of the file of a user's option, whose code may change under the same name; nothing of one of the package."""
+    if type(option) not in {kind for kinds in _PLUGINS.values() for kind in kinds.values()}:
+        return []
+    path = Path(sys.modules[type(option).__module__].__file__ or "")
+    return [hashlib.sha256(path.read_bytes()).hexdigest()]
 
 
 def load_plugins(files: list[str]) -> None:

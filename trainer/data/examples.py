@@ -144,6 +144,15 @@ class Columns:
     def __len__(self) -> int:
         return len(self._columns["ids"])
 
+    @property
+    def places(self) -> list[str]:
+        return self._columns["place"]
+
+    def copy(self, other: Columns, row: int) -> None:
+        """Append a row of another."""
+        for name, values in self._columns.items():
+            values.append(other._columns[name][row])
+
     def batch(self) -> pa.RecordBatch:
         arrays = [pa.array(self._columns[field.name], field.type) for field in SCHEMA]
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
@@ -157,6 +166,7 @@ class Examples:
         labels: int64 [N], classes; -1 where there is none.
         sources: int64 [N], numbers of the sources that rows came from: by default each table is one.
         numbers: int64 [N], of the samples: by default from 0 on.
+        unit: how many consecutive rows are one unit, which is shuffled, packed and dealt whole.
         digest: SHA-256 of every token, span and label: two equal ones train the same.
 
     Args:
@@ -169,8 +179,9 @@ class Examples:
     def __init__(
         self, tables: Sequence[pa.Table], labels: Sequence[str] = (), digests: Sequence[str] | None = None,
         report: DataReport | None = None, sources: np.ndarray | None = None, numbers: np.ndarray | None = None,
-        guards: Sequence[Guard] = (),
+        guards: Sequence[Guard] = (), unit: int = 1,
     ) -> None:  # fmt: skip
+        self.unit = unit
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         self.report = report or describe(self.table)
         self._ids = [flat(chunk) for chunk in self.table["ids"].chunks]
@@ -231,7 +242,9 @@ class Examples:
     def some(self, rows: np.ndarray) -> Examples:
         """A few rows, in the order given."""
         taken = [self.table.take(pa.array(rows))]
-        return Examples(taken, self.label_set, [""], DataReport(), self.sources[rows], self.numbers[rows])
+        return Examples(
+            taken, self.label_set, [""], DataReport(), self.sources[rows], self.numbers[rows], unit=self.unit
+        )
 
     @staticmethod
     def join(parts: Sequence[Examples]) -> Examples:
@@ -239,7 +252,9 @@ class Examples:
         if len(parts) == 1:
             return parts[0]
         sources, numbers = (np.concatenate([getattr(p, name) for p in parts]) for name in ("sources", "numbers"))
-        return Examples([p.table for p in parts], parts[0].label_set, [""], DataReport(), sources, numbers)
+        return Examples(
+            [p.table for p in parts], parts[0].label_set, [""], DataReport(), sources, numbers, unit=parts[0].unit
+        )
 
     def place(self, row: int) -> str:
         """Where the row stands: file:line."""

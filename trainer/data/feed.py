@@ -48,7 +48,7 @@ def make_loader(
     if data.sources:
         counts = np.bincount(examples.sources, minlength=len(data.sources)).tolist()
         draws = draws_of(counts, list(data.sources.values()), data.temperature)
-    capacity = data.max_length if data.packing is Packing.best_fit else None
+    capacity = data.max_length * examples.unit if data.packing is Packing.best_fit else None
     order = Order(examples, config.seed, draws, capacity, data.pack_window)
     return TrainLoader(order, state, dealer, train.epochs, train.max_steps)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tritune.trainer.batch import Batch, Packs
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.data.order import Order
+from tritune.trainer.data.order import Order, rows_of_units
 from tritune.trainer.errors import DamagedRows
 from tritune.trainer.run.state import TrainState
 
@@ -48,9 +48,9 @@ def collate(
     step: int = 0,
     index: int = 0,
 ) -> Batch:
-    """Build a `Batch` from sample numbers, or from packs of them; without any, one padding token of weight 0."""
+    """Build a `Batch` from sample numbers, or from packs of them; without any, a unit of one padding token each, of weight 0."""
     packs = [np.atleast_1d(r) for r in rows]
-    widths = [int(examples.lengths[p].sum()) for p in packs] or [1]
+    widths = [int(examples.lengths[p].sum()) for p in packs] or [1] * examples.unit
     width = max(widths)
     input_ids = np.full((len(widths), width), pad_id, dtype=np.int64)
     starts, predict, targets, digest = [], [], [], 0
@@ -66,23 +66,24 @@ def collate(
                 input_ids[b, at : at + len(ids)].tobytes() + (wanted - 1).tobytes(), int(examples.numbers[r])
             )
             at += len(ids)
-    samples = np.concatenate(packs).astype(np.int64) if packs else np.array([-1])
+    samples = np.concatenate(packs).astype(np.int64) if packs else np.full(examples.unit, -1)
     filler, empty = not packs, np.zeros(0, np.int64)
-    lengths = np.array([1]) if filler else examples.lengths[samples]
+    lengths = np.ones(examples.unit, np.int64) if filler else examples.lengths[samples]
     packed = len(samples) > len(packs) and not filler
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        starts=torch.tensor(starts or [0]),
+        starts=torch.tensor(starts or list(range(examples.unit))),
         lengths=torch.from_numpy(lengths),
         sample_ids=torch.from_numpy(samples if filler else examples.numbers[samples]),
         predict=torch.from_numpy(np.concatenate([empty, *predict])),
         targets=torch.from_numpy(np.concatenate([empty, *targets]).astype(np.int64)),
-        labels=torch.from_numpy(np.array([-1]) if filler else examples.labels[samples]),
-        sources=torch.from_numpy(np.array([0]) if filler else examples.sources[samples]),
+        labels=torch.from_numpy(samples if filler else examples.labels[samples]),
+        sources=torch.from_numpy(np.zeros(examples.unit, np.int64) if filler else examples.sources[samples]),
         packs=lay_out(np.array(starts), lengths, len(packs), width) if packed else None,
         num_tokens=0 if filler else sum(widths),
         num_bytes=0 if filler else int(examples.num_bytes[samples].sum()),
         digest=digest,
+        unit=examples.unit,
         step=step,
         index=index,
     )
@@ -109,7 +110,8 @@ class Dealer:
     """Makes a window's micro-batches for one rank.
 
     Args:
-        unpack: compute every row of a pack apart; the steps have the same rows.
+        packed: whether the rows of a sequence share one row of the batch; else each has a row of its own.
+        unpack: compute every unit of a pack apart; the steps have the same rows.
         shuffle: 0 for the longest micro-batch first; another number takes this rank's in a random order of that number, which
             changes nothing but the rounding of their sum.
     """
@@ -121,28 +123,35 @@ class Dealer:
     dp_size: int
     device: torch.device
     unpack: bool = False
+    packed: bool = True
     shuffle: int = 0
 
     def window(self, examples: Examples, packs: list[np.ndarray], step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
         if self.unpack:
-            packs = [np.array([row]) for pack in packs for row in pack]
+            packs = [unit for pack in packs for unit in pack.reshape(-1, examples.unit)]
         lengths = np.array([examples.lengths[p].sum() for p in packs])
         dealt = deal(np.arange(len(packs)), lengths, self.micro_batch_size, self.dp_rank, self.dp_size)
         if self.shuffle:
             dealt = [dealt[i] for i in np.random.default_rng([self.shuffle, step]).permutation(len(dealt))]
-        groups = [(i, [packs[n] for n in numbers]) for i, numbers in dealt]
+        groups = [(i, self._rows([packs[n] for n in numbers])) for i, numbers in dealt]
         return [collate(examples, group, self.pad_id, step, i).to(self.device) for i, group in groups]
+
+    def _rows(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """What is laid out in each row of the batch."""
+        if self.packed and not self.unpack:
+            return sequences
+        return [np.array([row]) for sequence in sequences for row in sequence]
 
     def longest(self, examples: Examples, rows: np.ndarray, bounds: np.ndarray) -> list[Batch]:
         """The most expensive micro-batch of some sequences, laid out as `Order.epoch` does."""
         if self.unpack:
-            bounds = np.arange(len(rows) + 1)
+            bounds = np.arange(0, len(rows) + 1, examples.unit)
         totals = np.add.reduceat(examples.lengths[rows], bounds[:-1])
         per_rank = -(-self.batch_size // self.dp_size)
         fullest = np.argsort(-totals, kind="stable")[: min(self.micro_batch_size or per_rank, per_rank)]
         packs = [rows[bounds[i] : bounds[i + 1]] for i in fullest]
-        return [collate(examples, packs, self.pad_id).to(self.device)]
+        return [collate(examples, self._rows(packs), self.pad_id).to(self.device)]
 
 
 class Loader(Protocol):
@@ -242,7 +251,9 @@ class TrainLoader:
     def longest(self) -> list[Batch]:
         if self.order.capacity is None:  # of all rows: a source of a mixture may leave some to later epochs
             count = len(self.order.examples)
-            return self.dealer.longest(self.order.examples, np.arange(count), np.arange(count + 1))
+            return self.dealer.longest(
+                self.order.examples, np.arange(count), np.arange(0, count + 1, self.order.examples.unit)
+            )
         return self.dealer.longest(self.order.examples, *self.order.epoch(self.state.epoch))
 
     def places(self, samples: Sequence[int]) -> list[str]:
@@ -261,8 +272,9 @@ def evaluation_batches(
     examples: Examples, batch_size: int, pad_id: int, dp_rank: int, dp_size: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield this rank's share of a split, each row once over all ranks, equally many batches on each rank."""
-    rows = np.argsort(-examples.lengths, kind="stable")
+    lengths = examples.lengths.reshape(-1, examples.unit).sum(axis=1)
+    units = np.argsort(-lengths, kind="stable")
     size = batch_size * dp_size
-    for start in range(0, len(rows), size):
-        for index, group in deal(rows[start : start + size], examples.lengths, batch_size, dp_rank, dp_size):
-            yield collate(examples, group, pad_id, 0, index).to(device)
+    for start in range(0, len(units), size):
+        for index, group in deal(units[start : start + size], lengths, batch_size, dp_rank, dp_size):
+            yield collate(examples, rows_of_units(group, examples.unit), pad_id, 0, index).to(device)

@@ -66,23 +66,29 @@ def softened(weights: Sequence[float], temperature: float) -> np.ndarray:
 
 
 def packed_window(
-    rows: np.ndarray, lengths: np.ndarray, capacity: int, seed: int, stamp: int
+    units: np.ndarray, lengths: np.ndarray, capacity: int, seed: int, stamp: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack rows and shuffle the packs.
+    """Pack units and shuffle the packs.
 
     Args:
-        rows, lengths: int64 [n], numbers of rows in the global order, and their tokens.
+        units: int64 [n, unit], numbers of rows in the global order.
+        lengths: int64 [rows], tokens by number.
         stamp: what tells this window's shuffling from others of the seed.
 
     Returns:
-        The rows, pack by pack, int64 [n], and how many each pack has, int64 [packs].
+        The rows, pack by pack, int64 [n * unit], and how many each pack has, int64 [packs].
     """
-    order, bounds = best_fit(lengths, capacity)
+    order, bounds = best_fit(lengths[units].sum(axis=1), capacity)
     # Filled in the order of length: taken as they come, a step would have long rows alone or short ones.
     shuffled = epoch_order(len(bounds) - 1, seed, stamp)
     counts = np.diff(bounds)[shuffled]
     starts = np.repeat(bounds[shuffled] - np.cumsum(counts) + counts, counts)
-    return rows[order[starts + np.arange(len(rows))]], counts
+    return units[order[starts + np.arange(len(units))]].reshape(-1), counts * units.shape[1]
+
+
+def rows_of_units(units: np.ndarray, size: int) -> np.ndarray:
+    """The rows of some units by their numbers, int64 [n * size]."""
+    return (units[:, None] * size + np.arange(size)).reshape(-1)
 
 
 class Order:
@@ -99,7 +105,8 @@ class Order:
         window: int = 16384,
     ) -> None:  # fmt: skip
         self.examples, self.seed, self.capacity, self.window = examples, seed, capacity, window
-        counts = np.bincount(examples.sources, minlength=0 if draws is None else len(draws))
+        # Everything is counted in units: of one row each, or of several that stay together.
+        counts = np.bincount(examples.sources, minlength=0 if draws is None else len(draws)) // examples.unit
         self.counts = counts
         self.draws = counts if draws is None else draws
         self._once = bool((self.draws == self.counts).all())
@@ -118,17 +125,21 @@ class Order:
         """Return the rows of an epoch, int64 [n], and where among them each sequence begins, int64 [sequences + 1]."""
         if self._planned is None or self._planned[0] != epoch:
             rows = self.rows(epoch)
-            self._planned = (epoch, *(self._pack(rows, epoch) if self.capacity else (rows, np.arange(len(rows) + 1))))
+            plain = (rows, np.arange(0, len(rows) + 1, self.examples.unit))
+            self._planned = (epoch, *(self._pack(rows, epoch) if self.capacity else plain))
         return self._planned[1], self._planned[2]
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in the global order, int64 [n].
+        """The rows of an epoch in the global order, int64 [n]; those of a unit follow one another.
 
         Where a source gives not each row once, its draws run through one permutation after another over the epochs: no row comes
         again before all have come.
         """
+        return rows_of_units(self._units(epoch), self.examples.unit)
+
+    def _units(self, epoch: int) -> np.ndarray:
         if self._once:
-            return epoch_order(len(self.examples), self.seed, epoch)
+            return epoch_order(len(self.examples) // self.examples.unit, self.seed, epoch)
         parts, first = [], 0
         for number, (count, draws) in enumerate(zip(self.counts.tolist(), self.draws.tolist(), strict=True)):
             begin, end = epoch * draws, (epoch + 1) * draws
@@ -141,11 +152,12 @@ class Order:
 
     def _pack(self, drawn: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.capacity is not None
-        windows = np.array_split(drawn, max(round(len(drawn) / self.window), 1))
+        units = drawn.reshape(-1, self.examples.unit)
+        windows = np.array_split(units, max(round(len(drawn) / self.window), 1))
         packed, sizes = [], []
         for number, window in enumerate(windows):
             rows, counts = packed_window(
-                window, self.examples.lengths[window], self.capacity, self.seed, epoch + (number + 1 << 32)
+                window, self.examples.lengths, self.capacity, self.seed, epoch + (number + 1 << 32)
             )
             packed.append(rows)
             sizes.append(counts)

@@ -18,7 +18,7 @@ from tritune.trainer.config import SPLITS, Config, ObjectiveConfig
 from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import Duplicates, Kind, SpecialTokens
 from tritune.trainer.config.data import DataConfig, data_of, held_out_sources, training_sources
-from tritune.trainer.config.registry import reading_text
+from tritune.trainer.config.registry import code_of, reading_text
 from tritune.trainer.data import remarks
 from tritune.trainer.data.cache import build_once, cache_root, content_hash, key_of, recall, remember
 from tritune.trainer.data.clean import near_groups
@@ -31,6 +31,7 @@ from tritune.trainer.data.pipeline import Piece, Source, cores, pieces
 from tritune.trainer.data.records import hub_name, hub_version, source_files
 from tritune.trainer.data.tables import REJECTS, Divider, TableFiles, require_columns, require_supervision
 from tritune.trainer.data.tokenizing import plain_backend
+from tritune.trainer.data.units import Units
 from tritune.trainer.data.unread import KeyReader
 from tritune.trainer.errors import InputError, UnreachableError, some_names
 from tritune.trainer.model.tokenizer import adds_bos, stop_token_ids
@@ -117,7 +118,9 @@ def read_splits(
     labels = _labels(config, found.get("train"))
     _say_target(found.get("train", []), labels, reader.watch)
     examples: dict[str, Examples] = {
-        n: _examples(found[n], labels) for n in ("train", "validation", "test") if n in found and n in names
+        n: _examples(found[n], labels, objective.documents)
+        for n in ("train", "validation", "test")
+        if n in found and n in names
     }
     if data.retention is not None and "retention" in names:
         limit = min(context or RETENTION_TOKENS, RETENTION_TOKENS)
@@ -156,7 +159,7 @@ class Reader:
             "source": fingerprint(path, key, root, self.watch),
             "tokenizer": self.tokenizer_key,
             "data": {name: str(getattr(data, name)) for name in DECIDES},
-            "objective": [objective.name, self.config.objective.label_prompt],
+            "objective": [objective.name, self.config.objective.label_prompt, *code_of(objective)],
             "encoder": [type(encoder).__name__, block, getattr(encoder, "limit", None), getattr(encoder, "end", None)],
             "shares": shares,
             "stops": list(self.stops),
@@ -253,12 +256,14 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequen
         case Learns.text:
             return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
         case Learns.answers:
-            return Conversations(tokenizer, config.data, stops), None
+            data = replace(config.data, last_turn_only=True) if config.objective.documents > 1 else config.data
+            return Conversations(tokenizer, data, stops), None
 
 
 def source_of(path: str, key: str, data: DataConfig, objective: ObjectiveConfig, encoder: Encoder) -> Source:
     """A source with its encoder, and with what finds out which keys of messages are rendered."""
     template = encoder.template if isinstance(encoder, Conversations) else None
+    encoder = Units(encoder, objective.documents_of) if objective.documents > 1 else encoder
     return Source(path, key, data, objective, encoder, keys=None if template is None else KeyReader(template))
 
 
@@ -275,10 +280,12 @@ def retention_data(data: DataConfig) -> DataConfig:
     )
 
 
-def _examples(entries: list[Entry], labels: list[str]) -> Examples:
+def _examples(entries: list[Entry], labels: list[str], unit: int = 1) -> Examples:
     report = joined([e.report for e in entries])
     guards = [e.guard for e in entries]
-    examples = Examples([e.table for e in entries], labels, [e.digest for e in entries], report, guards=guards)
+    examples = Examples(
+        [e.table for e in entries], labels, [e.digest for e in entries], report, guards=guards, unit=unit
+    )
     require_known_labels(examples, labels)
     return examples
 

@@ -18,7 +18,7 @@ from tritune.trainer.config.choices import Packing
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.chunks import Chunk, Row, parse_chunk
 from tritune.trainer.data.examples import FEW, DataReport, Examples, joined, require_known_labels
-from tritune.trainer.data.order import epoch_order, packed_window, uniform
+from tritune.trainer.data.order import epoch_order, packed_window, rows_of_units, uniform
 from tritune.trainer.data.pipeline import Source
 from tritune.trainer.data.records import read_chunks
 from tritune.trainer.data.remarks import require_rendered
@@ -109,7 +109,7 @@ class Stream:
             reports.append(report)
         examples = Examples(
             [pa.Table.from_batches(batches)] if batches else [], self.labels, [""], joined(reports),
-            np.array(owners, np.int64), self._numbers(number, len(owners)),
+            np.array(owners, np.int64), self._numbers(number, len(owners)), unit=self.sources[0].objective.documents,
         )  # fmt: skip
         require_known_labels(examples, self.labels)
         if number == 0:
@@ -191,8 +191,9 @@ def encode(source: Source, rows: Sequence[Row | InputError]) -> tuple[list[pa.Re
 
 def sequences_of(examples: Examples, data: DataConfig, seed: int, number: int) -> list[np.ndarray]:
     """Shuffle a window's rows, and pack them where that is asked for."""
-    order = epoch_order(len(examples), seed, number)
+    order = epoch_order(len(examples) // examples.unit, seed, number)
+    units = rows_of_units(order, examples.unit).reshape(-1, examples.unit)
     if data.packing is Packing.none or not len(order):
-        return [np.array([row]) for row in order]
-    rows, counts = packed_window(order, examples.lengths[order], data.max_length, seed, number + (1 << 32))
+        return list(units)
+    rows, counts = packed_window(units, examples.lengths, data.max_length * examples.unit, seed, number + (1 << 32))
     return np.split(rows, np.cumsum(counts)[:-1])
