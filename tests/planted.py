@@ -56,7 +56,7 @@ def rank_with_the_head_read_through_full_tensor(*args) -> None:
         weight = model.model.lm_head.weight
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         nll = torch.nn.functional.cross_entropy(hidden @ weight.T, batch.targets, reduction="sum")
-        return Loss(nll[None])
+        return Loss({"nll": nll})
 
     TokenScorer._score, LanguageModel.__call__ = score, loss
     _rank(*args)
@@ -92,7 +92,7 @@ def rank_with_one_bad_step(*args) -> None:
 
     def bad(self, model, batch):
         loss = score(self, model, batch)
-        return Loss(loss.sums + (torch.inf if batch.step == 2 else 0.0))
+        return Loss({"nll": loss.terms["nll"] + (torch.inf if batch.step == 2 else 0.0)})
 
     LanguageModel.__call__ = bad
     _rank(*args)

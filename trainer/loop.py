@@ -23,7 +23,7 @@ from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.metrics.standstill import Standstill
 from tritune.trainer.model.optim import learning_rate, peak_rate, warmup_steps
 from tritune.trainer.model.scorer import TokenScorer
-from tritune.trainer.objectives.loss import Objective, means_by_source, window_weight
+from tritune.trainer.objectives.loss import Objective, StepContext, means_by_source, scaled, window_weights
 from tritune.trainer.parallel.distributed import World, generator_digest, seed_forward
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.identity import run_identity
@@ -96,24 +96,25 @@ def fit(run: Run) -> str | None:
     standstill = Standstill(state.step, run.loader.total_steps, warmup_steps(config.optim, run.loader.total_steps))
     stopping = None
     began = time.perf_counter() - state.train_seconds
-    for micro_batches in run.loader:  # one optimizer step
-        # -- count first, then scale: the loss is a sum over the whole window divided by the whole window's weight
-        micro_batches = objective.prepare(run.model, micro_batches)
-        weight = backend.sum(window_weight(objective, micro_batches))
-        for i, batch in enumerate(micro_batches):
-            seed_forward(config.seed, batch.step, batch.index)
-            with backend.sync(last=i == len(micro_batches) - 1):
-                loss = objective(run.model, batch)
-                backend.backward((loss.sums * (backend.dp_size / weight).to(loss.sums.dtype)).sum())
-            run.meter.add(loss, batch)
-
-        # -- update
+    for window in run.loader:  # one optimizer step
         lr = learning_rate(config.optim, state.step, run.loader.total_steps)
-        mean_loss, tokens, label_tokens = run.meter.step(weight)
-        grad_norm = float(backend.step(config.optim.max_grad_norm, lr, refuse=not math.isfinite(mean_loss)))
+        context, updates = StepContext(state.step + 1, config.seed, run.model), []
+        for micro_batches in objective.prepare(context, window):  # one update; most objectives make one of a window
+            # -- count first, then scale: the loss is a sum over the whole update divided by the whole update's weight
+            weights = backend.sum(window_weights(objective, micro_batches))
+            for i, batch in enumerate(micro_batches):
+                seed_forward(config.seed, batch.step, batch.index)
+                with backend.sync(last=i == len(micro_batches) - 1):
+                    loss = objective(run.model, batch)
+                    backend.backward(scaled(objective, loss, weights, backend.dp_size))
+                run.meter.add(loss, batch)
+            update_loss, tokens, label_tokens = run.meter.step(objective, weights)
+            norm = backend.step(config.optim.max_grad_norm, lr, refuse=not math.isfinite(update_loss))
+            updates.append((update_loss, float(norm)))
+            state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
         run.loader.advance()
-        state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
-        count_nonfinite(run, mean_loss, grad_norm, micro_batches)
+        mean_loss, grad_norm = (sum(values) / len(values) for values in zip(*updates, strict=True))
+        count_nonfinite(run, mean_loss, grad_norm, window)
         warn_of_standstill(run, standstill.add(mean_loss))
         stopping = run.stop.agreed(run.world, run.loader.fault())
 
@@ -178,6 +179,7 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
     if state.left_out:
         row["left_out"] = state.left_out
+    row |= run.meter.figures
     if run.meter.by_source is not None:
         row |= means_by_source(run.objective.sources.names, run.meter.by_source)
     if run.world.rank == 0:

@@ -49,7 +49,7 @@ def train(model, keys, vocab, classify=None, steps=6, lr=0.02):
     for step in range(steps):
         batch = collate(data, range(4), 0, step)
         optimizer.zero_grad()
-        loss = classify(scorer, batch).sums.sum() if classify else scorer(batch, "token_nll").mean()
+        loss = classify(scorer, batch).terms["nll"] if classify else scorer(batch, "token_nll").mean()
         loss.backward()
         optimizer.step()
     assert all(not torch.equal(p, q) for p, q in zip(parameters, before, strict=True))

@@ -221,7 +221,7 @@ def test_a_failed_run(tritune, reported, tmp_path, monkeypatch, broken_at):
 
     def poisoned(self, model, batch):
         loss = whole(self, model, batch)
-        return Loss(loss.sums * float("nan")) if batch.step >= broken_at else loss
+        return Loss({"nll": loss.terms["nll"] * float("nan")}) if batch.step >= broken_at else loss
 
     monkeypatch.setattr(LanguageModel, "__call__", poisoned)
     result = tritune(*reported, "train.max_nonfinite=2", "train.max_steps=9", f"run.dir={tmp_path}")

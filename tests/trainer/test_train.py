@@ -110,7 +110,7 @@ def test_step_with_infinite_loss_is_not_applied(tritune, tiny, tmp_path, monkeyp
 
     def poisoned(self, model, batch):
         loss = whole(self, model, batch)
-        return Loss(loss.sums * float("inf")) if batch.step == 3 else loss
+        return Loss({"nll": loss.terms["nll"] * float("inf")}) if batch.step == 3 else loss
 
     monkeypatch.setattr(LanguageModel, "__call__", poisoned)
     result = tritune(*tiny, "checkpoint.every=1", "checkpoint.keep_last=9", "train.max_steps=5", f"run.dir={tmp_path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
-from tritune.trainer.objectives.loss import Loss, Objective
+from tritune.trainer.objectives.loss import Loss, Objective, StepContext
 from tritune.trainer.redact import redact_tree
 
 DIGITS, MOST = 6, 100
@@ -23,14 +23,14 @@ class Recorder:
     """An objective that keeps what it computes of each row while a split is scored; no forward is made twice."""
 
     def __init__(self, objective: Objective) -> None:
-        self.objective, self.sources = objective, objective.sources
+        self.objective, self.sources, self.coefficients = objective, objective.sources, objective.coefficients
         self.kept: dict[int, dict[str, Tensor]] = {}
 
-    def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
-        return self.objective.prepare(model, micro_batches)
+    def prepare(self, context: StepContext, window: list[Batch]) -> Iterable[list[Batch]]:
+        return self.objective.prepare(context, window)
 
-    def weight(self, batch: Batch) -> Tensor:
-        return self.objective.weight(batch)
+    def weights(self, batch: Batch) -> Mapping[str, Tensor]:
+        return self.objective.weights(batch)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         return self.objective(model, batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
-from tritune.trainer.objectives.loss import Loss
+from tritune.trainer.objectives.loss import Loss, Objective, mean_loss
 from tritune.trainer.parallel.distributed import World
 
 
@@ -18,6 +18,7 @@ class Meter:
     Attributes:
         batch: checksum of the last step's rows over all ranks, in hexadecimal.
         by_source: float64 [2, sources], the last step's loss sums and counts over all ranks; None where there is one source.
+        figures: the objective's own metrics of the last step, and the mean of each term where it has several.
 
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
@@ -25,38 +26,48 @@ class Meter:
     def __init__(self, world: World) -> None:
         self.world = world
         self._since, self._tokens = time.perf_counter(), 0
-        self._sums: Tensor | float = 0.0
+        self._sums: dict[str, Tensor] = {}
         self._num_tokens, self._num_labels, self._digest = 0, 0, 0
         self._by_source: Tensor | float = 0.0
+        self._metrics: dict[str, Tensor] = {}
         self.by_source: Tensor | None = None
+        self.figures: dict[str, float] = {}
 
     def start(self) -> None:
         """Training begins now: what went before does not count in the first rate."""
         self._since, self._tokens = time.perf_counter(), 0
 
     def add(self, loss: Loss, batch: Batch) -> None:
-        self._sums = loss.sums.detach().double() + self._sums
+        _add(self._sums, {name: term.detach().double() for name, term in loss.terms.items()})
+        _add(self._metrics, {name: torch.stack([x.detach().double() for x in p]) for name, p in loss.metrics.items()})
         if loss.by_source is not None:
             self._by_source = loss.by_source + self._by_source
         self._num_tokens += batch.num_tokens
         self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
         self._digest += batch.digest
 
-    def step(self, weight: Tensor) -> tuple[float, int, int]:
-        """Return the step's loss, its tokens and its label tokens over all ranks."""
+    def step(self, objective: Objective, weights: Tensor) -> tuple[float, int, int]:
+        """Return the step's loss, its tokens and its label tokens over all ranks.
+
+        Args:
+            weights: float64 [terms], over all ranks.
+        """
         counts = torch.tensor(
-            [self._num_tokens, self._num_labels, self._digest], dtype=torch.float64, device=weight.device
+            [self._num_tokens, self._num_labels, self._digest], dtype=torch.float64, device=weights.device
         )
-        assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
         apart = self._by_source.reshape(-1) if isinstance(self._by_source, Tensor) else counts[:0]
-        total = self.world.sum(torch.cat([counts, self._sums, apart]))
-        terms = len(self._sums)
-        loss = float((total[3 : 3 + terms] / weight).sum())
-        self.by_source = total[3 + terms :].reshape(2, -1).cpu() if len(apart) else None
+        terms = torch.stack([self._sums[name] for name in objective.coefficients])
+        parts = [counts, terms, apart, *self._metrics.values()]
+        total = self.world.sum(torch.cat(parts))
+        _, sums, by_source, *metrics = total.split([len(part) for part in parts])
+        loss = float(mean_loss(objective, sums, weights))
+        self.by_source = by_source.reshape(2, -1).cpu() if len(apart) else None
+        self.figures = figures_of(objective, sums, weights, dict(zip(self._metrics, metrics, strict=True)))
         tokens, labels, digest = (int(x) for x in total[:3])
         self.batch = f"{digest & 0xFFFFFFFF:08x}"  # checksums of 32 bits add up exactly in float64
         self._tokens += tokens
-        self._sums, self._num_tokens, self._num_labels, self._digest, self._by_source = 0.0, 0, 0, 0, 0.0
+        self._sums, self._metrics, self._by_source = {}, {}, 0.0
+        self._num_tokens, self._num_labels, self._digest = 0, 0, 0
         return loss, tokens, labels
 
     def rate(self) -> dict[str, Any]:
@@ -70,6 +81,23 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._since += seconds
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = value + sums[name] if name in sums else value
+
+
+def figures_of(
+    objective: Objective, sums: Tensor, weights: Tensor, metrics: dict[str, Tensor]
+) -> dict[str, float]:  # fmt: skip
+    """What is logged beside the loss: `loss_<term>` of several terms, and metrics by name; nothing of what has no weight."""
+    found: dict[str, float] = {}
+    if len(objective.coefficients) > 1:
+        each = zip(objective.coefficients, sums.tolist(), weights.tolist(), strict=True)
+        found |= {f"loss_{term}": total / weight for term, total, weight in each if weight}
+    pairs = {name: pair.tolist() for name, pair in metrics.items()}
+    return found | {name: total / count for name, (total, count) in pairs.items() if count}
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.errors import InputError
 from tritune.trainer.metrics.classification import classification_report, confusion
-from tritune.trainer.objectives.loss import ONE_SOURCE, Loss, Sources, means_by_source
+from tritune.trainer.objectives.loss import NLL, ONE_SOURCE, Loss, Sources, StepContext, means_by_source
 
 
 class Classes:
@@ -23,26 +24,31 @@ class Classes:
             the whole vocabulary, so that the exported model says the label when it generates; accuracy is over the labels.
     """
 
+    coefficients: ClassVar = {NLL: 1.0}
+
     def __init__(self, num_labels: int, token_ids: list[int] | None = None, sources: Sources = ONE_SOURCE) -> None:
         self.num_labels, self.sources = num_labels, sources
         self.token_ids = None if token_ids is None else torch.tensor(token_ids)
 
-    def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
-        return micro_batches
+    def prepare(self, context: StepContext, window: list[Batch]) -> list[list[Batch]]:
+        return [window]
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        return {NLL: self._weight(batch)}
+
+    def _weight(self, batch: Batch) -> Tensor:
         real = batch.labels >= 0
         if self.sources.plain:
-            return real.sum().double()[None]
-        return (self.sources.weigh(batch.sources) * real).sum()[None]
+            return real.sum().double()
+        return (self.sources.weigh(batch.sources) * real).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         logits, targets = self._logits(model, batch)
         if self.sources.plain:
-            return Loss(cross_entropy(logits, targets, ignore_index=-1, reduction="sum")[None])
+            return Loss({NLL: cross_entropy(logits, targets, ignore_index=-1, reduction="sum")})
         nll = cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         weighted = (self.sources.weigh(batch.sources).to(nll.dtype) * nll).sum()
-        return Loss(weighted[None], self._apart(nll.detach(), batch))
+        return Loss({NLL: weighted}, by_source=self._apart(nll.detach(), batch))
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, targets = self._logits(model, batch)

@@ -6,33 +6,39 @@ Which tokens count is settled in the data (`Batch.predict`), so one objective se
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from tritune.trainer.batch import Batch
-from tritune.trainer.objectives.loss import ONE_SOURCE, Loss, Sources, means_by_source
+from tritune.trainer.objectives.loss import NLL, ONE_SOURCE, Loss, Sources, StepContext, means_by_source
 
 
 class LanguageModel:
     """Negative log-likelihood per label token."""
 
+    coefficients: ClassVar = {NLL: 1.0}
+
     def __init__(self, sources: Sources = ONE_SOURCE) -> None:
         self.sources = sources
 
-    def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
-        return micro_batches
+    def prepare(self, context: StepContext, window: list[Batch]) -> list[list[Batch]]:
+        return [window]
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        return {NLL: self._weight(batch)}
+
+    def _weight(self, batch: Batch) -> Tensor:
         if self.sources.plain:
-            return torch.tensor([batch.predict.numel()], dtype=torch.float64, device=batch.predict.device)
-        return self.sources.weigh(_sources(batch)).sum()[None]
+            return torch.tensor(batch.predict.numel(), dtype=torch.float64, device=batch.predict.device)
+        return self.sources.weigh(_sources(batch)).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         if self.sources.plain:
-            return Loss(model(batch, "summed_nll")[None])
+            return Loss({NLL: model(batch, "summed_nll")})
         nll, sources = model(batch, "token_nll"), _sources(batch)
         weighted = (self.sources.weigh(sources).to(nll.dtype) * nll).sum()
-        return Loss(weighted[None], self.sources.split(nll.detach(), sources))
+        return Loss({NLL: weighted}, by_source=self.sources.split(nll.detach(), sources))
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         each = model(batch, "token_nll").double()
@@ -45,9 +51,8 @@ class LanguageModel:
         }
 
     def rows(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        each, rows = model(batch, "token_nll").double(), batch.document_of(batch.predict)
-        empty = torch.zeros(len(batch.lengths), dtype=torch.float64, device=each.device)
-        return {"nll": empty.index_add(0, rows, each), "tokens": empty.index_add(0, rows, torch.ones_like(each))}
+        each = model(batch, "token_nll").double()
+        return {"nll": batch.sum_by_document(each), "tokens": batch.sum_by_document(torch.ones_like(each))}
 
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         nll, tokens, num_bytes = (float(sums[k]) for k in ("nll", "tokens", "bytes"))

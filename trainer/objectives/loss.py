@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,18 +12,23 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.config.registry import reading_text
 
+NLL = "nll"  # the term of an objective that has one: the negative log-likelihood
+
 
 @dataclass(frozen=True)
 class Loss:
     """The loss of a micro-batch, summed and not averaged.
 
     Attributes:
-        sums: [terms].
+        terms: by name, the sum of each, [].
+        metrics: by name, the sum of what is to be logged beside the loss and how many it is of, each []; the same names in every
+            micro-batch.
         by_source: float64 [2, sources], of each source the plain sum and how many tokens or rows it is of, to be logged; None
             where there is one source.
     """
 
-    sums: Tensor
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     by_source: Tensor | None = None
 
 
@@ -55,17 +61,41 @@ class Sources:
         return torch.tensor(self.weights, dtype=torch.float64, device=sources.device)[sources]
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective may use to prepare a step.
+
+    Attributes:
+        step: the number of the optimizer step, from 1; seed: of the run. Whatever is drawn is drawn from these two.
+        model: what is called, as the backend wrapped it; all ranks call it equally often.
+    """
+
+    step: int
+    seed: int
+    model: nn.Module
+
+
 class Objective(Protocol):
-    """A loss with its weight: over the whole window, loss = sums / weight, so no split of it changes the gradient."""
+    """A loss of one or several terms. Over a whole window it is the sum over terms of coefficient * sum / weight, so no split of
+    the window changes the gradient.
+    """
 
     sources: Sources
 
-    def prepare(self, model: nn.Module, micro_batches: list[Batch]) -> list[Batch]:
-        """Whatever must be known of the whole window first, without gradient; most return it unchanged."""
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Of each term, by name."""
         ...
 
-    def weight(self, batch: Batch) -> Tensor:
-        """float64 [terms]: label tokens or rows, that is, what `sums` is to be divided by."""
+    def prepare(self, context: StepContext, window: list[Batch]) -> Iterable[list[Batch]]:
+        """The micro-batches of each update that is made of a window; most make one update of it as it is.
+
+        What must be known of the whole window first is computed here, without gradient.
+        """
+        ...
+
+    def weights(self, batch: Batch) -> Mapping[str, Tensor]:
+        """By term, float64 []: label tokens, rows or pairs, that is, what the term's sum is to be divided by."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss: ...
@@ -83,9 +113,29 @@ class Objective(Protocol):
         ...
 
 
-def window_weight(objective: Objective, micro_batches: list[Batch]) -> Tensor:
-    """Weight of this rank's part of the window, float64 [terms]."""
-    return torch.stack([objective.weight(batch) for batch in micro_batches]).sum(dim=0)
+def window_weights(objective: Objective, micro_batches: list[Batch]) -> Tensor:
+    """The weights of this rank's part of an update, float64 [terms], in the order of the coefficients."""
+    each = [objective.weights(batch) for batch in micro_batches]
+    return torch.stack([torch.stack([w[term] for w in each]).sum() for term in objective.coefficients])
+
+
+def scaled(objective: Objective, loss: Loss, weights: Tensor, dp_size: int) -> Tensor:
+    """What is differentiated of a micro-batch: gradients are averaged over `dp_size` ranks.
+
+    Args:
+        weights: float64 [terms], of the whole update over all ranks. A term without any weight counts nothing: 0 / 0 is NaN.
+    """
+    parts = []
+    for weight, (term, coefficient) in zip(weights.unbind(), objective.coefficients.items(), strict=True):
+        factor = torch.where(weight > 0, coefficient * (dp_size / weight), 0.0)
+        parts.append(loss.terms[term] * factor.to(loss.terms[term].dtype))
+    return torch.stack(parts).sum()
+
+
+def mean_loss(objective: Objective, sums: Tensor, weights: Tensor) -> Tensor:
+    """The loss of an update from the sums and weights of its terms over all ranks, float64 []."""
+    coefficients = torch.tensor(list(objective.coefficients.values()), dtype=torch.float64, device=sums.device)
+    return torch.where(weights > 0, coefficients * sums / weights, 0.0).sum()
 
 
 ONE_SOURCE = Sources()
