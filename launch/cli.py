@@ -130,6 +130,10 @@ def _verify(argv: list[str]) -> int:
 
 
 def _read(name: str, argv: list[str]) -> int:
+    from tritune.launch.reading import processes_of, read_together
+
+    if (processes := processes_of(argv)) > 1:
+        return read_together(name, argv, processes)
     from tritune.trainer import verbs
 
     return verbs.run_verb(getattr(verbs, name), argv)
@@ -137,6 +141,7 @@ def _read(name: str, argv: list[str]) -> int:
 
 def _generate(argv: list[str]) -> int:
     """Prompts are taken out before Hydra reads the rest: its grammar gives commas and quotes a meaning."""
+    from tritune.launch.reading import processes_of, read_together
     from tritune.trainer import verbs
 
     prompts, rest = [], []
@@ -152,6 +157,8 @@ def _generate(argv: list[str]) -> int:
             prompts.append(word.partition("=")[2])
         else:
             rest.append(word)
+    if (processes := processes_of(rest)) > 1:
+        return read_together("generate", argv, processes)
     return verbs.run_verb(verbs.generate, rest, prompts=prompts)
 
 

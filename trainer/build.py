@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
@@ -45,11 +45,10 @@ from tritune.trainer.model.load import (
     heads_of,
     is_tied,
     load_architecture,
-    load_model,
     storage_dtype,
     widen_masters,
 )
-from tritune.trainer.model.meta import load_meta_model
+from tritune.trainer.model.loading import load
 from tritune.trainer.model.optim import make_optimizer
 from tritune.trainer.model.reached import describe_unused, find_unused
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
@@ -132,7 +131,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         heads = heads_of(config.objective)
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
-        model, weights, unused = _load(config, architecture, tokenizer, labels, dtype, say)
+        sharded = shards_parameters(config.backend)
+        model, weights = load(config.model, architecture, tokenizer, labels, config.seed, dtype, sharded, say)
+        unused = _unused(config, model, weights)
         if not heads:
             for setting in set_generation(model, tokenizer):
                 say(f"model     its generation config's {setting} is left out: transformers would not save it again")
@@ -200,23 +201,16 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     return run
 
 
-def _load(
-    config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None,
-    dtype: torch.dtype, say: Callable[[str], None],
-) -> tuple[PreTrainedModel, Weights | None, frozenset[str]]:  # fmt: skip
-    """The model whole, or, where the backend shards it and its files allow it, a meta model and where its values are; and
-    the names of the parameters that take no part in the loss, of which a meta model's family has none."""
-    args = (config.model, architecture, tokenizer, labels, config.seed, dtype)
-    if shards_parameters(config.backend):
-        found = load_meta_model(*args)
-        if not isinstance(found, str):
-            return *found, frozenset()
-        say(f"model     each rank loads it whole before it is sharded: {found}")
-    model = load_model(*args)
-    unused = find_unused(model, heads_of(config.objective))
-    if labels is None and architecture.model_type not in TESTED_FAMILIES:
+def _unused(config: Config, model: PreTrainedModel, weights: Weights | None) -> frozenset[str]:
+    """The parameters that take no part in the loss, of which a meta model's family has none; a family that nobody has compared
+    with transformers' own logits is compared now."""
+    if weights is not None:
+        return frozenset()
+    heads = heads_of(config.objective)
+    unused = find_unused(model, heads)
+    if not heads and model.config.model_type not in TESTED_FAMILIES:
         require_same_logits(TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens))
-    return model, None, unused
+    return unused
 
 
 def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Choices]:

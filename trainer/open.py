@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tritune.trainer.backends import make_reader
+from tritune.trainer.backends.fsdp import Fsdp
+from tritune.trainer.backends.local import Local
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
@@ -24,19 +28,21 @@ from tritune.trainer.export import Source
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.model.acceleration import choose_kernels, install_kernels
 from tritune.trainer.model.files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.model.generation_config import model_stop_ids, set_generation
 from tritune.trainer.model.load import (
     cast_parameters,
     heads_of,
     load_architecture,
-    load_model,
     storage_dtype,
     widen_masters,
 )
+from tritune.trainer.model.loading import load
 from tritune.trainer.model.reached import find_unused
 from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
+from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.parallel.shard import shard_of
 from tritune.trainer.run.files import read_json
@@ -56,6 +62,8 @@ class Opened:
         what: how to call it in a message.
         step: of the run it comes from; None elsewhere.
         below: the probability below which a classifier abstains, where an export says so.
+        weights: where a model of meta tensors has its values; None where it is whole.
+        restore: reads what the run trained into the model, once it is sharded; None where that is done.
     """
 
     config: Config
@@ -67,14 +75,32 @@ class Opened:
     what: str
     step: int | None = None
     below: float | None = None
+    weights: Weights | None = None
+    restore: Callable[[], None] | None = None
 
 
-def open_model(config: Config, run: Path | None, world: World, settle: bool = True, as_trained: bool = False) -> Opened:
+@dataclass(frozen=True)
+class Placed:
+    """An opened model where it computes.
+
+    Attributes:
+        scorer: what is called, on all ranks equally often where they hold shards of it; in evaluation mode.
+        backend: the ranks that share the work.
+    """
+
+    scorer: TokenScorer
+    backend: Local
+
+
+def open_model(
+    config: Config, run: Path | None, world: World, settle: bool = True, as_trained: bool = False, sharded: bool = False
+) -> Opened:
     """Load tokenizer, architecture and weights.
 
     Args:
         run: the run directory to read; None for `config.model` as it stands.
         settle: make it ready to compute; without, parameters stay what training held them in (float32 masters).
+        sharded: it will be `place`d in shards: each rank reads its own part of it where the files allow that.
         as_trained: an export that says that it is a classifier by token is one, also where the config has objective=sft.
 
     Raises:
@@ -82,17 +108,33 @@ def open_model(config: Config, run: Path | None, world: World, settle: bool = Tr
         CheckpointError: a checkpoint is not whole.
     """
     if run is not None:
-        opened = _open_run(config, run, world)
+        opened = _open_run(config, run, world, sharded)
     elif (adapter := _find_adapter(config.model)) is not None:
         opened = _open_adapter(config, adapter, as_trained)
     else:
-        opened = _open_plain(config, as_trained)
+        opened = _open_plain(config, as_trained, sharded)
     opened.model.eval()
     if settle:  # every parameter in the dtype that computes, as in training; buffers keep theirs (rotary frequencies)
         opened.model.requires_grad_(False)
         cast_parameters(opened.model, getattr(torch, config.model.dtype.value))
         torch.nn.Module.to(opened.model, world.device)
     return opened
+
+
+def place(opened: Opened, world: World, say: Callable[[str], None]) -> Placed:
+    """Put a model that was opened unsettled where it computes, under the backend and the kernels of the configuration."""
+    config, model = opened.config, opened.model
+    choices = choose_kernels(config, world.device)
+    installed = install_kernels(config, model, choices, world, say)
+    backend = make_reader(config.backend, world, config.model.dtype)
+    scorer = TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens, installed.head)
+    if not isinstance(backend, Fsdp):  # whole: every parameter in the dtype that computes, as in training
+        model.requires_grad_(False)
+        cast_parameters(model, getattr(torch, config.model.dtype.value))
+    backend.place(scorer, opened.weights)
+    if opened.restore is not None:
+        opened.restore()
+    return Placed(scorer.eval(), backend)
 
 
 def source_of(config: Config, run: Path, world: World, facts: dict[str, Any], read_back: bool = False) -> Source:
@@ -113,7 +155,7 @@ def source_of(config: Config, run: Path, world: World, facts: dict[str, Any], re
     return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts, read_back)
 
 
-def _open_plain(config: Config, as_trained: bool) -> Opened:
+def _open_plain(config: Config, as_trained: bool, sharded: bool = False) -> Opened:
     labels, carried = config.data.labels, NOTHING
     if config.model.path:
         settings = load_architecture(config.model, 0)
@@ -130,7 +172,7 @@ def _open_plain(config: Config, as_trained: bool) -> Opened:
     if config.objective.head is Head.classes and config.model.path:
         named: dict[Any, str] = settings.id2label or {}
         labels = labels or [named[i] for i in range(len(named))]
-    return _assemble(config, labels, str(config.model.path or config.model.config), carried)
+    return _assemble(config, labels, str(config.model.path or config.model.config), carried, sharded=sharded)
 
 
 def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
@@ -168,14 +210,18 @@ def _cut_as_trained(data: DataConfig, carried: Carried) -> DataConfig:
     return data
 
 
-def _open_run(config: Config, run: Path, world: World) -> Opened:
+def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
     store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
     step, saved = _choose_step(config, store), saved_steps(run / "checkpoints")
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
     opened = _assemble(
-        config, [str(label) for label in report.get("labels") or config.data.labels], str(run), trained=True
+        config,
+        [str(label) for label in report.get("labels") or config.data.labels],
+        str(run),
+        trained=True,
+        sharded=sharded,
     )
     step = step if step is not None else int(saved[-1].name.removeprefix("step-"))
     found = store.at(step)
@@ -183,10 +229,16 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
         steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in saved)
         raise InputError(f"checkpoint.step={step}", f"{run} holds no checkpoint of it", f"It has {steps or 'none'}")
     path, manifest = found
-    tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
     expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
-    load_tensors(path, tensors, expected, world)
-    return replace(opened, step=step, what=f"{run}, step {step}")
+
+    def restore() -> None:
+        tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
+        load_tensors(path, tensors, expected, world)
+
+    opened = replace(opened, step=step, what=f"{run}, step {step}", restore=restore if opened.weights else None)
+    if opened.restore is None:
+        restore()
+    return opened
 
 
 def _choose_step(config: Config, store: CheckpointStore) -> int | None:
@@ -251,11 +303,12 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
 
 
 def _assemble(
-    config: Config, labels: list[str], what: str, carried: Carried = NOTHING, trained: bool = False
+    config: Config, labels: list[str], what: str, carried: Carried = NOTHING, trained: bool = False, sharded: bool = False
 ) -> Opened:  # fmt: skip
     """Base model and tokenizer; with `trained`, the run's method on it, its parameters still to be read.
 
     Args:
+        sharded: as of `open_model`.
         carried: what an export says of the classifier in it.
     """
     tokenizer = load_tokenizer(config.model)
@@ -270,14 +323,19 @@ def _assemble(
         remedy = "Give data.labels=[...] in the order of the outputs, or a model that names them"
         raise InputError("data.labels", "a classifier's classes are not known", remedy)
     dtype = storage_dtype(config) if trained else getattr(torch, config.model.dtype.value)
-    model = load_model(config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
+    args = (config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
+    model, weights = load(*args, sharded, Watch().say)
     if trained:
-        apply_method(config.method, model, heads, config.seed, find_unused(model, heads))
+        apply_method(config.method, model, heads, config.seed, find_unused(model, heads) if weights is None else ())
         widen_masters(model)
+    if weights is not None:
+        weights.take(model)
     if not heads:
         set_generation(model, tokenizer)
     if trained:  # last: by the tokenizer's own template it is settled where answers stop
         name_rendering(tokenizer, config.objective, read_back=True)
     data: DataConfig = replace(config.data, labels=labels) if labels else config.data
     below = carried.below if labels else None
-    return Opened(replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below)
+    return Opened(
+        replace(config, data=data), model, tokenizer, heads, labels, stops, what, below=below, weights=weights
+    )

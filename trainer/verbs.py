@@ -7,6 +7,7 @@ Each takes the same overrides as `train`. With `run.dir=DIR` the run's own confi
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tritune.trainer.errors import (
     ExportError,
     InputError,
     LostConnectionError,
+    PeerError,
     of_panic,
     of_surroundings,
 )
@@ -33,7 +35,7 @@ from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
-    from tritune.trainer.open import Opened
+    from tritune.trainer.open import Opened, Placed
     from tritune.trainer.parallel.distributed import World
 
     Answered = tuple[dict[str, Any], list[dict[str, Any]] | InputError]  # a prompt's fields, and what was said to it
@@ -76,6 +78,9 @@ def exit_status(call: Callable[[], None]) -> int:
     except INPUT_ERRORS as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
+    except PeerError as error:  # another rank's error, which it could not say: rank 0 speaks for all
+        print(f"tritune: {shown(str(error))}", file=sys.stderr)
+        return EXIT_INPUT if f"{InputError.__name__}: " in str(error) else EXIT_FAILED
     except (CheckpointError, ExportError, LostConnectionError) as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_FAILED
@@ -94,23 +99,21 @@ def evaluate(config: Config, run: Path | None) -> None:
 
     Every row's input, reference and what the model makes of it go to `evaluation.out`.
     """
-    from tritune.trainer.backends.local import Local
     from tritune.trainer.build import lay_out_choices, make_objective
     from tritune.trainer.data.records import require_sources
     from tritune.trainer.data.splits import read_splits, require_length
     from tritune.trainer.evaluation.abstention import outcomes
     from tritune.trainer.evaluation.evaluate import evaluate as score
-    from tritune.trainer.evaluation.predictions import Recorder, described, write_predictions
+    from tritune.trainer.evaluation.predictions import Recorder, described, gathered, write_predictions
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.metrics.risk_coverage import answered_figures
     from tritune.trainer.model.finite import require_a_loss
     from tritune.trainer.model.load import context_length
-    from tritune.trainer.model.scorer import TokenScorer
     from tritune.trainer.objectives.loss import text_loss
     from tritune.trainer.run.directory import write_whole_json
 
     require_sources(config.data)
-    world, opened = _open(config, run)
+    world, opened, placed = _open(config, run)
     config, tokenizer, context = opened.config, opened.tokenizer, context_length(opened.model.config)
     data = config.data
     given = [n for n in config.evaluation.splits if getattr(data, n) or getattr(data, f"{n}_share", 0)]
@@ -118,12 +121,13 @@ def evaluate(config: Config, run: Path | None) -> None:
         rule = f"none of the splits {', '.join(config.evaluation.splits)} is given"
         raise InputError("evaluation.splits", rule, "Give data.test=<file>, or another of them")
     require_length(config, context)
-    splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
+    with world.raise_on_all("reading the rows", patiently=lambda: None):
+        splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
     choices = lay_out_choices(config, splits, tokenizer)
-    scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
+    scorer, backend = placed.scorer, placed.backend
     objective = make_objective(config, splits.labels, tokenizer)
     results: dict[str, dict[str, Any]] = {}
-    backend, recorders = Local("single", world), {}
+    recorders: dict[str, Recorder] = {}
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")
@@ -135,6 +139,9 @@ def evaluate(config: Config, run: Path | None) -> None:
         require_a_loss(results[name]["loss"], opened.model, opened.what, f"on {name}")
         if below is not None and name != "retention":
             results[name] |= answered_figures(*outcomes(recorders[name], examples, backend), below)
+    gathered(recorders, world)
+    if world.rank != 0:
+        return
     print(shown(figures_table(results, {n: len(e) for n, e in splits.examples.items()})))
     if run is not None:
         write_whole_json(run / "evaluation.json", {"step": opened.step, "eval": results})
@@ -155,14 +162,17 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     """
     if not prompts and config.generate.file is None:
         raise InputError("generate", "there is no prompt", 'Give --prompt "..." or generate.file=<file>')
-    world, opened = _open(config, run, as_trained=True)
+    world, opened, placed = _open(config, run, as_trained=True)
     if opened.config.objective.name != config.objective.name:
         _say(f"generate  {opened.what} is a classifier ({opened.config.objective.name}): it answers with a label")
     if opened.config.objective.label_prompt is not None and not opened.labels:
         rule = f"{opened.what} is asked for a label, and its classes are not known"
         raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)
-    answered = _labels(opened, config, prompts, below) if opened.labels else _words(opened, config, prompts, world)
+    ask = _labels if opened.labels else _words
+    answered = ask(opened, placed, config, prompts, below)
+    if world.rank != 0:
+        return
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]
     if len(faults) == len(answered) and faults:
         raise faults[0]
@@ -181,32 +191,38 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     _say(f"generate  {opened.what}: {len(answered):,} prompts, answers in {out}")
 
 
-def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
+def _words(
+    opened: Opened, placed: Placed, config: Config, prompts: list[str], below: float | None
+) -> list[Answered]:  # fmt: skip
     from tritune.trainer.data.prompts import read_prompts
+    from tritune.trainer.evaluation.generate import Share, lack_of_room
     from tritune.trainer.evaluation.generate import generate as answer
-    from tritune.trainer.evaluation.generate import lack_of_room
     from tritune.trainer.model.load import context_length
 
     settings = config.generate
-    speak = getattr(opened.model, "generate", None)
-    if speak is None:
+    if not hasattr(opened.model, "generate"):
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config, opened.tokenizer)
     context = context_length(opened.model.config)
     faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
     ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
-    said = iter(answer(opened.model, speak, opened.tokenizer, ids, settings, opened.stops, world.device, config.seed,
-                       config.model.dtype.value == "float64"))  # fmt: skip
+    backend = placed.backend
+    share = Share(backend.world, together=not backend.whole)
+    said = iter(answer(opened.model, placed.scorer.generate, opened.tokenizer, ids, settings, opened.stops, backend.device,
+                       config.seed, config.model.dtype.value == "float64", share))  # fmt: skip
     return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]
 
 
-def _labels(opened: Opened, config: Config, prompts: list[str], below: float | None) -> list[Answered]:
+def _labels(
+    opened: Opened, placed: Placed, config: Config, prompts: list[str], below: float | None
+) -> list[Answered]:  # fmt: skip
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
     from tritune.trainer.model.load import context_length
 
     objective = make_objective(opened.config, opened.labels, opened.tokenizer)
-    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config), below)
+    context, device = context_length(opened.model.config), placed.backend.device
+    found = label_texts(opened, placed.scorer, objective, read_texts(prompts, config), context, device, below)
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
@@ -256,19 +272,23 @@ def _below(opened: Opened, labels: list[str], run: Path | None) -> float | None:
     return below
 
 
-def _open(config: Config, run: Path | None, as_trained: bool = False):
-    from tritune.trainer.open import open_model
+def _open(config: Config, run: Path | None, as_trained: bool = False) -> tuple[World, Opened, Placed]:
+    from tritune.trainer.backends import shards_parameters
+    from tritune.trainer.open import open_model, place
     from tritune.trainer.parallel import distributed
 
     world = distributed.start(config.backend, config.train.deterministic)
-    if run is not None:
-        _require_its_base(config, run)
-    opened = open_model(config, run, world, as_trained=as_trained)
+    with world.raise_on_all("opening the model"):
+        if run is not None:
+            _require_its_base(config, run)
+        sharded = world.size > 1 and shards_parameters(config.backend)
+        opened = open_model(config, run, world, settle=False, as_trained=as_trained, sharded=sharded)
+    placed = place(opened, world, _say)
     given, trained = config.data, opened.config.data
     if (trained.max_length, trained.overlong) != (given.max_length, given.overlong):
         how = f"data.max_length={trained.max_length} and data.overlong={trained.overlong}"
         _say(f"length    {how}, as {opened.what} was trained; other values than the defaults change them")
-    return world, opened
+    return world, opened, placed
 
 
 def _require_its_base(config: Config, run: Path) -> None:
@@ -313,4 +333,5 @@ def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
 
 
 def _say(text: str) -> None:
-    print(shown(text), file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(shown(text), file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tritune.trainer.backends.fsdp import Fsdp
 from tritune.trainer.backends.local import Local
-from tritune.trainer.config.backends import BackendConfig, FsdpConfig, ZeroConfig
+from tritune.trainer.config.backends import BackendConfig, FsdpConfig, Offload, ZeroConfig
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World
@@ -81,6 +81,20 @@ def make_backend(config: BackendConfig, world: World, dtype: Dtype, order: int =
     if isinstance(config, FsdpConfig) or dtype is Dtype.bfloat16:
         return Fsdp(name, config, world, dtype, order)
     return Local(name, world, order)
+
+
+def make_reader(config: BackendConfig, world: World, dtype: Dtype) -> Local:
+    """The backend of a model that is only read: whole on each rank, or in FSDP2's shards where the run shards parameters.
+
+    ZeRO's engine shards a model together with its optimizer; what it trained computes the same in either layout.
+    """
+    if world.size == 1:
+        return Local("single", world)
+    if isinstance(config, FsdpConfig):
+        return Fsdp(config.name, config, world, dtype)
+    if isinstance(config, ZeroConfig) and shards_parameters(config):
+        return Fsdp("fsdp", FsdpConfig(offload=config.offload is Offload.all), world, dtype)
+    return Local("ddp", world)
 
 
 def shards_parameters(config: BackendConfig) -> bool:

@@ -46,6 +46,13 @@ class Fsdp(Local):
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], weights: Weights | None = None
     ) -> nn.Module:
+        self.model = self.place(model, weights)
+        self._trainable = trainable(model)
+        self.optimizer = make_optimizer(model)
+        make_state(self.optimizer)
+        return self.model
+
+    def place(self, model: nn.Module, weights: Weights | None = None) -> nn.Module:
         ensure_group(self.device)  # a mesh needs a process group, even of one
         mesh, offload = self._mesh(), OffloadPolicy()
         if self.config.offload:
@@ -62,11 +69,7 @@ class Fsdp(Local):
         self._settle(model, weights)
         for name in ("generate", "logits"):  # else they would meet parameters that are not gathered
             register_fsdp_forward_method(model, name)
-        self.model = model
-        self._trainable = trainable(model)
-        self.optimizer = make_optimizer(model)
-        make_state(self.optimizer)
-        return self.model
+        return model
 
     @contextmanager
     def sync(self, *, last: bool) -> Iterator[None]:

@@ -32,10 +32,9 @@ class Local:
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], weights: Weights | None = None
     ) -> nn.Module:
-        model.to(self.device)
+        self.model: nn.Module = self.place(model, weights)
         self._trainable = trainable(model)
         self.optimizer = make_optimizer(model)
-        self.model: nn.Module = model
         make_state(self.optimizer)
         if self.dp_size > 1:
             # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
@@ -43,6 +42,11 @@ class Local:
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13, same meaning
                 self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return self.model
+
+    def place(self, model: nn.Module, weights: Weights | None = None) -> nn.Module:
+        """Put the model where it computes, and return what is called in its place: all that a model to be read needs."""
+        assert weights is None, "a model of meta tensors is placed by a backend that shards it"
+        return model.to(self.device)
 
     def sync(self, *, last: bool) -> AbstractContextManager:
         # DDP reads the flag in forward, so the context must hold both passes.

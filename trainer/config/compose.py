@@ -29,6 +29,7 @@ from tritune.trainer.errors import ConfigFaults, InputError
 from tritune.trainer.shown import bounded
 
 SOURCES = "data.sources."
+WHERE = ("backend", "kernels", "launch")  # groups that say where and by what a model computes, and not which model
 _BY_HAND = "only the command line names Python files that are run. Give plugins=[FILE,...] there"
 # Hydra's parser takes a second for so much.
 MOST_CHARACTERS, MOST_WORDS = 20_000, 1_000
@@ -90,10 +91,16 @@ def compose_partly(
         search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         choices, values, faults, failed = _sort_overrides(overrides, config_dir)
         if kept is not None:
-            faults += [f"{c}: the run has a whole configuration. Override single keys" for c in choices]
+            anew = {c.partition("=")[0]: c for c in choices if c.partition("=")[0] in WHERE}
+            faults += [
+                f"{c}: the run has a whole configuration. Override single keys"
+                for c in choices
+                if c not in anew.values()
+            ]
+            kept = {group: value for group, value in kept.items() if group not in anew}
             # A run's model is whatever its file says; the other groups' options bring the schema.
             names = {g: kept[g].get("name") for g in GROUPS if isinstance(kept.get(g), dict)}
-            choices = [f"{g}={name}" for g, name in names.items() if name in options(g, config_dir)]
+            choices = [*anew.values()] + [f"{g}={name}" for g, name in names.items() if name in options(g, config_dir)]
         located = yaml_faults(choices, config_dir)
         try:
             composed = hydra_compose("config", overrides=[] if located else [*search, *choices])

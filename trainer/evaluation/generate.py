@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tritune.trainer.config import GenerateConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.scorer import KeepFloat64
+from tritune.trainer.parallel.distributed import World
 
 Generate = Callable[..., Tensor]  # a model's `generate`
 
@@ -29,6 +30,31 @@ class Answer:
     text: str
     num_tokens: int
     stopped: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """How ranks share batches: each takes one in turn.
+
+    Attributes:
+        together: every forward needs all ranks, which hold a part of the model each.
+    """
+
+    world: World | None = None
+    together: bool = False
+
+    def padded(self, batches: list[int]) -> list[int]:
+        """So many that each rank takes equally many, where all must be called equally often: the first come again."""
+        missing = -len(batches) % self.world.size if self.world is not None and self.together else 0
+        return batches + [batches[i % len(batches)] for i in range(missing)] if batches else batches
+
+    def takes(self, number: int) -> bool:
+        return self.world is None or number % self.world.size == self.world.rank
+
+    def joined(self, answers: list[list[Answer]]) -> list[list[Answer]]:
+        """All ranks' answers, on each; one that several gave is the same."""
+        every = [answers] if self.world is None else self.world.gather(answers)
+        return [next((a for a in given if a), []) for given in zip(*every, strict=True)]
 
 
 def lack_of_room(ids: Sequence[int], place: str, max_new: int, context: int | None) -> InputError | None:
@@ -52,14 +78,19 @@ def generate(
     device: torch.device,
     seed: int = 0,
     float64: bool = False,
+    share: Share | None = None,
 ) -> list[list[Answer]]:
     """Return for each prompt `config.num_samples` answers, in the order of the prompts.
 
     Only `config` decides how tokens are chosen: a model's own generation settings (a repetition penalty, say) do not.
 
     Prompts of like length share a batch, padded on the left. With a temperature, the draw of a batch depends on (seed, the
-    prompts and `config.batch_size`): the same command gives the same answers.
+    prompts and `config.batch_size`): the same command gives the same answers, on any number of ranks.
+
+    Args:
+        share: how several ranks share the batches; None where each rank answers all.
     """
+    share = share or Share()
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=config.temperature > 0, num_beams=1,
         num_return_sequences=config.num_samples, eos_token_id=list(stops) or None,
@@ -69,7 +100,10 @@ def generate(
     )  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[list[Answer]] = [[] for _ in prompts]
-    for start in range(0, len(order), config.batch_size):
+    starts = list(range(0, len(order), config.batch_size))
+    for number, start in enumerate(share.padded(starts)):
+        if not share.takes(number):
+            continue
         rows = order[start : start + config.batch_size]
         width = len(prompts[rows[0]])
         ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.int64)
@@ -80,13 +114,14 @@ def generate(
         torch.manual_seed(seed + start)
         with KeepFloat64() if float64 else nullcontext(), _own_settings(model):
             out = model_generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+                **({"synced_gpus": True} if share.together else {}),
             )  # fmt: skip
         said = out[:, width:].tolist()
         for b, i in enumerate(rows):
             mine = said[b * config.num_samples : (b + 1) * config.num_samples]
             answers[i] = [_answer(tokens, tokenizer, set(stops)) for tokens in mine]
-    return answers
+    return share.joined(answers)
 
 
 @contextmanager

@@ -46,7 +46,13 @@ def _text(row: Row, data: DataConfig) -> str:
 
 @torch.no_grad()
 def label_texts(
-    opened: Opened, objective: Objective, texts: Asked, context: int | None, below: float | None = None
+    opened: Opened,
+    scorer: TokenScorer,
+    objective: Objective,
+    texts: Asked,
+    context: int | None,
+    device: torch.device,
+    below: float | None = None,
 ) -> Iterator[tuple[Row, dict[str, Any] | InputError]]:
     """For each text what the model answers, or the text's fault.
 
@@ -54,6 +60,7 @@ def label_texts(
     model abstains, its text is None.
 
     Args:
+        scorer: what is called; on all ranks alike.
         context: tokens that the model can read; a longer text is cut as it is in training.
         below: the probability below which it abstains; None never does.
     """
@@ -76,8 +83,6 @@ def label_texts(
     examples = Examples(tables, opened.labels)
     chances: dict[int, torch.Tensor] = {}
     if len(examples):
-        scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
-        device = next(opened.model.parameters()).device
         for batch in evaluation_batches(examples, config.evaluation.batch_size, tokenizer.pad_token_id, 0, 1, device):
             found = objective.rows(scorer, batch)["probabilities"].cpu()
             numbers = [(d, int(examples.place(s))) for d, s in enumerate(batch.sample_ids.tolist()) if s >= 0]

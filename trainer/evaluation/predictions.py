@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.batch import Batch
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.objectives.loss import Loss, Objective, StepContext
+from tritune.trainer.parallel.distributed import World
 from tritune.trainer.redact import redact_tree
 
 DIGITS, MOST = 6, 100
@@ -49,6 +50,13 @@ class Recorder:
 
     def report(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return self.objective.report(sums)
+
+
+def gathered(recorders: dict[str, Recorder], world: World) -> None:
+    """Bring together what the ranks kept, on each of them."""
+    for recorder in recorders.values():
+        for kept in world.gather(recorder.kept):
+            recorder.kept |= kept
 
 
 class _Once(nn.Module):
