@@ -259,7 +259,7 @@ def _assemble(
         carried: what an export says of the classifier in it.
     """
     tokenizer = load_tokenizer(config.model)
-    config = settle_template(config, tokenizer, Watch().say)
+    config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, Watch().say))
     if config.objective.label_prompt is not None:
         carried.require_tokens(config.objective, tokenizer, f"model.path={what}")
     architecture = load_architecture(config.model, len(tokenizer))

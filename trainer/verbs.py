@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config.compose import load_config, split_argv
+from tritune.trainer.config.identity import identity_of
 from tritune.trainer.config.overrides import value_of
 from tritune.trainer.errors import (
     EXIT_DONE,
@@ -32,9 +33,11 @@ from tritune.trainer.run.files import read_config, read_json
 from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
-    from tritune.trainer.config import Config
+    import torch
+    from tritune.trainer.config import Config, GenerateConfig, MethodConfig, ModelConfig
+    from tritune.trainer.config.data import DataConfig
+    from tritune.trainer.config.identity import Identity
     from tritune.trainer.open import Opened
-    from tritune.trainer.parallel.distributed import World
 
     Answered = tuple[dict[str, Any], list[dict[str, Any]] | InputError]  # a prompt's fields, and what was said to it
 
@@ -119,9 +122,9 @@ def evaluate(config: Config, run: Path | None) -> None:
         raise InputError("evaluation.splits", rule, "Give data.test=<file>, or another of them")
     require_length(config, context)
     splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
-    choices = lay_out_choices(config, splits, tokenizer)
+    choices = lay_out_choices(config.evaluation, splits, tokenizer)
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
-    objective = make_objective(config, splits.labels, tokenizer)
+    objective = make_objective(config.objective, data, splits.labels, tokenizer)
     results: dict[str, dict[str, Any]] = {}
     backend, recorders = Local("single", world), {}
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
@@ -162,7 +165,12 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
         rule = f"{opened.what} is asked for a label, and its classes are not known"
         raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)
-    answered = _labels(opened, config, prompts, below) if opened.labels else _words(opened, config, prompts, world)
+    asked = config.generate
+    if opened.labels:
+        answered = _labels(opened, prompts, asked.file, config.data, below)
+    else:
+        exactly = config.model.dtype.value == "float64"
+        answered = _words(opened, asked, prompts, world.device, config.seed, exactly)
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]
     if len(faults) == len(answered) and faults:
         raise faults[0]
@@ -172,7 +180,7 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
         lines.append(json.dumps({**fields, **what}, ensure_ascii=False) + "\n")
     if faults:
         _say(f"generate  {len(faults):,} of {len(answered):,} prompts have no answer. The first: {faults[0]}")
-    out = config.generate.out
+    out = asked.out
     if out is None:
         sys.stdout.writelines(lines)
         return
@@ -181,32 +189,40 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
     _say(f"generate  {opened.what}: {len(answered):,} prompts, answers in {out}")
 
 
-def _words(opened: Opened, config: Config, prompts: list[str], world: World) -> list[Answered]:
+def _words(
+    opened: Opened, settings: GenerateConfig, prompts: list[str], device: torch.device, seed: int, exactly: bool
+) -> list[Answered]:
+    """What a model with words answers.
+
+    Args:
+        exactly: compute as in float64.
+    """
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import generate as answer
     from tritune.trainer.evaluation.generate import lack_of_room
     from tritune.trainer.model.load import context_length
 
-    settings = config.generate
     speak = getattr(opened.model, "generate", None)
     if speak is None:
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
-    rows = read_prompts(prompts, opened.config, opened.tokenizer)
+    rows = read_prompts(prompts, opened.config.generate, opened.config.data, opened.config.objective, opened.tokenizer)
     context = context_length(opened.model.config)
     faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
     ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
-    said = iter(answer(opened.model, speak, opened.tokenizer, ids, settings, opened.stops, world.device, config.seed,
-                       config.model.dtype.value == "float64"))  # fmt: skip
+    said = iter(answer(opened.model, speak, opened.tokenizer, ids, settings, opened.stops, device, seed, exactly))  # fmt: skip
     return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]
 
 
-def _labels(opened: Opened, config: Config, prompts: list[str], below: float | None) -> list[Answered]:
+def _labels(
+    opened: Opened, prompts: list[str], file: str | None, data: DataConfig, below: float | None
+) -> list[Answered]:
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
     from tritune.trainer.model.load import context_length
 
-    objective = make_objective(opened.config, opened.labels, opened.tokenizer)
-    found = label_texts(opened, objective, read_texts(prompts, config), context_length(opened.model.config), below)
+    objective = make_objective(opened.config.objective, opened.config.data, opened.labels, opened.tokenizer)
+    texts = read_texts(prompts, file, data)
+    found = label_texts(opened, objective, texts, context_length(opened.model.config), below)
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
@@ -224,9 +240,9 @@ def export(config: Config, run: Path | None, own_prompt: bool = True) -> None:
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
     world = distributed.start(config.backend, config.train.deterministic)
-    _require_its_base(config, run)
+    _require_its_base(config.model, config.method, identity_of(config), run)
     facts = read_json(run / "summary.json", dict, "Move it away: the model's card is written without its figures") or {}
-    write(source_of(config, run, world, facts, own_prompt), export_path(config, run), _say)
+    write(source_of(config, run, world, facts, own_prompt), export_path(config.export.dir, run), _say)
 
 
 def report(config: Config, run: Path | None) -> None:
@@ -262,7 +278,7 @@ def _open(config: Config, run: Path | None, as_trained: bool = False):
 
     world = distributed.start(config.backend, config.train.deterministic)
     if run is not None:
-        _require_its_base(config, run)
+        _require_its_base(config.model, config.method, identity_of(config), run)
     opened = open_model(config, run, world, as_trained=as_trained)
     given, trained = config.data, opened.config.data
     if (trained.max_length, trained.overlong) != (given.max_length, given.overlong):
@@ -271,11 +287,11 @@ def _open(config: Config, run: Path | None, as_trained: bool = False):
     return world, opened
 
 
-def _require_its_base(config: Config, run: Path) -> None:
+def _require_its_base(model: ModelConfig, method: MethodConfig, identity: Identity, run: Path) -> None:
     from tritune.trainer.run.directory import RunDir
     from tritune.trainer.run.identity import require_same_base
 
-    require_same_base(config, RunDir(run), _say, reading=True)
+    require_same_base(model, method, identity, RunDir(run), _say, reading=True)
 
 
 def _run_directory(overrides: list[str]) -> Path | None:
