@@ -1,5 +1,9 @@
 """How far the parts of the house know one another: `python benchmarks/structure.py` reads the source and prints a table.
 
+    python benchmarks/structure.py                 as it is here
+    python benchmarks/structure.py REVISION        and beside it as it was at a commit, counted in the same way
+    python benchmarks/structure.py --takers        the functions that take the whole Config, by name
+
 Counted are trainer/ and launch/; what a figure leaves out is in its row.
 """
 
@@ -7,13 +11,30 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 350
 OBJECTIVES = re.compile(r"(?<![a-z_])(pretrain|sft|classify|classify_token)(?![a-z_])|LanguageModel|Classes")
 METHODS = re.compile(r"lora|^'full'$|method=full", re.IGNORECASE)  # a variable may well be called full
+BUILD = "trainer/build.py"
+# What a verb begins with, and only that: the whole configuration comes in here.
+ENTRIES = {
+    "trainer/__main__.py run",
+    "trainer/audit/verb.py audit",
+    "trainer/verbs.py evaluate",
+    "trainer/verbs.py generate",
+    "trainer/verbs.py export",
+    "trainer/verbs.py report",
+}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENTED = ast.Module | ast.ClassDef | FUNCTIONS
 
@@ -45,6 +66,25 @@ def takers(path: Path) -> list[str]:
             if any(re.fullmatch(r"(\w+\.)?Config( \| None)?", t) for t in types):
                 found.append(f"{place(path)}:{node.lineno} {node.name}")
     return found
+
+
+def outsiders() -> list[str]:
+    """`takers` of all files but those of the configuration and build.py, without the entries of the verbs."""
+    paths = [p for p in files("trainer", "launch") if not is_config(p) and place(p) != BUILD]
+    return [t for path in paths for t in takers(path) if re.sub(r":\d+", "", t) not in ENTRIES]
+
+
+def passings(path: Path) -> int:
+    """How often `config` goes the whole way: calls that are given it whole, as `config` or as `run.config`."""
+    return sum(
+        any(_is_whole(a) for a in (*node.args, *(k.value for k in node.keywords)))
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call)
+    )
+
+
+def _is_whole(node: ast.expr) -> bool:
+    return ast.unparse(node) in ("config", "run.config", "*config", "**config")
 
 
 def words(path: Path) -> Iterator[str]:
@@ -104,15 +144,14 @@ def lines(path: Path) -> int:
 def table() -> dict[str, int | str]:
     """Every figure by what it counts."""
     house = files("trainer", "launch")
-    outside = [p for p in house if not is_config(p)]
-    wired = [p for p in outside if p.name != "build.py" and not place(p).startswith("trainer/verbs")]
-    whole = [name for path in wired for name in takers(path)]
+    whole = outsiders()
     objectives = mentions([p for p in house if "objectives" not in p.parts], OBJECTIVES)
     methods = mentions([p for p in house if "methods" not in p.parts], METHODS)
     long = [place(p) for p in files("trainer", "launch", "kernels") if lines(p) > MAX_LINES]
     return {
-        "functions that take the whole Config (not config*, build.py, verbs)": len(whole),
+        "functions that take the whole Config (not config*, build.py, the verbs' entries)": len(whole),
         "files with such functions": len({name.partition(":")[0] for name in whole}),
+        "calls in build.py that pass the whole config on": passings(ROOT / BUILD),
         "names of objectives outside objectives/": sum(objectives.values()),
         "files with such names": len(objectives),
         "the same outside config* as well": sum(n for f, n in objectives.items() if not is_config(ROOT / f)),
@@ -126,7 +165,29 @@ def table() -> dict[str, int | str]:
     }
 
 
+def table_of(revision: str) -> dict[str, Any]:
+    """The same of a commit, by this very script, laid beside that commit's source."""
+    packed = subprocess.run(
+        ["git", "archive", revision, "trainer", "launch", "kernels"], cwd=ROOT, check=True, capture_output=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+        script = Path(folder) / "benchmarks" / "structure.py"
+        script.parent.mkdir()
+        script.write_text(Path(__file__).read_text())
+        return runpy.run_path(str(script))["table"]()
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--takers"]:
+        print(*outsiders(), sep="\n")
+        return
+    columns = [*((name, table_of(name)) for name in arguments), ("here", table())]
+    print(f"| counted | {' | '.join(name for name, _ in columns)} |\n| --- {'| --- ' * len(columns)}|")
+    for row in columns[-1][1]:
+        print(f"| {row} | {' | '.join(f'{figures[row]:,}' for _, figures in columns)} |")
+
+
 if __name__ == "__main__":
-    print("| counted | |\n| --- | --- |")
-    for name, value in table().items():
-        print(f"| {name} | {value:,} |")
+    main(sys.argv[1:])

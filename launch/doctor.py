@@ -20,9 +20,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, local_checks
+from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, local_checks, run_folder
 from tritune.launch.torchrun import gpus
-from tritune.trainer.config import Config
+from tritune.trainer.config import BackendConfig
 from tritune.trainer.config.compose import compose_partly, split_argv
 from tritune.trainer.config.launch import SlurmConfig
 from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT
@@ -42,24 +42,23 @@ def doctor(argv: list[str]) -> int:
             print(f"tritune: {shown(fault)}", file=sys.stderr)
         return EXIT_INPUT
     if "RANK" in os.environ or STEP in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return examine(config)
+        return examine(config.backend, config.run.dir)
     if isinstance(config.launch, SlurmConfig):
-        return subprocess.run(srun_command(config, argv)).returncode
+        command = srun_command(config.launch, config.backend.device.value, argv)
+        return subprocess.run(command).returncode
     processes = config.launch.num_procs or gpus(config.backend.device.value) or 1
     if processes > 1:
         return _under_torchrun(argv, processes)
-    return examine(config)
+    return examine(config.backend, config.run.dir)
 
 
-def srun_command(config: Config, argv: list[str]) -> list[str]:
+def srun_command(launch: SlurmConfig, device: str, argv: list[str]) -> list[str]:
     """One task a process, on machines such as a job of this configuration would get."""
     from tritune.launch.slurm import container, interpreter, resources
 
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
     processes = launch.num_procs or 1
     words = [
-        w for w in resources(config, launch, processes) if not w.startswith(("--ntasks-per-node", "--cpus-per-task"))
+        w for w in resources(launch, device, processes) if not w.startswith(("--ntasks-per-node", "--cpus-per-task"))
     ]
     words += [f"--ntasks-per-node={processes}", *container(launch)]
     exports = ",".join(["ALL", f"{STEP}=1", *[f"{k}={shlex.quote(v)}" for k, v in launch.env.items()]])
@@ -78,27 +77,29 @@ def _under_torchrun(argv: list[str], processes: int) -> int:
         return int(note.read_text()) if note.is_file() else done.returncode
 
 
-def examine(config: Config) -> int:
+def examine(backend: BackendConfig, run_dir: str | None) -> int:
     """One rank of a check, alone or among several; rank 0 prints what all found."""
     _take_slurm_s_ranks()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    device, folder = backend.device.value, run_folder(run_dir)
     first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if size == 1:
-        found = local_checks(config, host)
+        found = local_checks(device, folder, host)
     else:
         from tritune.launch.doctor_network import meet, mutual_checks
 
-        world, trouble = meet(config, min(RENDEZVOUS_SECONDS, int(config.backend.timeout_seconds)))
-        found = local_checks(config, host) if first_here else []  # after it: they take a minute where caches are cold
+        world, trouble = meet(device, min(RENDEZVOUS_SECONDS, int(backend.timeout_seconds)))
+        # After it: they take a minute where caches are cold.
+        found = local_checks(device, folder, host) if first_here else []
         if world is None:
             print(_table([*found, trouble]), flush=True)
             return _leave(EXIT_FAILED, rank)
-        found = mutual_checks(config, world, host, found)
+        found = mutual_checks(world, folder, host, found)
     code = EXIT_FAILED if any(c.state == FAIL for c in found) else EXIT_DONE
     if rank == 0:
         print(_table(found), flush=True)
-        path = Path(config.run.dir) / "doctor.json" if config.run.dir else None
+        path = Path(run_dir) / "doctor.json" if run_dir else None
         if path is not None and path.parent.is_dir() and os.access(path.parent, os.W_OK):
             path.write_text(json.dumps([asdict(c) for c in found], indent=1) + "\n")
     return _leave(code, rank)

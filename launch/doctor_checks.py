@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from tritune.trainer.config import Config
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 LOW_SPACE, NO_SPACE = 20e9, 1e9  # bytes free in the run directory's file system
@@ -31,15 +30,21 @@ class Check:
     remedy: str = ""
 
 
-def local_checks(config: Config, host: str) -> list[Check]:
-    """Everything that needs no other machine; `host` is put into each name."""
-    checks = [_software(), *_gpus(config), _kernels(config), *_network(), *_disk(run_folder(config))]
+def local_checks(device: str, folder: Path, host: str) -> list[Check]:
+    """Everything that needs no other machine.
+
+    Args:
+        device: `backend.device`.
+        folder: of `run_folder`.
+        host: this machine's name, which is put into the name of each check.
+    """
+    checks = [_software(), *_gpus(device), _kernels(device), *_network(), *_disk(folder)]
     return [Check(c.state, f"{host} {c.name}", c.text, c.remedy) for c in checks]
 
 
-def run_folder(config: Config) -> Path:
+def run_folder(run_dir: str | None) -> Path:
     """The run directory, or the nearest folder above it that exists."""
-    path = Path(config.run.dir or "runs").absolute()
+    path = Path(run_dir or "runs").absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
@@ -75,12 +80,12 @@ def _software() -> Check:
     return Check(PASS, "software", shown)
 
 
-def _gpus(config: Config) -> list[Check]:
+def _gpus(device: str) -> list[Check]:
     import torch
 
-    count = torch.cuda.device_count() if config.backend.device.value != "cpu" else 0
+    count = torch.cuda.device_count() if device != "cpu" else 0
     if not count:
-        state = FAIL if config.backend.device.value == "cuda" else PASS
+        state = FAIL if device == "cuda" else PASS
         remedy = "Check nvidia-smi, CUDA_VISIBLE_DEVICES, --gres, and that torch was built for CUDA"
         return [Check(state, "GPUs", f"none; torch {torch.__version__} computes on the CPU", remedy)]
     found = [torch.cuda.get_device_properties(i) for i in range(count)]
@@ -93,12 +98,12 @@ def _gpus(config: Config) -> list[Check]:
     return [alike, *([peers] if count > 1 else [])]
 
 
-def _kernels(config: Config) -> Check:
+def _kernels(asked: str) -> Check:
     import torch
     from tritune.kernels.dispatch import KERNELS, choose
     from tritune.kernels.selfcheck import Sizes, self_check
 
-    use_cuda = torch.cuda.is_available() and config.backend.device.value != "cpu"
+    use_cuda = torch.cuda.is_available() and asked != "cpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     dtype = torch.bfloat16 if use_cuda else torch.float32
     choices = choose("auto", dict.fromkeys(KERNELS, "auto"), device, dtype, False)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, run_folder, versions
-from tritune.trainer.config import Config
+from tritune.launch.doctor_checks import FAIL, PASS, WARN, Check, versions
 from tritune.trainer.parallel.distributed import World
 
 MESSAGE = 1 << 25  # bytes of the all-reduce
@@ -21,11 +20,16 @@ SLOW = 1.5  # times the median of all machines
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0  # seconds
 
 
-def meet(config: Config, seconds: int) -> tuple[World | None, Check]:
-    """Join the other ranks, or say who cannot reach whom."""
+def meet(asked: str, seconds: int) -> tuple[World | None, Check]:
+    """Join the other ranks, or say who cannot reach whom.
+
+    Args:
+        asked: `backend.device`.
+        seconds: to wait for them.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    use_cuda = torch.cuda.is_available() and config.backend.device.value != "cpu"
+    use_cuda = torch.cuda.is_available() and asked != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a wait that fails then raises, where NCCL would abort
     try:
@@ -64,7 +68,7 @@ def _reach(seconds: int) -> None:
             time.sleep(0.5)
 
 
-def mutual_checks(config: Config, world: World, host: str, own: list[Check]) -> list[Check]:
+def mutual_checks(world: World, folder: Path, host: str, own: list[Check]) -> list[Check]:
     """All machines' checks and those between them; every rank gets the same list."""
     found = [check for checks in world.gather(own) for check in checks]
     hosts: list[str] = world.gather(host)
@@ -72,7 +76,7 @@ def mutual_checks(config: Config, world: World, host: str, own: list[Check]) -> 
                                            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"))  # fmt: skip
     found.append(_same_software(world, hosts))
     found.append(_clocks(world, hosts))
-    found.append(_same_files(config, world, hosts))
+    found.append(_same_files(world, folder, hosts))
     found += [_all_reduce(world), _pace(world, hosts)]
     return found
 
@@ -110,9 +114,9 @@ def _clocks(world: World, hosts: list[str]) -> Check:
     return Check(state, "clocks", text, "Let the machines keep time (chrony, NTP): logs and tokens are dated by it")
 
 
-def _same_files(config: Config, world: World, hosts: list[str]) -> Check:
+def _same_files(world: World, folder: Path, hosts: list[str]) -> Check:
     """A file that rank 0 writes must be seen by all, in the folder where the run will be."""
-    folder = Path(world.gather(str(run_folder(config)))[0])
+    folder = Path(world.gather(str(folder))[0])
     name = world.gather(f".tritune-doctor-{os.getpid()}-{time.time_ns()}")[0]
     writable = True
     if world.rank == 0:

@@ -43,7 +43,7 @@ def main(argv: list[str], job: Mapping[str, str] = os.environ) -> int:
         if node == 0:
             print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT if node == 0 else EXIT_DONE
-    run = run_path(config, overrides)
+    run = run_path(config.run.dir, overrides)
     # The step is part of it: what an earlier one in the same allocation left is not this one's.
     name = ".".join(job.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     outcome = supervise(

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from tritune.launch.torchrun import gpus
 from tritune.trainer.__main__ import checked_config
-from tritune.trainer.config import Config
+from tritune.trainer.config import ModelConfig
 from tritune.trainer.config.compose import load_config, split_argv, to_dict
 from tritune.trainer.config.launch import SlurmConfig
 from tritune.trainer.errors import EXIT_INPUT, EXIT_STOPPED, INPUT_ERRORS, InputError
@@ -44,9 +44,10 @@ def submit(argv: list[str]) -> int:
             rule = "this machine has no GPU, which says nothing of the cluster's"
             raise InputError("launch.num_procs=null", rule, "Give the processes of a node, one a GPU")
         checked_config(overrides, config_dir, launch.nodes * processes)
-        _require_model(config)
-        run = run_path(config, overrides).resolve()
-        text = render(config, launch, run, argv, processes)
+        _require_model(config.model)
+        run = run_path(config.run.dir, overrides).resolve()
+        text = render(launch, config.backend.device.value, run, argv, processes)
+        require_no_secrets(to_dict(config), argv)
         if launch.dry_run:
             print(text, end="")
             return 0
@@ -70,10 +71,11 @@ def submit(argv: list[str]) -> int:
         return EXIT_STOPPED
 
 
-def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], processes: int) -> str:
+def render(launch: SlurmConfig, device: str, run: Path, argv: list[str], processes: int) -> str:
     """Return the batch script.
 
     Args:
+        device: `backend.device`.
         run: absolute; of a seed's run it is the parent.
         argv: what the user gave; `run.dir` and, with `launch.seeds`, `seed` are the script's own.
         processes: on each node.
@@ -85,7 +87,6 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
         if not re.fullmatch(r"[\w./@+=,:-]+", str(path)):
             rule = "it becomes part of an #SBATCH line, where nothing is quoted"
             raise InputError(f"{name}={str(path)!r}", rule, "Use letters, digits and -_.+=@,: in the path")
-    _require_no_secrets(config, argv)
     own = ("run.dir=", "launch.wait=", "launch.dry_run=", *(["seed="] if launch.seeds else []))
     arguments = [word for word in argv if not word.startswith(own)]
     if not launch.num_procs:
@@ -94,7 +95,7 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
                                      keep_trailing_newline=True)  # fmt: skip
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     return environment.from_string(TEMPLATE.read_text()).render(
-        directives=_directives(config, launch, run, processes),
+        directives=_directives(launch, device, run, processes),
         srun=_srun(launch, processes),
         setup=["set +u", f"module load {shlex.join(launch.modules)}", "set -u"] if launch.modules else [],
         env=launch.env,
@@ -107,12 +108,14 @@ def render(config: Config, launch: SlurmConfig, run: Path, argv: list[str], proc
     )
 
 
-def _require_no_secrets(config: Config, argv: list[str]) -> None:
+def require_no_secrets(tree: dict[str, Any], argv: list[str]) -> None:
     """Refuse what would write a secret into the script: all of launch.*, and each word that the user gave.
 
     A word is looked at as it was written, and its value as it was read: quoting changes the letters.
+
+    Args:
+        tree: the configuration as plain values.
     """
-    tree = to_dict(config)
     for key in (*(f"launch.{name}" for name in tree["launch"]), *(word.partition("=")[0] for word in argv)):
         value: Any = tree
         for name in key.split("."):
@@ -131,10 +134,10 @@ def _secret(key: str) -> InputError:
     return InputError(key, rule, remedy)
 
 
-def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) -> list[str]:
+def _directives(launch: SlurmConfig, device: str, run: Path, processes: int) -> list[str]:
     """sbatch's options, one word each: sbatch reads them before any shell does, so that nothing in them is expanded."""
     output = f"{run}/slurm-%A_%a.out" if launch.seeds else f"{run}/slurm-%j.out"
-    words = resources(config, launch, processes)
+    words = resources(launch, device, processes)
     if launch.seeds:
         words.append(f"--array=0-{len(launch.seeds) - 1}")
     words += ["--requeue", "--open-mode=append", f"--output={output}", f"--chdir={Path.cwd()}"]
@@ -143,10 +146,10 @@ def _directives(config: Config, launch: SlurmConfig, run: Path, processes: int) 
     return words + launch.directives
 
 
-def resources(config: Config, launch: SlurmConfig, processes: int) -> list[str]:
+def resources(launch: SlurmConfig, device: str, processes: int) -> list[str]:
     """What to ask for, in the words of sbatch and srun."""
     words = [f"--job-name={launch.job_name}", f"--nodes={launch.nodes}", "--ntasks-per-node=1"]
-    if launch.gpus and config.backend.device.value != "cpu":
+    if launch.gpus and device != "cpu":
         words.append(f"--gres=gpu:{processes}")
     if launch.cpus_per_proc:
         words.append(f"--cpus-per-task={launch.cpus_per_proc * processes}")
@@ -194,9 +197,9 @@ def _sbatch(arguments: list[str]) -> str:
     return done.stdout.strip()
 
 
-def _require_model(config: Config) -> None:
+def _require_model(model: ModelConfig) -> None:
     """A folder that is written as one must be there; a hub id is known to the hub alone."""
-    for key, value in (("path", config.model.path), ("tokenizer", config.model.tokenizer)):
+    for key, value in (("path", model.path), ("tokenizer", model.tokenizer)):
         if value is not None and value.startswith(("/", ".", "~")) and not Path(value).is_dir():
             raise InputError(f"model.{key}={value}", "there is no such folder on this machine", "Check the path")
 

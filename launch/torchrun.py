@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tritune.launch.restarts import record, say_end
 from tritune.launch.supervise import Attempt, Requests, supervise
-from tritune.trainer.config import Config
+from tritune.trainer.config.launch import LaunchConfig
 from tritune.trainer.config.overrides import override
 from tritune.trainer.errors import EXIT_INPUT, INPUT_ERRORS, InputError
 from tritune.trainer.run.directory import run_path
@@ -35,19 +35,19 @@ def train(argv: list[str]) -> int:
     except INPUT_ERRORS as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    run = run_path(config, overrides)
+    run = run_path(config.run.dir, overrides)
     if processes == 1 and config.launch.max_restarts == 0:
         return main(argv)
     # Every rank must name the same directory, also where its name is made from the time.
-    return _watched([*argv, override("run.dir", str(run))], run, config, processes)
+    return _watched([*argv, override("run.dir", str(run))], run, config.launch, processes)
 
 
-def _watched(argv: list[str], run: Path, config: Config, processes: int) -> int:
+def _watched(argv: list[str], run: Path, launch: LaunchConfig, processes: int) -> int:
     requests = Requests().install()
     while True:
         name = time.strftime("%Y%m%d-%H%M%S")
-        outcome = supervise(Attempt(name, argv, run, config.launch, processes), requests)
-        wait = record(run, name, outcome, config.launch)
+        outcome = supervise(Attempt(name, argv, run, launch, processes), requests)
+        wait = record(run, name, outcome, launch)
         if requests.caught:  # nobody but a scheduler starts again what was asked to stop
             wait = None
         say_end(outcome, wait, run)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritune.launch import processes
 from tritune.launch.torchrun import gpus
@@ -15,16 +15,24 @@ from tritune.trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_INPUT, INPUT_ERR
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
-    from tritune.trainer.verify.cells import Cell
+    from tritune.trainer.verify.cells import Cell, Subject
 
 PROOFS = ("parity", "resume")
 
 
+class Found(NamedTuple):
+    """What a proof came to: the certificate's own part, whose `holds` says whether it holds; and lines for whoever watches."""
+
+    content: dict[str, Any]
+    lines: list[str]
+
+
 def verify(argv: list[str]) -> int:
     """Run a proof; return 0 where it holds, 1 where it does not, 2 for wrong input."""
-    from tritune.trainer.config.compose import split_argv
+    from tritune.trainer.config.compose import split_argv, to_dict
     from tritune.trainer.run.directory import run_path
     from tritune.trainer.shown import shown
+    from tritune.trainer.verify.cells import Subject
 
     try:
         if not argv or argv[0] not in PROOFS:
@@ -33,13 +41,24 @@ def verify(argv: list[str]) -> int:
             )
         config_dir, overrides = split_argv(argv[1:])
         config = checked(overrides, config_dir)
-        directory = run_path(config, overrides)
+        directory = run_path(config.run.dir, overrides)
         devices = gpus(config.backend.device.value)
         processes.preload(on_cpu=not devices)
-        proof = _parity if argv[0] == "parity" else _resume
-        shutil.rmtree(directory / argv[0], ignore_errors=True)  # an earlier proof's runs
+        kind, proof = argv[0], _parity if argv[0] == "parity" else _resume
+        shutil.rmtree(directory / kind, ignore_errors=True)  # an earlier proof's runs
         given = [] if config_dir is None else ["--config-dir", config_dir]
-        return proof(config, given, overrides, directory, config.launch.num_procs or devices or 2)
+        count = config.launch.num_procs or devices or 2
+        subject = Subject(config.verify, config.backend, config.train, config.model.dtype, overrides, count)
+        found = proof(subject, given, directory / kind)
+        if isinstance(found, int):
+            return found
+        from tritune.trainer.verify.certificate import write_certificate  # torch, which wrong input need not wait for
+
+        path = directory / f"{kind}.json"
+        write_certificate(path, kind, to_dict(config), overrides, found.content)
+        print(*found.lines, sep="\n")
+        print(f"{kind} {'holds' if found.content['holds'] else 'does not hold'}: {path}")
+        return EXIT_DONE if found.content["holds"] else EXIT_FAILED
     except INPUT_ERRORS as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
@@ -60,12 +79,13 @@ def checked(overrides: list[str], config_dir: str | None) -> Config:
     return checked_config([*overrides, *end], config_dir, None)
 
 
-def _parity(config: Config, given: list[str], overrides: list[str], directory: Path, count: int) -> int:
+def _parity(subject: Subject, given: list[str], directory: Path) -> Found | int:
+    """What was found, or the status of a reference that did not come to its end."""
     from tritune.trainer.verify.cells import parity_cells
-    from tritune.trainer.verify.certificate import step_lines, summary_table, worst, write_certificate
+    from tritune.trainer.verify.certificate import step_lines, summary_table, worst
     from tritune.trainer.verify.compare import compare_bfloat16, compare_float32, spread
 
-    references, candidates = parity_cells(config, overrides, directory / "parity", count)
+    references, candidates = parity_cells(subject, directory)
     for reference in references:
         code, said = _run(reference, given)
         if code != EXIT_DONE:
@@ -98,32 +118,30 @@ def _parity(config: Config, given: list[str], overrides: list[str], directory: P
     if bounds is not None:
         content["bounds"] = [{"loss": loss, "grad_norm": norm} for loss, norm in bounds]
         content["float32"] = _rows(references[-1])
-    write_certificate(directory / "parity.json", "parity", config, overrides, content)
-    print("", _criterion(bounds), "", *summary_table(cells), "", sep="\n")
-    print(f"parity {'holds' if holds else 'does not hold'}: {directory / 'parity.json'}")
-    return EXIT_DONE if holds else EXIT_FAILED
+    return Found(content, ["", _criterion(bounds), "", *summary_table(cells), ""])
 
 
-def _resume(config: Config, given: list[str], overrides: list[str], directory: Path, count: int) -> int:
+def _resume(subject: Subject, given: list[str], directory: Path) -> Found | int:
+    """What was found, or the status of a run that neither was killed nor came to its end."""
     from tritune.trainer.verify.cells import kill_step, resume_cells
-    from tritune.trainer.verify.certificate import step_lines, write_certificate
+    from tritune.trainer.verify.certificate import step_lines
     from tritune.trainer.verify.compare import bit_equal, compare_float32, parameter_difference, read_rows
 
-    unbroken, killed, resumed, same = resume_cells(config, overrides, directory / "resume", count)
+    unbroken, killed, resumed, same = resume_cells(subject, directory)
+    last = subject.verify.steps
     code, said = _run(unbroken, given)
     if code == EXIT_DONE:
-        code, said = _run(killed, given, kill_at=kill_step(config))
+        code, said = _run(killed, given, kill_at=kill_step(subject.verify))
     reached = read_rows(killed.directory)[-1]["step"] if code == EXIT_DONE else 0
-    if code == EXIT_DONE and reached >= config.verify.steps:
+    if code == EXIT_DONE and reached >= last:
         rule = "the run came to its end before it could be killed"
-        raise InputError(f"verify.steps={config.verify.steps}", rule, "Give it more steps")
+        raise InputError(f"verify.steps={last}", rule, "Give it more steps")
     if code == EXIT_DONE:
         code, said = _run(resumed, given)
     if code != EXIT_DONE:
         print(said, file=sys.stderr)
         return code
     steps = compare_float32(resumed.directory, unbroken.directory)
-    last = config.verify.steps
     ours, theirs = read_rows(resumed.directory), read_rows(unbroken.directory)
     found = {
         "same_backend_and_processes": same,
@@ -138,10 +156,7 @@ def _resume(config: Config, given: list[str], overrides: list[str], directory: P
     exact = found["bit_equal"] and found["losses_equal"] and found["rng_equal"]
     holds = bool(found["batches_equal"] and (exact if same else all(s.holds for s in steps)))
     content = {"holds": holds, **found, "steps": [s.to_json() for s in steps]}
-    write_certificate(directory / "resume.json", "resume", config, overrides, content)
-    print(*step_lines(steps), *(f"{name.replace('_', ' '):28} {value}" for name, value in found.items()), "", sep="\n")
-    print(f"resume {'holds' if holds else 'does not hold'}: {directory / 'resume.json'}")
-    return EXIT_DONE if holds else EXIT_FAILED
+    return Found(content, [*step_lines(steps), *(f"{k.replace('_', ' '):28} {v}" for k, v in found.items()), ""])
 
 
 def _run(cell: Cell, given: list[str], kill_at: int | None = None) -> tuple[int, str]:

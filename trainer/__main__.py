@@ -38,6 +38,7 @@ LOSS_SECONDS = 0.5  # word of a rank's death may come a moment after the error t
 
 if TYPE_CHECKING:
     from tritune.trainer.config import Config
+    from tritune.trainer.config.schema import TrainConfig
     from tritune.trainer.run.directory import RunDir
     from tritune.trainer.run.guard import Limit
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INPUT
     from tritune.trainer.run.directory import run_path
 
-    return run(config, run_path(config, argv), leader, given, peers)
+    return run(config, run_path(config.run.dir, argv), leader, given, peers)
 
 
 def checked_config(overrides: list[str], config_dir: str | None, processes: int | None) -> Config:
@@ -160,7 +161,7 @@ def run(config: Config, path: Path, leader: bool, overrides: list[str], peers: P
                 _write_end(directory, "failed", step, status, lost, refused=status == EXIT_INPUT and built is None)
         _end_process(status)
 
-    guard = Guard(stop, pulse.where, abandon, _limits(config))
+    guard = Guard(stop, pulse.where, abandon, _limits(config.train))
     peers.watch(lambda: pulse.where() == CLOSING, end_without)
     try:
         world = distributed.start(config.backend, config.train.deterministic)
@@ -262,13 +263,13 @@ def _end_without(lost: str) -> None:
     _end_process(status_of(lost))
 
 
-def _limits(config: Config) -> dict[str, Limit]:
+def _limits(train: TrainConfig) -> dict[str, Limit]:
     """Of the phases of a run. Compilation is the one that is known to go on without an end."""
     from tritune.trainer.run.guard import Limit
 
-    if not config.train.compile:
+    if not train.compile:
         return {}
-    seconds = config.train.compile_seconds
+    seconds = train.compile_seconds
     why = f"train.compile=true: torch.compile was not done with the first batch after {seconds:g} s"
     remedy = "Leave it out: without it our kernels compute. Or raise train.compile_seconds"
     return {"dry run": Limit(seconds, f"{why}. {remedy}")}

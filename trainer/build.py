@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ObjectiveConfig, TrainConfig
 from tritune.trainer.config.choices import Form, Packing
 from tritune.trainer.config.compose import to_dict
-from tritune.trainer.config.data import Check, training_sources
+from tritune.trainer.config.data import Check, DataConfig, training_sources
+from tritune.trainer.config.identity import identity_in, identity_of
+from tritune.trainer.config.schema import EvaluationConfig
 from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.loader import Dealer, Loader
 from tritune.trainer.data.plain_chat import settle_template
@@ -84,13 +87,14 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     """
     say = progress.say
     with world.raise_on_all("checking the run directory"):
-        kernels = choose_kernels(config, world.device)
+        kernels = choose_kernels(config.kernels, config.model.dtype, world.device, config.train.compile)
         require_sources(config.data)
         require_trackers(config.tracking)
         if config.export.enabled:
-            require_replaceable(export_path(config, directory.path), config, directory.path)
+            require_replaceable(export_path(config.export.dir, directory.path), config, directory.path)
+        identity = identity_of(config)
         if world.rank == 0:
-            check_resume(config, directory)
+            check_resume(config.run.resume, identity, directory)
     pulse.phase("data")
 
     def beat() -> None:
@@ -100,7 +104,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     watch = Watch(progress.reading, beat, say)
     with world.raise_on_all("reading tokenizer and data", patiently=pulse.beat), suppress(StopRequested):
         tokenizer = load_tokenizer(config.model)
-        config = settle_template(config, tokenizer, say)
+        config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, say))
         architecture = load_architecture(config.model, len(tokenizer))
         require_length(config, context_length(architecture))
         stops = model_stop_ids(config.model, architecture)
@@ -108,11 +112,11 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
         splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
-        findings = cheap_findings(config, splits, tokenizer)
+        findings = cheap_findings(config.data, config.objective, splits, tokenizer)
         refused = blocking(findings, config.audit.fail_on)
         if refused is not None:
             raise refused
-        choices = lay_out_choices(config, splits, tokenizer)
+        choices = lay_out_choices(config.evaluation, splits, tokenizer)
         if world.rank == 0:
             directory.write_rejects(splits.rejects())
     stop.heed(world)
@@ -127,7 +131,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
 
     pulse.phase("model")
     with world.raise_on_all("loading the model"):
-        base = require_same_base(config, directory, say) if world.rank == 0 else None
+        base = None
+        if world.rank == 0:
+            base = require_same_base(config.model, config.method, identity, directory, say)
         heads = heads_of(config.objective)
         labels, dtype = splits.labels if heads else None, storage_dtype(config)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
@@ -152,18 +158,20 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         with world.raise_on_all("trying the export"):
             if world.rank == 0:
                 source = Source(config, model, lambda ids: ids, tokenizer, heads, splits.labels)
-                rehearse(source, export_path(config, directory.path), say)
+                rehearse(source, export_path(config.export.dir, directory.path), say)
     trainable, total = count_parameters(model)
     tied = ", tied head" if is_tied(model) else ""
     say(
         f"model     {architecture.model_type}, {total:,} parameters{tied}; method {config.method.name} trains {trainable:,}"
     )
 
-    config = settle_rate(config, world, directory, architecture.get_text_config().hidden_size, say)
+    width = architecture.get_text_config().hidden_size
+    config = replace(config, optim=settle_rate(config.optim, config.method, world, directory, width, say))
 
     if config.data.packing is not Packing.none:
         say(f"attention {choose_attention(model, world.device)}: packed rows do not see one another")
-    installed = install_kernels(config, model, kernels, world, say)
+    checked_in = config.model.dtype if config.kernels.self_check else None
+    installed = install_kernels(model, kernels, checked_in, world, say)
     pulse.phase("backend")
     backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens, installed.head)
@@ -174,30 +182,34 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
     with world.raise_on_all("laying out the training rows"):
-        loader = make_loader(config, splits, tokenizer, stop_ids, state, _dealer(config, tokenizer, backend), say)
+        dealer = _dealer(config.train, config.data.packing, config.verify.order, tokenizer.pad_token_id, backend)
+        loader = make_loader(config, splits, tokenizer, stop_ids, state, dealer, say)
         told = loader.describe()
     with world.raise_on_all("comparing the training rows"):
-        require_same_rows(world.gather(loader.digest), config)
+        require_same_rows(world.gather(loader.digest), config.data.train)
     for line in told:
         say(line)
+    objective = make_objective(config.objective, config.data, splits.labels, tokenizer)
+    due = _make_due(config.train.log_every, config.evaluation.every, config.checkpoint.every, loader)
     run = Run(
-        config=config, world=world, backend=backend, objective=make_objective(config, splits.labels, tokenizer),
+        config=config, world=world, backend=backend, objective=objective,
         model=wrapped, scorer=scorer, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples,
         choices=choices, labels=splits.labels, stops=stop_ids,
         parameters=(trainable, total), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
-        state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
+        state=state, due=due, meter=Meter(world), progress=progress, directory=directory, stop=stop,
         pulse=pulse, sinks=[],
     )  # fmt: skip
     wrapped.register_forward_hook(lambda *_: pulse.beat())
     pulse.phase("dry run")
     dry_run(run)
     pulse.phase("resume")
-    _resume_or_start(run, base)
+    written = redact_tree(to_dict(config))
+    _resume_or_start(run, written, base)
     stop.heed(world)  # before trackers are opened, which nobody would close
     if world.rank == 0:
-        run.sinks += open_sinks(config.tracking, directory.path, redact_tree(to_dict(config)), state.step, say)
+        run.sinks += open_sinks(config.tracking, directory.path, written, state.step, say)
     return run
 
 
@@ -213,10 +225,12 @@ def _unused(config: Config, model: PreTrainedModel, weights: Weights | None) -> 
     return unused
 
 
-def lay_out_choices(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Choices]:
+def lay_out_choices(
+    settings: EvaluationConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Choices]:
     """The rows to score for `evaluation.choices`, by split."""
-    wanted = {*config.evaluation.splits, "validation"} - {"retention"} if config.evaluation.choices else set()
-    return {n: lay_out(e, config.evaluation.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
+    wanted = {*settings.splits, "validation"} - {"retention"} if settings.choices else set()
+    return {n: lay_out(e, settings.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
 
 
 def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
@@ -227,19 +241,21 @@ def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
         raise InputError("model.add_tokens", rule, remedy)
 
 
-def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
+def _resume_or_start(run: Run, written: dict[str, Any], base: dict[str, dict[str, str]] | None) -> None:
+    """Take the state of the newest checkpoint, if there is one, and write down what the run is: `written` is its
+    configuration as plain values without secrets, `base` the fingerprint of its base model."""
     rows = {name: examples.digest for name, examples in run.splits.items()} | {"train": run.loader.digest}
     found = run.store.newest()
     if found is not None:
         with run.world.raise_on_all("checking what was saved"):
-            saved = read_state(found[0])
-            require_same_run(saved.get("run"), run.config, found[0])
+            saved, identity = read_state(found[0]), identity_in(written)
+            require_same_run(saved.get("run"), identity, found[0])
             if saved.get("data") != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
-                rule += moved(run.config, run.directory)
+                rule += moved(identity, run.directory)
                 raise InputError(f"data.train={run.config.data.train}", rule, "Restore them, or give another run.dir")
             if run.world.rank == 0:
-                require_same_splits(rows, run.config, run.directory)
+                require_same_splits(rows, run.config.data, identity, run.directory)
             with _named(found[0]):
                 _take_state(run, saved.get("train"), found[1]["step"])
         with _named(found[0]):
@@ -258,7 +274,7 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
                 for name in ("base.json", "samples.json"):
                     (run.directory.path / name).unlink(missing_ok=True)
             record(run.directory, base, rows)
-            run.directory.write_config(run.config)
+            run.directory.write_config(written)
             run.directory.write_environment(_device_name(run.world.device), run.world.size)
             reports = {name: vars(examples.report) for name, examples in run.splits.items()}
             run.directory.write_json("data.json", reports | {"labels": run.labels})
@@ -283,14 +299,14 @@ def _named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ').rstrip('.')}. {remedy}") from None
 
 
-def _dealer(config: Config, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Dealer:
+def _dealer(train: TrainConfig, packing: Packing, order: int, padding: int, backend: Backend) -> Dealer:
     return Dealer(
-        config.train.batch_size, config.train.micro_batch_size, tokenizer.pad_token_id, backend.dp_rank, backend.dp_size,
-        backend.device, config.train.unpack, config.data.packing is not Packing.none, config.verify.order,
+        train.batch_size, train.micro_batch_size, padding, backend.dp_rank, backend.dp_size, backend.device,
+        train.unpack, packing is not Packing.none, order,
     )  # fmt: skip
 
 
-def require_same_rows(digests: list[str], config: Config) -> None:
+def require_same_rows(digests: list[str], train: str | None) -> None:
     """Refuse ranks that would train on other tokens than the first: files differ between machines, or a library does.
 
     Raises:
@@ -299,19 +315,21 @@ def require_same_rows(digests: list[str], config: Config) -> None:
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         rule = f"rank {other} made other tokens of it than rank 0: the files, or the versions of libraries, differ"
-        raise InputError(f"data.train={config.data.train}", rule, "Give all machines the same, or one shared folder")
+        raise InputError(f"data.train={train}", rule, "Give all machines the same, or one shared folder")
 
 
-def _make_due(config: Config, loader: Loader) -> Due:
-    eval_every = config.evaluation.every or loader.steps_per_epoch
-    return Due(config.train.log_every, eval_every, config.checkpoint.every or eval_every, loader.total_steps)
+def _make_due(log_every: int, eval_every: int | None, save_every: int | None, loader: Loader) -> Due:
+    eval_every = eval_every or loader.steps_per_epoch
+    return Due(log_every, eval_every, save_every or eval_every, loader.total_steps)
 
 
-def make_objective(config: Config, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Objective:
-    """The objective that `config.objective` names."""
-    named = config.data.sources
+def make_objective(
+    objective: ObjectiveConfig, data: DataConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Objective:
+    """The loss of an objective over the sources of the data."""
+    named = data.sources
     sources = Sources(tuple(named), tuple(s.loss_weight for s in named.values()))
-    return config.objective.loss(labels, tokenizer, sources)
+    return objective.loss(labels, tokenizer, sources)
 
 
 def _device_name(device: torch.device) -> str:

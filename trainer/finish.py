@@ -146,7 +146,7 @@ def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     else:
         config = replace(run.config, checkpoint=replace(run.config.checkpoint, step=facts["tested_step"]))
         source = source_of(config, run.directory.path, World(0, 1, torch.device("cpu")), facts)
-    done: Exported = export(source, export_path(run.config, run.directory.path), run.progress.say)
+    done: Exported = export(source, export_path(run.config.export.dir, run.directory.path), run.progress.say)
     return done.to_json()
 
 

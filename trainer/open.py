@@ -124,13 +124,14 @@ def open_model(
 def place(opened: Opened, world: World, say: Callable[[str], None]) -> Placed:
     """Put a model that was opened unsettled where it computes, under the backend and the kernels of the configuration."""
     config, model = opened.config, opened.model
-    choices = choose_kernels(config, world.device)
-    installed = install_kernels(config, model, choices, world, say)
-    backend = make_reader(config.backend, world, config.model.dtype)
+    dtype = config.model.dtype
+    choices = choose_kernels(config.kernels, dtype, world.device, compiled=False)
+    installed = install_kernels(model, choices, dtype if config.kernels.self_check else None, world, say)
+    backend = make_reader(config.backend, world, dtype)
     scorer = TokenScorer(model, None, config.seed, config.kernels.loss_chunk_tokens, installed.head)
     if not isinstance(backend, Fsdp):  # whole: every parameter in the dtype that computes, as in training
         model.requires_grad_(False)
-        cast_parameters(model, getattr(torch, config.model.dtype.value))
+        cast_parameters(model, getattr(torch, dtype.value))
     backend.place(scorer, opened.weights)
     if opened.restore is not None:
         opened.restore()
@@ -312,7 +313,7 @@ def _assemble(
         carried: what an export says of the classifier in it.
     """
     tokenizer = load_tokenizer(config.model)
-    config = settle_template(config, tokenizer, Watch().say)
+    config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, Watch().say))
     if config.objective.label_prompt is not None:
         carried.require_tokens(config.objective, tokenizer, f"model.path={what}")
     architecture = load_architecture(config.model, len(tokenizer))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config.compose import load_config, split_argv
+from tritune.trainer.config.identity import identity_of
 from tritune.trainer.config.overrides import value_of
 from tritune.trainer.errors import (
     EXIT_DONE,
@@ -34,7 +35,9 @@ from tritune.trainer.run.files import read_config, read_json
 from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
-    from tritune.trainer.config import Config
+    from tritune.trainer.config import Config, GenerateConfig, MethodConfig, ModelConfig
+    from tritune.trainer.config.data import DataConfig
+    from tritune.trainer.config.identity import Identity
     from tritune.trainer.open import Opened, Placed
     from tritune.trainer.parallel.distributed import World
 
@@ -123,9 +126,9 @@ def evaluate(config: Config, run: Path | None) -> None:
     require_length(config, context)
     with world.raise_on_all("reading the rows", patiently=lambda: None):
         splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
-    choices = lay_out_choices(config, splits, tokenizer)
+    choices = lay_out_choices(config.evaluation, splits, tokenizer)
     scorer, backend = placed.scorer, placed.backend
-    objective = make_objective(config, splits.labels, tokenizer)
+    objective = make_objective(config.objective, data, splits.labels, tokenizer)
     results: dict[str, dict[str, Any]] = {}
     recorders: dict[str, Recorder] = {}
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
@@ -169,8 +172,11 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
         rule = f"{opened.what} is asked for a label, and its classes are not known"
         raise InputError("data.labels", rule, "Give data.labels=[...] in the order of training")
     below = _below(opened, opened.labels, run)
-    ask = _labels if opened.labels else _words
-    answered = ask(opened, placed, config, prompts, below)
+    asked = config.generate
+    if opened.labels:
+        answered = _labels(opened, placed, prompts, asked.file, config.data, below)
+    else:
+        answered = _words(opened, placed, asked, prompts, config.seed, config.model.dtype.value == "float64")
     if world.rank != 0:
         return
     faults = [answers for _, answers in answered if isinstance(answers, InputError)]
@@ -182,7 +188,7 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
         lines.append(json.dumps({**fields, **what}, ensure_ascii=False) + "\n")
     if faults:
         _say(f"generate  {len(faults):,} of {len(answered):,} prompts have no answer. The first: {faults[0]}")
-    out = config.generate.out
+    out = asked.out
     if out is None:
         sys.stdout.writelines(lines)
         return
@@ -192,37 +198,41 @@ def generate(config: Config, run: Path | None, prompts: list[str]) -> None:
 
 
 def _words(
-    opened: Opened, placed: Placed, config: Config, prompts: list[str], below: float | None
-) -> list[Answered]:  # fmt: skip
+    opened: Opened, placed: Placed, settings: GenerateConfig, prompts: list[str], seed: int, exactly: bool
+) -> list[Answered]:
+    """What a model with words answers.
+
+    Args:
+        exactly: compute as in float64.
+    """
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import Share, lack_of_room
     from tritune.trainer.evaluation.generate import generate as answer
     from tritune.trainer.model.load import context_length
 
-    settings = config.generate
     if not hasattr(opened.model, "generate"):
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
-    rows = read_prompts(prompts, opened.config, opened.tokenizer)
+    rows = read_prompts(prompts, opened.config.generate, opened.config.data, opened.config.objective, opened.tokenizer)
     context = context_length(opened.model.config)
     faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
     ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
     backend = placed.backend
     share = Share(backend.world, together=not backend.whole)
     said = iter(answer(opened.model, placed.scorer.generate, opened.tokenizer, ids, settings, opened.stops, backend.device,
-                       config.seed, config.model.dtype.value == "float64", share))  # fmt: skip
+                       seed, exactly, share))  # fmt: skip
     return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]
 
 
 def _labels(
-    opened: Opened, placed: Placed, config: Config, prompts: list[str], below: float | None
-) -> list[Answered]:  # fmt: skip
+    opened: Opened, placed: Placed, prompts: list[str], file: str | None, data: DataConfig, below: float | None
+) -> list[Answered]:
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
     from tritune.trainer.model.load import context_length
 
-    objective = make_objective(opened.config, opened.labels, opened.tokenizer)
+    objective = make_objective(opened.config.objective, opened.config.data, opened.labels, opened.tokenizer)
     context, device = context_length(opened.model.config), placed.backend.device
-    found = label_texts(opened, placed.scorer, objective, read_texts(prompts, config), context, device, below)
+    found = label_texts(opened, placed.scorer, objective, read_texts(prompts, file, data), context, device, below)
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 
 
@@ -240,9 +250,9 @@ def export(config: Config, run: Path | None, own_prompt: bool = True) -> None:
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")
     world = distributed.start(config.backend, config.train.deterministic)
-    _require_its_base(config, run)
+    _require_its_base(config.model, config.method, identity_of(config), run)
     facts = read_json(run / "summary.json", dict, "Move it away: the model's card is written without its figures") or {}
-    write(source_of(config, run, world, facts, own_prompt), export_path(config, run), _say)
+    write(source_of(config, run, world, facts, own_prompt), export_path(config.export.dir, run), _say)
 
 
 def report(config: Config, run: Path | None) -> None:
@@ -280,7 +290,7 @@ def _open(config: Config, run: Path | None, as_trained: bool = False) -> tuple[W
     world = distributed.start(config.backend, config.train.deterministic)
     with world.raise_on_all("opening the model"):
         if run is not None:
-            _require_its_base(config, run)
+            _require_its_base(config.model, config.method, identity_of(config), run)
         sharded = world.size > 1 and shards_parameters(config.backend)
         opened = open_model(config, run, world, settle=False, as_trained=as_trained, sharded=sharded)
     placed = place(opened, world, _say)
@@ -291,11 +301,11 @@ def _open(config: Config, run: Path | None, as_trained: bool = False) -> tuple[W
     return world, opened, placed
 
 
-def _require_its_base(config: Config, run: Path) -> None:
+def _require_its_base(model: ModelConfig, method: MethodConfig, identity: Identity, run: Path) -> None:
     from tritune.trainer.run.directory import RunDir
     from tritune.trainer.run.identity import require_same_base
 
-    require_same_base(config, RunDir(run), _say, reading=True)
+    require_same_base(model, method, identity, RunDir(run), _say, reading=True)
 
 
 def _run_directory(overrides: list[str]) -> Path | None:

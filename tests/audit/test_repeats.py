@@ -90,7 +90,7 @@ def test_rows_fall_to_the_splits_that_the_tables_have(tmp_path, how):
     options = ["objective=sft", "model=tiny", f"data.train={path}", "data.validation_share=0.2", "data.test_share=0.3"]
     config = load_config([*options, how], training=False)
     splits = read_splits(config, load_tokenizer(config.model), None)
-    (part,) = parts_of(config)
+    (part,) = parts_of(config.data, config.objective)
     found = defaultdict(list)
     for record in records_of(part):
         found[part.split_of(record.point(record.digest()))].append(record.place)
@@ -107,7 +107,8 @@ def test_neighbours_of_a_text_leak_only_what_stands_twice(tmp_path):
     paragraphs[3] = paragraphs[290] = twice
     path.write_text("\n\n".join(paragraphs) + "\n")
     options = ["objective=pretrain", "model=tiny", f"data.train={path}", "data.validation_share=0.1"]
-    texts = read_texts(load_config([*options, "audit.near_duplicates=false"], training=False))
+    config = load_config([*options, "audit.near_duplicates=false"], training=False)
+    texts = read_texts(config.data, config.objective, config.audit)
     held = [
         place for place, split in zip(texts.places, texts.splits, strict=True) if texts.names[split] == "validation"
     ]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from tritune.trainer.config import renamed
 from tritune.trainer.config.compose import compose_partly, load_config, to_dict
+from tritune.trainer.config.identity import identity_of
 from tritune.trainer.errors import ConfigFaults, InputError
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.identity import check_resume, require_same_run, run_identity
@@ -95,9 +96,11 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_an_older_version(config)))
     saved = run_identity(config)
     saved |= {OLD: saved.pop(NEW), "data.unsupervised": "refuse"}
-    check_resume(config, RunDir(tmp_path))
-    require_same_run(saved, config, checkpoint)
-    for refuse in (lambda: check_resume(other, RunDir(tmp_path)), lambda: require_same_run(saved, other, checkpoint)):
+    ours, others = identity_of(config), identity_of(other)
+    check_resume(config.run.resume, ours, RunDir(tmp_path))
+    require_same_run(saved, ours, checkpoint)
+    for refuse in (lambda: check_resume(other.run.resume, others, RunDir(tmp_path)),
+                   lambda: require_same_run(saved, others, checkpoint)):  # fmt: skip
         with pytest.raises(InputError, match=rf"{NEW}: 0.25 -> 0.5"):
             refuse()
 

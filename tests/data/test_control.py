@@ -165,7 +165,7 @@ def test_it_is_said_and_the_key_works(tmp_path):
     for choice in SpecialTokens:
         config.data.special_tokens = choice
         splits = read_splits(config, tokenizer, None)
-        found = {f.name: f for f in cheap_findings(config, splits, tokenizer)}
+        found = {f.name: f for f in cheap_findings(config.data, config.objective, splits, tokenizer)}
         assert found[Check.control_tokens].count == 1
         assert found[Check.control_tokens].places == [f"{path}:2"]
         assert "<|im_end|> (2), <eos> (1), <|im_start|> (1)" in found[Check.control_tokens].text

@@ -350,7 +350,9 @@ def test_no_answer_is_cut_without_being_named():
     config = Config()
     config.data = data
     (found,) = [
-        f for f in cheap_findings(config, Splits({"train": made}), tokenizer) if f.name is Check.truncated_answers
+        f
+        for f in cheap_findings(config.data, config.objective, Splits({"train": made}), tokenizer)
+        if f.name is Check.truncated_answers
     ]
     assert found.places == ["rows.jsonl:1", "rows.jsonl:3"]
     length = int(re.search(r"data\.max_length=(\d+) holds them whole", found.text)[1])

@@ -33,13 +33,14 @@ def settled(tmp_path, *rows, **data):
     for key, value in data.items():
         setattr(config.data, key, value)
     said, tokenizer = [], bare(tmp_path)
-    return settle_template(config, tokenizer, said.append), tokenizer, said
+    model = settle_template(config.model, config.data, config.objective, tokenizer, said.append)
+    return model, tokenizer, said
 
 
 @pytest.mark.parametrize("row", [CHAT, SHAREGPT, SYSTEM, HALVES], ids=["chat", "sharegpt", "system", "halves"])
 def test_rows_that_are_conversations_get_it_and_it_is_said(tmp_path, row):
-    config, tokenizer, said = settled(tmp_path, row)
-    assert config.model.chat_template == "plain"
+    model, tokenizer, said = settled(tmp_path, row)
+    assert model.chat_template == "plain"
     assert "### Assistant" in tokenizer.chat_template
     assert len(said) == 1
     assert "model.chat_template=plain" in said[0]
@@ -47,25 +48,25 @@ def test_rows_that_are_conversations_get_it_and_it_is_said(tmp_path, row):
 
 @pytest.mark.parametrize("row", [PAIR, {"what": 1}])
 def test_other_rows_stay_as_they_are(tmp_path, row):
-    config, tokenizer, said = settled(tmp_path, row)
-    assert (config.model.chat_template, tokenizer.chat_template, said) == (None, None, [])
+    model, tokenizer, said = settled(tmp_path, row)
+    assert (model.chat_template, tokenizer.chat_template, said) == (None, None, [])
 
 
 def test_one_source_of_several_or_a_held_out_file_is_enough(tmp_path):
     (tmp_path / "chats.jsonl").write_text(json.dumps(CHAT) + "\n")
     chats = str(tmp_path / "chats.jsonl")
-    assert settled(tmp_path, PAIR, validation=chats)[0].model.chat_template == "plain"
+    assert settled(tmp_path, PAIR, validation=chats)[0].chat_template == "plain"
     sources = {"a": SourceConfig(path=str(tmp_path / "rows.jsonl")), "b": SourceConfig(path=chats)}
-    assert settled(tmp_path, PAIR, train=None, sources=sources)[0].model.chat_template == "plain"
+    assert settled(tmp_path, PAIR, train=None, sources=sources)[0].chat_template == "plain"
 
 
 def test_a_template_that_is_there_stays(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT) + "\n")
     config, tokenizer = Config(), byte_tokenizer()
     config.data.train = str(tmp_path / "rows.jsonl")
-    assert settle_template(config, tokenizer, print) is config
+    assert settle_template(config.model, config.data, config.objective, tokenizer, print) is config.model
     config.model.chat_template = "chatml"
-    assert settle_template(config, bare(tmp_path), print) is config
+    assert settle_template(config.model, config.data, config.objective, bare(tmp_path), print) is config.model
 
 
 def answers(tokenizer, messages, tools=None) -> tuple[str, list[str]]:

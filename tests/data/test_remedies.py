@@ -292,7 +292,7 @@ def test_a_template_without_a_system_role(tmp_path):
     prompt = {"prompt": "q", "system": "s"}
     (tmp_path / "asked.jsonl").write_text(json.dumps(prompt) + "\n")
     config.generate.file = str(tmp_path / "asked.jsonl")
-    (asked,) = read_prompts([], config, tokenizer)
+    (asked,) = read_prompts([], config.generate, config.data, config.objective, tokenizer)
     assert asked.ids == examples.ids(0)[: len(asked.ids)].tolist(), "the model is asked as it was trained"
 
 

@@ -161,7 +161,7 @@ def test_conversations_in_several_rows_are_counted_and_stay_together(tmp_path):
     assert all(places[name].count(place) == 2 for name in places for place in places[name])
     assert sum(map(len, places.values())) == 40
     assert sum(e.report.duplicates for e in splits.examples.values()) == 2
-    found = cheap_findings(config, splits, tokenizer)
+    found = cheap_findings(config.data, config.objective, splits, tokenizer)
     assert {f.name for f in found} == {Check.turns_apart}
     assert sum(f.details["conversations"] for f in found) == 20
     assert sum(f.count for f in found) == 40

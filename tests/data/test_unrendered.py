@@ -138,13 +138,15 @@ def test_a_run_stops_and_its_remedies_work(tmp_path):
             assert "data.unrendered=warn" in error.value.remedy
         config.data.unrendered = Unrendered.warn
         splits = read_splits(config, tokenizer, None)
-        found = {f.name: f for f in cheap_findings(config, splits, tokenizer)}
+        found = {f.name: f for f in cheap_findings(config.data, config.objective, splits, tokenizer)}
         assert found[Check.unrendered].details == {"split": "train", "thoughts": 1, "tool calls": 1, "tools": 1}
         assert "data.unrendered=warn" in found[Check.unrendered].text
         assert found[Check.empty_answers].count == 1, "an answer of a call that is not written is a stop token alone"
         assert found[Check.empty_answers].places[0].endswith("rows.jsonl:2")
         config.data.unrendered = Unrendered.refuse
-        assert blocking(cheap_findings(config, splits, tokenizer), config.audit.fail_on) is not None
+        assert (
+            blocking(cheap_findings(config.data, config.objective, splits, tokenizer), config.audit.fail_on) is not None
+        )
     config.data.unrendered = Unrendered.refuse
     tokenizer.chat_template = WAYS["as they stand"]
     assert not read_splits(config, tokenizer, None).examples["train"].report.remarks
@@ -159,7 +161,7 @@ def test_an_answer_of_nothing_but_its_end_is_empty(tmp_path, said):
     )
     found = [
         f
-        for f in cheap_findings(config, read_splits(config, tokenizer, None), tokenizer)
+        for f in cheap_findings(config.data, config.objective, read_splits(config, tokenizer, None), tokenizer)
         if f.name is Check.empty_answers
     ]
     assert [(f.count, f.places[0][-1]) for f in found] == [(1, "1")]

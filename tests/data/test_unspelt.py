@@ -36,7 +36,7 @@ def found(tmp_path, objective, rows, tokenizer, **settings):
     for key, value in settings.items():
         setattr(config.data, key, value)
     splits = read_splits(config, tokenizer, None)
-    findings = cheap_findings(config, splits, tokenizer)
+    findings = cheap_findings(config.data, config.objective, splits, tokenizer)
     return {f.details["kind"]: f for f in findings if f.name is Check.unspelt}
 
 

@@ -187,6 +187,11 @@ def tokenizer_of(name: str, shared: Path):
     return tokenizer
 
 
+def groups(config: Config):
+    """What prompts are read by."""
+    return config.generate, config.data, config.objective
+
+
 def before_answer(record: Record, tokenizer) -> list[int]:
     """The ids of a training row up to its first supervised token."""
     examples = conversations([record], tokenizer, Config(data=DataConfig(require_stop_token=False)))
@@ -208,12 +213,12 @@ def test_a_chats_prompt_is_what_training_read(shared, tmp_path, name, template):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": talk[:-1]}) + "\n")
     config = Config(generate=GenerateConfig(file=str(path)))
-    assert [p.ids for p in read_prompts([], config, tokenizer)] == [trained, trained]
+    assert [p.ids for p in read_prompts([], *groups(config), tokenizer)] == [trained, trained]
     single = before_answer(Record("a:1", prompt="Which?", response="It is blue."), tokenizer)
-    assert read_prompts(["Which?"], Config(), tokenizer)[0].ids == single
+    assert read_prompts(["Which?"], *groups(Config()), tokenizer)[0].ids == single
     with_system = Config(generate=GenerateConfig(system="Be brief."))
     if talk is TALK:
-        assert read_prompts([talk[1]["content"]], with_system, tokenizer)[0].ids == trained
+        assert read_prompts([talk[1]["content"]], *groups(with_system), tokenizer)[0].ids == trained
 
 
 @pytest.mark.parametrize("name", ["bytes", "stories", "tinystories", "phi3", "llama2"])
@@ -279,12 +284,12 @@ def test_rows_that_are_no_prompt(tmp_path):
     talks = [[], ["hello"], [{"content": "no role"}], [{"role": "assistant", "content": "only this"}]]
     for row in ({"question_text": "x"}, {"prompt": None}, {"prompt": 5.5}, *({"messages": t} for t in talks)):
         path.write_text(json.dumps({"prompt": "good"}) + "\n" + json.dumps(row) + "\n")
-        good, bad = read_prompts([], config, tokenizer)
+        good, bad = read_prompts([], *groups(config), tokenizer)
         assert good.fault is None
         assert "p.jsonl:2" in str(bad.fault)
     tokenizer.chat_template = None
     path.write_text(json.dumps({"messages": TALK}) + "\n")
-    (bad,) = read_prompts([], config, tokenizer)
+    (bad,) = read_prompts([], *groups(config), tokenizer)
     assert "chat template" in str(bad.fault)
 
 

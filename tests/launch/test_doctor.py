@@ -166,7 +166,7 @@ def test_one_process_that_srun_started_does_not_start_srun_again(tmp_path):
     """Its step has one task, like a process outside of Slurm; and a container is given what the job's is."""
     config = load_config(["model=tiny", "data.train=x", "train.max_steps=1", "launch=slurm", "launch.container=image",
                           "launch.mounts=['/a:/b']"])  # fmt: skip
-    words = srun_command(config, [])
+    words = srun_command(config.launch, config.backend.device.value, [])
     assert {"--container-image=image", "--container-mounts=/a:/b"} < set(words)
     (exported,) = [w for w in words if w.startswith("--export=")]
     name, _, value = exported.split(",")[1].partition("=")

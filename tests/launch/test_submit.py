@@ -31,7 +31,7 @@ def script(overrides: list[str], monkeypatch, run="/runs/mine") -> str:
     monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: cls("/home/u/work")))
     argv = [*BASE, *overrides]
     config = load_config(argv)
-    return slurm.render(config, config.launch, Path(run), argv, config.launch.num_procs or 2)
+    return slurm.render(config.launch, config.backend.device.value, Path(run), argv, config.launch.num_procs or 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

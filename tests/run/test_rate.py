@@ -23,7 +23,7 @@ def test_the_default_lies_within_what_is_usual_at_each_width(width, full, lora):
     """Full: of BANKING77 at 128, of published recipes elsewhere (1e-5 to 5e-5 for 7B to 70B); LoRA: 1e-4 to 5e-4 for those."""
     for method, (low, high) in (("full", full), ("lora", lora)):
         config = load_config([*GIVEN, "objective=sft", f"method={method}"], None, 1)
-        assert low <= default_rate(config, width) <= high, method
+        assert low <= default_rate(config.method, width) <= high, method
 
 
 def test_a_run_without_a_rate_says_which_it_takes_and_keeps_it(tritune, tiny, tmp_path, stop_at):
@@ -34,7 +34,7 @@ def test_a_run_without_a_rate_says_which_it_takes_and_keeps_it(tritune, tiny, tm
     assert first.code == 75
     kept = yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"]
     assert f"optim     learning rate {kept:g}, for lora at this width" in first.err
-    assert kept == default_rate(load_config([*GIVEN, "objective=sft", "method=lora"], None, 1), 32)
+    assert kept == default_rate(load_config([*GIVEN, "objective=sft", "method=lora"], None, 1).method, 32)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(f"lr: {kept}", f"lr: {kept / 2}"))  # as another version's default was
     refused = tritune(*tiny, "objective=sft", "method=lora", f"run.dir={run}")

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.reading import similar_labels, unread
 from tritune.trainer.audit.repeats import contents_of, repeats
-from tritune.trainer.config import Config
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import BadRows, Overlong, SpecialTokens, Unrendered
-from tritune.trainer.config.data import Check
+from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.encode import chat_template
 from tritune.trainer.data.examples import Examples, as_numpy, flat
 from tritune.trainer.data.masks import verify
@@ -31,53 +31,55 @@ SHOWN = 12  # characters
 PROBE = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four."}]
 
 
-def cheap_findings(config: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def cheap_findings(
+    data: DataConfig, objective: ObjectiveConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
+) -> list[Finding]:
     """Rows left out and cut, stop and BOS tokens, the chat template on a probe, exact repetitions and leaks, labels.
 
     Costs under a second a million rows. Blocks of pre-training text say nothing of the documents in them: repetitions
     are not looked for there.
 
     Args:
-        splits: as they were read, with `config` or more leniently; what would have been refused by `config` is a fault.
+        splits: as they were read, with `data` or more leniently; what would have been refused by `data` is a fault.
     """
     findings: list[Finding] = []
     for name, examples in splits.examples.items():
-        findings += [*_left_out(config, name, examples), *_cut(config, name, examples)]
+        findings += [*_left_out(data, name, examples), *_cut(data, name, examples)]
         findings += unread(name, examples.report)
-        findings += _double_bos(config, name, examples, tokenizer)
+        findings += _double_bos(objective, name, examples, tokenizer)
         if (
-            config.objective.learns is Learns.answers
+            objective.learns is Learns.answers
             and name != "retention"
             and len(examples)
             and not examples.report.stop_rows
         ):
-            severity = Severity.fault if config.data.require_stop_token else Severity.note
+            severity = Severity.fault if data.require_stop_token else Severity.note
             text = f"{name}: no row trains a stop token, so the model would not learn to end an answer"
             findings.append(Finding(Check.no_stop_token, severity, len(examples), text, details={"split": name}))
-        findings += _said(config, name, examples)
-    findings += _template(config, tokenizer)
+        findings += _said(data, name, examples)
+    findings += _template(data, objective, tokenizer)
     findings += repeats({name: contents_of(examples) for name, examples in splits.examples.items()})
     if "train" in splits.examples and splits.labels:
         findings += [*label_balance(splits), *similar_labels(splits)]
     return findings
 
 
-def _left_out(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+def _left_out(data: DataConfig, name: str, examples: Examples) -> Iterator[Finding]:
     report = examples.report
     if report.bad:
-        severity = Severity.note if config.data.bad_rows is BadRows.skip else Severity.fault
+        severity = Severity.note if data.bad_rows is BadRows.skip else Severity.fault
         text = f"{name}: {counted(report.bad, 'row')} that cannot be read"
         yield Finding(Check.bad_rows, severity, report.bad, text, list(report.bad_places), details={"split": name})
-    if not config.data.overlong.cuts:  # rows that are too long are left out whole, or refused
+    if not data.overlong.cuts:  # rows that are too long are left out whole, or refused
         report = replace(report, dropped=report.dropped - report.beyond, beyond=0)
     if report.dropped:
-        severity = Severity.fault if report.ends_the_run(config.data.unsupervised) else Severity.note
+        severity = Severity.fault if report.ends_the_run(data.unsupervised) else Severity.note
         text = f"{name}: {counted(report.dropped, 'row')} without a token to train on"
         places = list(report.dropped_places)
         yield Finding(Check.unsupervised, severity, report.dropped, text, places, details={"split": name})
 
 
-def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+def _said(data: DataConfig, name: str, examples: Examples) -> Iterator[Finding]:
     """What was said of rows when they were encoded."""
     for kind, tally in examples.report.remarks.items():
         rows, details = tally["rows"], {"split": name, **tally["parts"]}
@@ -90,18 +92,18 @@ def _said(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
                 yield Finding(Check.turns_apart, Severity.note, rows, text, tally["places"], details=details)
             case Kind.unrendered:
                 text = f"{name}: {counted(rows, 'row')} of which the chat template leaves something out: {named(tally['parts'])}"
-                severity = Severity.fault if config.data.unrendered is Unrendered.refuse else Severity.warning
+                severity = Severity.fault if data.unrendered is Unrendered.refuse else Severity.warning
                 if severity is Severity.warning:
                     text += "; trained without it (data.unrendered=warn)"
                 yield Finding(Check.unrendered, severity, rows, text, tally["places"], details=details)
             case Kind.control:
-                kept = config.data.special_tokens is SpecialTokens.keep
+                kept = data.special_tokens is SpecialTokens.keep
                 text = f"{name}: {counted(rows, 'row')} with control tokens in their texts: {named(tally['parts'])}; encoded as "
                 text += "the tokens that they are (data.special_tokens=keep)" if kept else "text"
                 yield Finding(Check.control_tokens, Severity.warning, rows, text, tally["places"], details=details)
             case Kind.unknown | Kind.by_bytes | Kind.unknown_answers:
                 yield _unspelt(name, examples, kind, tally)
-            case Kind.truncated_answers if config.data.overlong.cuts:
+            case Kind.truncated_answers if data.overlong.cuts:
                 text = f"{name}: {counted(rows, 'row')} with a cut answer: {tally['parts']['tokens']:,} trained tokens lost. "
                 text += f"data.max_length={int(as_numpy(examples.table['full_length']).max())} holds them whole"
                 yield Finding(Check.truncated_answers, Severity.warning, rows, text, tally["places"], details=details)
@@ -126,18 +128,18 @@ def _unspelt(name: str, examples: Examples, kind: str, tally: dict[str, Any]) ->
     return Finding(Check.unspelt, severity, tally["rows"], text, tally["places"], details=details)
 
 
-def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
+def _cut(data: DataConfig, name: str, examples: Examples) -> Iterator[Finding]:
     full = as_numpy(examples.table["full_length"])
     long = np.flatnonzero(full > examples.lengths)
     count, tokens = len(long) + examples.report.too_long, int((full - examples.lengths)[long].sum())
     if not count or name == "retention":  # which is cut to a length of its own
         return
-    limit = config.data.max_length
+    limit = data.max_length
     text = f"{name}: {count:,} of {len(full) + examples.report.too_long:,} rows over {limit:,} tokens"
     details = {"split": name, "tokens": tokens, "longest": int(full.max()) if len(full) else None}
     places = [examples.place(row) for row in long[:PLACES].tolist()]
     notes = [f"{length:,} tokens" for length in full[long[:PLACES]].tolist()]
-    match config.data.overlong:
+    match data.overlong:
         case Overlong.cut | Overlong.cut_prompt_start | Overlong.cut_prompt_middle:
             share = tokens / max(int(full.sum()), 1)
             text += f", cut: {tokens:,} tokens lost, {share:.1%}"
@@ -145,16 +147,18 @@ def _cut(config: Config, name: str, examples: Examples) -> Iterator[Finding]:
         case Overlong.drop:
             yield Finding(Check.truncation, Severity.note, count, f"{text}, left out", places, notes, details)
         case Overlong.refuse:
-            severity = Severity.note if config.data.bad_rows is BadRows.skip else Severity.fault
+            severity = Severity.note if data.bad_rows is BadRows.skip else Severity.fault
             yield Finding(Check.bad_rows, severity, count, text, places, notes, details)
 
 
-def _double_bos(config: Config, name: str, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def _double_bos(
+    objective: ObjectiveConfig, name: str, examples: Examples, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Finding]:
     """Two BOS tokens at the start of a row; in blocks of text, where documents begin anywhere, two anywhere."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return
-    anywhere = config.objective.learns is Learns.text and bos != tokenizer.eos_token_id and adds_bos(tokenizer)
+    anywhere = objective.learns is Learns.text and bos != tokenizer.eos_token_id and adds_bos(tokenizer)
     rows: list[np.ndarray] = []
     number = 0
     for chunk in examples.table["ids"].chunks:
@@ -184,15 +188,11 @@ def _twice(chunk: pa.ListArray, bos: int, anywhere: bool) -> np.ndarray:
     return twice
 
 
-def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def _template(data: DataConfig, objective: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """The chat template on a conversation of ours; one that it refuses shows nothing."""
-    if (
-        config.objective.learns is not Learns.answers
-        or not tokenizer.chat_template
-        or "assistant" not in config.data.train_on
-    ):
+    if objective.learns is not Learns.answers or not tokenizer.chat_template or "assistant" not in data.train_on:
         return
-    template = chat_template(tokenizer, config.data)
+    template = chat_template(tokenizer, data)
     try:
         said = verify(tokenizer, template, PROBE, "a probe conversation")
     except InputError as error:

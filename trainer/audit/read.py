@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
 from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.facts import facts_of
 from tritune.trainer.audit.findings import PLACES, Finding, Severity, counted
 from tritune.trainer.audit.review import review
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Part, Texts, parts_of, read_texts
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import BadRows, Duplicates, Overlong, Unrendered, Unsupervised
-from tritune.trainer.config.data import Check, training_sources
+from tritune.trainer.config.data import Check, DataConfig, training_sources
 from tritune.trainer.data.encoded import BEYOND
 from tritune.trainer.data.examples import as_numpy
 from tritune.trainer.data.plain_chat import settle_template
@@ -51,81 +51,84 @@ def read_audit(config: Config, watch: Watch) -> Audit:
     Raises:
         InputError: there is nothing to read, or no tokenizer.
     """
-    parts = parts_of(config)
+    parts = parts_of(config.data, config.objective)
     if not parts:
         raise InputError("data.train=None", "there is nothing to read", "Give data.train=<file>")
     tokenizer = load_tokenizer(config.model)
-    config = settle_template(config, tokenizer, watch.say)
+    model = settle_template(config.model, config.data, config.objective, tokenizer, watch.say)
+    config = replace(config, model=model)
+    data, objective = config.data, config.objective
     try:
         architecture = load_architecture(config.model, len(tokenizer))
         context, stops, unknown = context_length(architecture), model_stop_ids(config.model, architecture), None
     except InputError as error:  # a tokenizer alone is enough here
         context, stops, unknown = None, [], error.rule
-    texts = read_texts(config, lambda key, rows: watch.notify(f"{key}, its text", rows, 0))
-    labels = _label_set(config, texts)
-    lenient = _lenient(config, [*labels, *_others(texts, labels)])
-    splits, faults = _splits(lenient, tokenizer, context, stops, watch)
+    texts = read_texts(data, objective, config.audit, lambda key, rows: watch.notify(f"{key}, its text", rows, 0))
+    labels = _label_set(data, objective, texts)
+    lenient = replace(config, data=_lenient(data, [*labels, *_others(texts, labels)]))
+    splits, faults = _splits(lenient.data, lambda names: read_splits(lenient, tokenizer, context, stops, names, watch))
     known = len(labels)
     splits.labels = splits.labels[:known]
     for examples in splits.examples.values():
         examples.labels[examples.labels >= known] = -1
     rejects = _rejects(splits, parts)
     findings = [Finding(Check.unreadable, Severity.fault, 1, hide(str(e))) for e in _distinct([*texts.faults, *faults])]
-    if context is not None and config.data.max_length > context:
-        text = f"data.max_length={config.data.max_length}, and the model has a context of {context:,} tokens"
+    if context is not None and data.max_length > context:
+        text = f"data.max_length={data.max_length}, and the model has a context of {context:,} tokens"
         findings.append(Finding(Check.over_context, Severity.fault, 1, text))
-    findings += _named(cheap_findings(config, splits, tokenizer), rejects)
+    findings += _named(cheap_findings(data, objective, splits, tokenizer), rejects)
     findings += _unread(parts, splits, texts)
-    reviewed = review(config, texts, labels, tokenizer)
+    reviewed = review(data, objective, texts, labels, tokenizer)
     if any(f.name is Check.bad_rows for f in findings):  # the rows of the sample among them
         reviewed = [f for f in reviewed if f.name is not Check.bad_rows]
     if any(f.name is Check.empty_answers for f in findings):  # the same, and those of calls that are not written
         reviewed = [f for f in reviewed if f.name is not Check.empty_answers]
     findings = _without_less(findings, reviewed) + reviewed
-    findings = [_expected(config, finding) for finding in findings]
+    findings = [_expected(data, objective, finding) for finding in findings]
     findings.sort(key=lambda f: (_ORDER[f.severity], list(Check).index(f.name)))
     about = {
-        "objective": config.objective.name, "tokenizer": tokenizer.name_or_path or config.model.tokenizer,
-        "max_length": config.data.max_length, "context": context, "context_unknown": unknown,
+        "objective": objective.name, "tokenizer": tokenizer.name_or_path or config.model.tokenizer,
+        "max_length": data.max_length, "context": context, "context_unknown": unknown,
         "sources": {part.key: part.path for part in parts}, "labels": len(labels),
     }  # fmt: skip
     longest = [int(as_numpy(e.table["full_length"]).max()) for e in splits.examples.values() if len(e)]
-    top = min(config.data.max_length, max(longest, default=1))
+    top = min(data.max_length, max(longest, default=1))
     facts = {n: facts_of(e, splits.labels, top) for n, e in splits.examples.items()}
     return Audit(facts, findings, rejects, about)
 
 
-def _label_set(config: Config, texts: Texts) -> list[str]:
+def _label_set(data: DataConfig, objective: ObjectiveConfig, texts: Texts) -> list[str]:
     """As `splits` has it: as given, or what occurs in train."""
-    if config.objective.learns is not Learns.labels:
+    if objective.learns is not Learns.labels:
         return []
-    return config.data.labels or sorted(texts.labels.get("train", {}))
+    return data.labels or sorted(texts.labels.get("train", {}))
 
 
 def _others(texts: Texts, labels: list[str]) -> list[str]:
     return sorted({label for counts in texts.labels.values() for label in counts} - set(labels))
 
 
-def _lenient(config: Config, labels: list[str]) -> Config:
-    data = replace(
-        config.data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False, unrendered=Unrendered.warn,
-        overlong=config.data.overlong if config.data.overlong.cuts else Overlong.cut, duplicates=Duplicates.keep, labels=labels,
+def _lenient(data: DataConfig, labels: list[str]) -> DataConfig:
+    return replace(
+        data, bad_rows=BadRows.skip, unsupervised=Unsupervised.drop, require_stop_token=False, unrendered=Unrendered.warn,
+        overlong=data.overlong if data.overlong.cuts else Overlong.cut, duplicates=Duplicates.keep, labels=labels,
     )  # fmt: skip
-    return replace(config, data=data)
 
 
-def _splits(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None, stops: list[int], watch: Watch
-) -> tuple[Splits, list[InputError]]:
-    """The splits one by one, and why others are not there."""
-    sources = training_sources(config.data)
-    cut = [name for name in ("validation", "test") if getattr(config.data, f"{name}_share")]
+def _splits(data: DataConfig, read_some: Callable[[Sequence[str]], Splits]) -> tuple[Splits, list[InputError]]:
+    """The splits one by one, and why others are not there.
+
+    Args:
+        read_some: reads the splits of these names.
+    """
+    sources = training_sources(data)
+    cut = [name for name in ("validation", "test") if getattr(data, f"{name}_share")]
     wanted = [("train", *cut)] if sources else []
-    wanted += [(name,) for name in ("validation", "test", "retention") if getattr(config.data, name)]
-    found, faults = Splits({}, config.data.labels, list(sources)), []
+    wanted += [(name,) for name in ("validation", "test", "retention") if getattr(data, name)]
+    found, faults = Splits({}, data.labels, list(sources)), []
     for names in wanted:
         try:
-            read = read_splits(config, tokenizer, context, stops, names, watch)
+            read = read_some(names)
             found.examples |= read.examples
             found.folders |= read.folders
         except InputError as error:
@@ -161,16 +164,16 @@ def _named(findings: list[Finding], rejects: list[dict[str, str]]) -> list[Findi
     return named
 
 
-def _expected(config: Config, finding: Finding) -> Finding:
+def _expected(data: DataConfig, objective: ObjectiveConfig, finding: Finding) -> Finding:
     """Repetitions that training leaves out are no more than a note; those of several sources and of retention stay, and
     those between splits where a source of its own has one of them, or a content has several labels."""
     split = finding.details.get("split")
-    near = config.data.duplicates is Duplicates.drop_near
-    if config.data.duplicates is Duplicates.keep or split == "retention" or len(config.data.sources) > 1:
+    near = data.duplicates is Duplicates.drop_near
+    if data.duplicates is Duplicates.keep or split == "retention" or len(data.sources) > 1:
         return finding
     dropped = {Check.duplicates_exact, *([Check.duplicates_near] if near else [])}
-    if not getattr(config.data, str(split), None) and not finding.details.get("relabelled"):
-        labelled = config.objective.learns is Learns.labels  # of near ones those with the same label are left out
+    if not getattr(data, str(split), None) and not finding.details.get("relabelled"):
+        labelled = objective.learns is Learns.labels  # of near ones those with the same label are left out
         dropped |= {Check.leakage_exact, Check.split_leaked, *([Check.leakage_near] if near and not labelled else [])}
     return replace(finding, severity=Severity.note) if finding.name in dropped else finding
 

@@ -11,10 +11,10 @@ from tritune.trainer.audit.findings import PLACES, Finding, Severity, beside, co
 from tritune.trainer.audit.repeats import Contents, repeats
 from tritune.trainer.audit.sightings import hide
 from tritune.trainer.audit.texts import Texts
-from tritune.trainer.config import Config
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import SpecialTokens
-from tritune.trainer.config.data import Check
+from tritune.trainer.config.data import Check, DataConfig
 from tritune.trainer.data.contradictions import contradictory
 from tritune.trainer.data.control import ControlTokens
 from tritune.trainer.data.encode import chat_template
@@ -27,7 +27,13 @@ from tritune.trainer.errors import InputError
 COMPARED = 64  # training rows of a group that a row of another split is compared with
 
 
-def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def review(
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    texts: Texts,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Finding]:
     """Near duplicates and leaks, questions with several answers, unknown labels, what rows show alone, and the
     chat template on a sample of rows. For pre-training exact repetitions of documents, too.
 
@@ -35,18 +41,18 @@ def review(config: Config, texts: Texts, labels: Sequence[str], tokenizer: PreTr
         labels: the label set, of classification.
     """
     findings: list[Finding] = []
-    if config.objective.learns is Learns.text:
+    if objective.learns is Learns.text:
         findings += repeats(_documents(texts))
     if texts.near is not None:
-        findings += near(texts, config.data.similarity)
-    if config.objective.learns is not Learns.text:
-        findings += _answered_twice(texts, config.objective.learns is Learns.answers)
-    if config.objective.learns is Learns.answers:
+        findings += near(texts, data.similarity)
+    if objective.learns is not Learns.text:
+        findings += _answered_twice(texts, objective.learns is Learns.answers)
+    if objective.learns is Learns.answers:
         findings += _prompt_leaks(texts)
-    if config.objective.learns is Learns.labels:
+    if objective.learns is Learns.labels:
         findings += _unknown_labels(texts, labels)
     findings += [found.finding(check) for check, found in texts.seen.items()]
-    findings += _rendering(config, texts.sample, tokenizer)
+    findings += _rendering(data, texts.sample, tokenizer)
     return findings
 
 
@@ -161,12 +167,12 @@ def _unknown_labels(texts: Texts, labels: Sequence[str]) -> Iterator[Finding]:
             yield Finding(Check.unknown_labels, Severity.fault, count, text, places, notes, {"split": split})
 
 
-def _rendering(config: Config, sample: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def _rendering(data: DataConfig, sample: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Whether sampled rows are trained on as the model will be asked; rows that the template fails on are bad rows."""
-    if not sample or not tokenizer.chat_template or "assistant" not in config.data.train_on:
+    if not sample or not tokenizer.chat_template or "assistant" not in data.train_on:
         return
-    template = chat_template(tokenizer, config.data)
-    control = ControlTokens(tokenizer, template.frame, config.data.special_tokens is SpecialTokens.keep)
+    template = chat_template(tokenizer, data)
+    control = ControlTokens(tokenizer, template.frame, data.special_tokens is SpecialTokens.keep)
     found: list[tuple[str, str]] = []
     spelt: list[tuple[str, str]] = []
     failed: list[tuple[str, str]] = []

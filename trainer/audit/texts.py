@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from tritune.trainer.audit.findings import PLACES
 from tritune.trainer.audit.sightings import Sightings, hide, look
-from tritune.trainer.config import Config, ObjectiveConfig
+from tritune.trainer.config import ObjectiveConfig
 from tritune.trainer.config.axes import Learns
-from tritune.trainer.config.data import Check, DataConfig, data_of, held_out_sources, training_sources
+from tritune.trainer.config.data import AuditConfig, Check, DataConfig, data_of, held_out_sources, training_sources
 from tritune.trainer.config.registry import reading_text
 from tritune.trainer.data.clean import compared_text, said
 from tritune.trainer.data.duplicates import NearDuplicates, exact_key, normalised
@@ -43,9 +43,8 @@ class Part:
         return [*self.shares, self.split][int(np.searchsorted(edges, point, side="right"))]
 
 
-def parts_of(config: Config) -> list[Part]:
+def parts_of(data: DataConfig, objective: ObjectiveConfig) -> list[Part]:
     """Every source, those of training first, the retention text last."""
-    data, objective = config.data, config.objective
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
     parts = [
         Part("train", path, key, data_of(data, key), objective, shares) for path, key in training_sources(data).values()
@@ -122,16 +121,19 @@ class Texts:
         return np.frombuffer(bytes(which), np.uint64).reshape(-1, 2)
 
 
-def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, rows: None) -> Texts:
+def read_texts(
+    data: DataConfig, objective: ObjectiveConfig, settings: AuditConfig,
+    tell: Callable[[str, int], None] = lambda key, rows: None,
+) -> Texts:  # fmt: skip
     """Read every row of every source once more.
 
     Args:
         tell: of a source that is being read, and how many of its rows were.
     """
-    parts, settings = parts_of(config), config.audit
+    parts = parts_of(data, objective)
     names = list(dict.fromkeys(name for part in parts for name in (part.split, *part.shares)))
-    asked = [name != "retention" and config.objective.learns is not Learns.text for name in names]
-    texts = Texts(names, asked, NearDuplicates(config.data.similarity) if settings.near_duplicates else None)
+    asked = [name != "retention" and objective.learns is not Learns.text for name in names]
+    texts = Texts(names, asked, NearDuplicates(data.similarity) if settings.near_duplicates else None)
     sample = _Sample()
     for part in parts:
         number = {name: names.index(name) for name in (part.split, *part.shares)}
@@ -150,7 +152,7 @@ def read_texts(config: Config, tell: Callable[[str, int], None] = lambda key, ro
                 texts.splits.append(number[split])
                 texts.digests += digest[:16]
                 _add(texts, record, split, settings.personal)
-                if config.objective.learns is Learns.answers and split != "retention":
+                if objective.learns is Learns.answers and split != "retention":
                     sample.add(record)
         except InputError as error:
             texts.faults.append(error)

@@ -4,6 +4,7 @@
 """
 
 from tritune.trainer.config.axes import MethodConfig, ObjectiveConfig
+from tritune.trainer.config.backends import BackendConfig
 from tritune.trainer.config.schema import (
     IDENTITY,
     SPLITS,
@@ -19,6 +20,7 @@ from tritune.trainer.config.schema import (
 __all__ = [
     "IDENTITY",
     "SPLITS",
+    "BackendConfig",
     "Config",
     "GenerateConfig",
     "MethodConfig",

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import Config, ObjectiveConfig
+from tritune.trainer.config import GenerateConfig, ObjectiveConfig
 from tritune.trainer.config.axes import Learns
 from tritune.trainer.config.choices import SpecialTokens, TextUnit
 from tritune.trainer.config.data import DataConfig
@@ -94,7 +94,10 @@ class Prompt:
     fault: InputError | None = None
 
 
-def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def read_prompts(
+    given: Sequence[str], generate: GenerateConfig, data: DataConfig, objective: ObjectiveConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Prompt]:  # fmt: skip
     """Prompts of the command line, then those of `generate.file`, rendered as the model was trained to read them.
 
     A row of a file has `messages` (an answer at their end is left out), `prompt` (and `input`) or `text`; one that has none of
@@ -103,14 +106,20 @@ def read_prompts(given: Sequence[str], config: Config, tokenizer: PreTrainedToke
     Raises:
         InputError: the file does not open.
     """
-    read = read_asked(given, config, lambda row, data: _prompt(row, data, config, tokenizer))
+    keep = data.special_tokens is SpecialTokens.keep
+    read = read_asked(
+        given, generate.file, data, lambda row, its: _prompt(row, its, generate, objective, tokenizer, keep)
+    )
     return [Prompt(row.fields, [], row.place, p) if isinstance(p, InputError) else p for row, p in read]
 
 
 def read_asked(
-    given: Sequence[str], config: Config, made: Callable[[Row, DataConfig], T]
+    given: Sequence[str], file: str | None, data: DataConfig, made: Callable[[Row, DataConfig], T]
 ) -> Iterator[tuple[Row, T | InputError]]:
     """Rows of the command line, then those of `generate.file`, each with what `made` makes of it or with its fault.
+
+    Args:
+        data: how the file's rows are read.
 
     Raises:
         InputError: the file does not open.
@@ -118,23 +127,25 @@ def read_asked(
     rows: list[tuple[Row | InputError, DataConfig]] = [
         (Row({"prompt": text}, f"--prompt {i}"), DataConfig()) for i, text in enumerate(given, 1)
     ]
-    if config.generate.file is not None:
-        rows += [(row, config.data) for row in read_all(config.generate.file, "generate.file", TextUnit.line)]
-    for row, data in rows:
+    if file is not None:
+        rows += [(row, data) for row in read_all(file, "generate.file", TextUnit.line)]
+    for row, its in rows:
         if isinstance(row, InputError):
             yield Row({}, row.value), row
             continue
         try:
-            one: T | InputError = made(row, data)
+            one: T | InputError = made(row, its)
         except InputError as fault:
             one = fault
         yield row, one
 
 
-def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _prompt(
+    row: Row, data: DataConfig, generate: GenerateConfig, objective: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase,
+    keep: bool,
+) -> Prompt:  # fmt: skip
     columns = columns_of(row.fields.keys(), data)
-    keep = config.data.special_tokens is SpecialTokens.keep
-    chat = bool(tokenizer.chat_template) and config.generate.template and config.objective.learns is Learns.answers
+    chat = bool(tokenizer.chat_template) and generate.template and objective.learns is Learns.answers
     if "messages" in columns:
         turns = conversation(row, columns, data)
         _require_template(tokenizer, row)
@@ -143,22 +154,22 @@ def _prompt(row: Row, data: DataConfig, config: Config, tokenizer: PreTrainedTok
         if not turns:
             raise InputError(row.place, "nothing stands before the answer", "Write what is to be answered")
     else:
-        said = asked(row, _text_columns(row, columns, config), data)
+        said = asked(row, _text_columns(row, columns, objective), data)
         if isinstance(said, str) and not chat:
-            return Prompt(row.fields, text_ids(tokenizer, said, config.objective, keep), row.place)
+            return Prompt(row.fields, text_ids(tokenizer, said, objective, keep), row.place)
         if not isinstance(said, str):
             _require_template(tokenizer, row)
         turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
-    if config.generate.system is not None:
-        turns = [{"role": "system", "content": config.generate.system}, *turns]
+    if generate.system is not None:
+        turns = [{"role": "system", "content": generate.system}, *turns]
     turns = merged(turns, data)
     tools = tools_of(row, columns["tools"]) if "tools" in columns else None
     return Prompt(row.fields, chat_ids(tokenizer, turns, row.place, tools, keep), row.place)
 
 
-def _text_columns(row: Row, columns: dict[str, str], config: Config) -> dict[str, str]:
+def _text_columns(row: Row, columns: dict[str, str], objective: ObjectiveConfig) -> dict[str, str]:
     """The columns of a row that is no conversation: its prompt with what belongs to it, or its text."""
-    if "text" in columns and ("prompt" not in columns or config.objective.learns is not Learns.answers):
+    if "text" in columns and ("prompt" not in columns or objective.learns is not Learns.answers):
         return {"prompt": columns["text"]}
     if "prompt" not in columns:
         rule = f"it has {some_names(row.fields)}, and a prompt is a text in messages, prompt or text"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Overlong
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.data.columns import columns_of
@@ -29,10 +28,10 @@ Asked = Sequence[tuple[Row, str | InputError]]
 ENCODED = 1000  # texts at a time
 
 
-def read_texts(given: Sequence[str], config: Config) -> Asked:
+def read_texts(given: Sequence[str], file: str | None, data: DataConfig) -> Asked:
     """The texts of the command line, then those of `generate.file` (`text` or `prompt`); in the place of a row without one its
     fault."""
-    return list(read_asked(given, config, _text))
+    return list(read_asked(given, file, data, _text))
 
 
 def _text(row: Row, data: DataConfig) -> str:

@@ -10,23 +10,26 @@ from transformers import PreTrainedModel
 from tritune.kernels.dispatch import KERNELS, Choice, announce, choose
 from tritune.kernels.install import Installed, install
 from tritune.kernels.selfcheck import self_check, sizes_of
-from tritune.trainer.config import Config
+from tritune.trainer.config.choices import Dtype
+from tritune.trainer.config.schema import KernelsConfig
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.layers import idle_modules
 from tritune.trainer.parallel.distributed import World
 
 
-def choose_kernels(config: Config, device: torch.device) -> dict[str, Choice]:
+def choose_kernels(kernels: KernelsConfig, dtype: Dtype, device: torch.device, compiled: bool) -> dict[str, Choice]:
     """Return what computes each kernel.
+
+    Args:
+        dtype: of the model's computations.
+        compiled: torch.compile compiles the layers.
 
     Raises:
         InputError: Triton is asked for where it cannot run.
     """
-    overrides = {kernel: getattr(config.kernels, kernel).value for kernel in KERNELS}
+    overrides = {kernel: getattr(kernels, kernel).value for kernel in KERNELS}
     try:
-        return choose(
-            config.kernels.name, overrides, device, getattr(torch, config.model.dtype.value), config.train.compile
-        )
+        return choose(kernels.name, overrides, device, getattr(torch, dtype.value), compiled)
     except ValueError as error:
         key, _, rest = str(error).partition(": ")
         rule, _, remedy = rest.partition(". ")
@@ -34,12 +37,20 @@ def choose_kernels(config: Config, device: torch.device) -> dict[str, Choice]:
 
 
 def install_kernels(
-    config: Config, model: PreTrainedModel, choices: dict[str, Choice], world: World, say: Callable[[str], None]
+    model: PreTrainedModel,
+    choices: dict[str, Choice],
+    checked_in: Dtype | None,
+    world: World,
+    say: Callable[[str], None],
 ) -> Installed:
-    """Check the chosen kernels, put those that pass on every rank into `model`, and announce all of it."""
+    """Check the chosen kernels, put those that pass on every rank into `model`, and announce all of it.
+
+    Args:
+        checked_in: the dtype in which each is compared with its reference; None trusts them unchecked.
+    """
     idle = idle_modules(model)
-    if config.kernels.self_check and any(c.implementation == "triton" for c in choices.values()):
-        dtype = getattr(torch, config.model.dtype.value)
+    if checked_in is not None and any(c.implementation == "triton" for c in choices.values()):
+        dtype = getattr(torch, checked_in.value)
         choices = _agreed(self_check(choices, sizes_of(model, idle), world.device, dtype), world)
     installed = install(model, choices, idle)
     for line in announce(choices) + installed.lines():

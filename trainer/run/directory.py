@@ -22,8 +22,6 @@ from typing import IO, Any
 
 import yaml
 from tritune.trainer import __version__
-from tritune.trainer.config import Config
-from tritune.trainer.config.compose import to_dict
 from tritune.trainer.errors import InputError
 from tritune.trainer.redact import redact, redact_tree
 from tritune.trainer.run.files import read_json, read_lines, require_files, row_of
@@ -110,8 +108,9 @@ class RunDir:
         stop.unlink(missing_ok=True)
         return owner
 
-    def write_config(self, config: Config) -> None:
-        replace_file(self.path / "config.yaml", yaml.safe_dump(redact_tree(to_dict(config)), sort_keys=False))
+    def write_config(self, tree: dict[str, Any]) -> None:
+        """Write the configuration, given as plain values without secrets."""
+        replace_file(self.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
 
     def write_environment(self, device: str, world_size: int) -> None:
         environment = {
@@ -287,16 +286,16 @@ def _replace_or_overwrite(path: Path, text: str) -> None:
             file.truncate()
 
 
-def run_path(config: Config, overrides: list[str]) -> Path:
-    """`run.dir`, or a new directory named after the experiment and the time."""
+def run_path(run_dir: str | None, overrides: list[str]) -> Path:
+    """`run.dir` where it is given, or a new directory named after the experiment and the time."""
     experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
     started = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.dir or f"runs/{experiment}-{started}")
+    return Path(run_dir or f"runs/{experiment}-{started}")
 
 
-def export_path(config: Config, run: Path) -> Path:
+def export_path(export_dir: str | None, run: Path) -> Path:
     """Where the result goes: `export.dir`, or `export/` in the run directory."""
-    return Path(config.export.dir) if config.export.dir else run / "export"
+    return Path(export_dir) if export_dir else run / "export"
 
 
 def _step_of(line: str) -> float:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.config import IDENTITY, Config
+from tritune.trainer.config import Config, MethodConfig, ModelConfig
 from tritune.trainer.config.choices import Resume
-from tritune.trainer.config.compose import to_dict
-from tritune.trainer.config.renamed import renamed_keys
+from tritune.trainer.config.data import DataConfig
+from tritune.trainer.config.identity import Identity, compared, identity_in, identity_of
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.fingerprint import difference, fingerprint
@@ -24,39 +24,41 @@ CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows
 _PLACES = re.compile(
     r"model\.(path|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
 )
-# Keys of which the rows alone tell what they did, and these are compared by their digests: a run of before there were such keys
-# goes on.
-_OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
 
 
-def check_resume(config: Config, directory: RunDir) -> None:
+def check_resume(resume: Resume, identity: Identity, directory: RunDir) -> None:
     """Refuse what the directory and `run.resume` do not allow, before anything is loaded.
 
     Raises:
         InputError: it names every key of another value, with both; what has only moved is compared when it was read.
     """
     checkpoints = saved_steps(directory.path / "checkpoints")
-    if config.run.resume is Resume.require and not checkpoints:
+    if resume is Resume.require and not checkpoints:
         raise InputError("run.resume=require", f"{directory.path} holds no checkpoint", "Check run.dir, or use auto")
-    if config.run.resume is Resume.never and (directory.path / "config.yaml").exists():
+    if resume is Resume.never and (directory.path / "config.yaml").exists():
         raise InputError(
             "run.resume=never", f"{directory.path} holds a run already", "Give another run.dir, or use auto"
         )
     recorded = bool(_record(directory))
-    changes = [c for c in _changes(config, directory) if not (recorded and _is_move(*c))] if checkpoints else []
+    changes = [c for c in _changes(identity, directory) if not (recorded and _is_move(*c))] if checkpoints else []
     if changes:
         rule = "it holds a run that was started with other values: " + _said(changes)
         raise InputError(f"run.dir={directory.path}", rule, "Restore them to go on, or give another run.dir")
 
 
-def moved(config: Config, directory: RunDir) -> str:
+def moved(identity: Identity, directory: RunDir) -> str:
     """What lies elsewhere than when the run was last started, for a message: `; moved: data.train: a -> b`, or nothing."""
-    changes = [c for c in _changes(config, directory) if _is_move(*c)]
+    changes = [c for c in _changes(identity, directory) if _is_move(*c)]
     return f"; moved: {_said(changes)}" if changes else ""
 
 
 def require_same_base(
-    config: Config, directory: RunDir, say: Callable[[str], None], reading: bool = False
+    model: ModelConfig,
+    method: MethodConfig,
+    identity: Identity,
+    directory: RunDir,
+    say: Callable[[str], None],
+    reading: bool = False,
 ) -> dict[str, dict[str, str]] | None:
     """Refuse a base model that is not the one the run was started on; return its fingerprint, None for random weights.
 
@@ -67,7 +69,7 @@ def require_same_base(
         InputError: it names what differs, and where the base was.
     """
     try:
-        now, before = fingerprint(config.model), _record(directory).get("base")
+        now, before = fingerprint(model), _record(directory).get("base")
     except InputError as error:
         if reading:
             remedy = "If the run's base has moved, name its place beside run.dir: model.path=<folder or hub id>"
@@ -76,17 +78,17 @@ def require_same_base(
     if now is None:
         return None
     if before is None:
-        if reading and moved(config, directory):
-            say(f"base      {config.model.path} is taken as it is: the run did not write down what its base holds")
+        if reading and moved(identity, directory):
+            say(f"base      {model.path} is taken as it is: the run did not write down what its base holds")
         return now
-    differs = difference(before, redact_tree(now), weights=not reading or isinstance(config.method, LoraConfig))
+    differs = difference(before, redact_tree(now), weights=not reading or isinstance(method, LoraConfig))
     if differs:
-        rule = f"it is not the base that {directory.path} was trained on{moved(config, directory)}; {differs}"
-        raise InputError(f"model.path={config.model.path}", rule, "Give model.path=<folder or hub id of that base>")
+        rule = f"it is not the base that {directory.path} was trained on{moved(identity, directory)}; {differs}"
+        raise InputError(f"model.path={model.path}", rule, "Give model.path=<folder or hub id of that base>")
     return now
 
 
-def require_same_splits(rows: dict[str, str], config: Config, directory: RunDir) -> None:
+def require_same_splits(rows: dict[str, str], data: DataConfig, identity: Identity, directory: RunDir) -> None:
     """Refuse splits whose tokens are other ones than the run was started on.
 
     Args:
@@ -98,9 +100,9 @@ def require_same_splits(rows: dict[str, str], config: Config, directory: RunDir)
     before: dict[str, str] = _record(directory).get("rows", {})
     for name in sorted(before.keys() | rows.keys()) if before else []:
         if before.get(name) != rows.get(name):
-            given = getattr(config.data, name, None) or config.data.train
+            given = getattr(data, name, None) or data.train
             rule = f"the split {name} has other tokens than the run was started with: the data, the tokenizer or the "
-            rule += f"template changed{moved(config, directory)}"
+            rule += f"template changed{moved(identity, directory)}"
             kept = (read_config(directory.path) or {}).get("data")
             hint = (
                 ""
@@ -123,15 +125,15 @@ def _record(directory: RunDir) -> dict[str, Any]:
     return read_json(directory.path / CONTENT, dict, remedy) or {}
 
 
-def _changes(config: Config, directory: RunDir) -> list[tuple[str, Any, Any]]:
+def _changes(identity: Identity, directory: RunDir) -> list[tuple[str, Any, Any]]:
     """Key, old and new value of what defines the run, where it differs from what the run was last started with."""
     old = read_config(directory.path)
     if old is None:
         return []
-    before, now = _identity(old), _identity(redact_tree(to_dict(config)))  # as it was written
-    if config.optim.lr is None:  # it goes on with the run's own
+    before, now = identity_in(old), dict(identity)
+    if now["optim.lr"] is None:  # it goes on with the run's own
         now["optim.lr"] = before.get("optim.lr")
-    if config.model.chat_template is None and before.get("model.chat_template") == "plain":  # which it chose itself
+    if now["model.chat_template"] is None and before.get("model.chat_template") == "plain":  # which it chose itself
         now["model.chat_template"] = "plain"
     return [(k, before.get(k), now.get(k)) for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
 
@@ -147,14 +149,17 @@ def _said(changes: list[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
-def run_identity(config: Config) -> dict[str, Any]:
-    """Dotted key -> value, of every key of `IDENTITY` but those that name a place; JSON values, without secrets."""
-    # Where something lies says nothing of what it is: that, the digests of `content.json` and of the rows say.
-    chosen = _identity(redact_tree(to_dict(config)))
-    return {k: v for k, v in chosen.items() if _PLACES.fullmatch(k) is None}
+def run_identity(config: Config) -> Identity:
+    """What a checkpoint is known by: `identity_of` without the keys that name a place."""
+    return _placeless(identity_of(config))
 
 
-def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
+def _placeless(identity: Identity) -> Identity:
+    """Where something lies says nothing of what it is: that, the digests of `content.json` and of the rows say."""
+    return {k: v for k, v in identity.items() if _PLACES.fullmatch(k) is None}
+
+
+def require_same_run(saved: Any, identity: Identity, checkpoint: Path) -> None:
     """Refuse a checkpoint of another run.
 
     Args:
@@ -163,8 +168,8 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
     Raises:
         InputError: values differ; it names them.
     """
-    now = run_identity(config)
-    before = _compared(saved) if isinstance(saved, dict) else {}
+    now = _placeless(identity)
+    before = compared(saved) if isinstance(saved, dict) else {}
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted({*before, *now})
@@ -174,20 +179,3 @@ def require_same_run(saved: Any, config: Config, checkpoint: Path) -> None:
         rule = f"{checkpoint.name} is of a run with other values: {'; '.join(changes)[:1000]}"
         remedy = f"Restore them to go on, move {checkpoint.name} away, or give another run.dir"
         raise InputError(f"run.dir={checkpoint.parent.parent}", rule, remedy)
-
-
-def _identity(tree: Any) -> dict[str, Any]:
-    """Dotted key -> value of a configuration's keys that decide what the loss curve is."""
-    flat = _compared(_flat(tree))
-    return {k: v for k, v in flat.items() if any(k == name or k.startswith(f"{name}.") for name in IDENTITY)}
-
-
-def _compared(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value under today's names, without the keys that the rows tell of."""
-    return {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.config import Config
+from tritune.trainer.config.axes import MethodConfig
+from tritune.trainer.config.schema import OptimConfig
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import RunDir
@@ -18,7 +19,7 @@ FULL, FULL_POWER = 5e-5, 1.5
 MOST = 5e-3
 
 
-def default_rate(config: Config, width: int) -> float:
+def default_rate(method: MethodConfig, width: int) -> float:
     """A peak learning rate to begin with, to two digits.
 
     At 2,000 features 5e-4 for LoRA and a tenth for full fine-tuning, as Schulman et al. 2025 found for Llama's family ("LoRA
@@ -29,24 +30,27 @@ def default_rate(config: Config, width: int) -> float:
     Args:
         width: features of the hidden states.
     """
-    lora = isinstance(config.method, LoraConfig)
+    lora = isinstance(method, LoraConfig)
     rate = LORA * (WIDTH / width) ** LORA_POWER if lora else FULL * (WIDTH / width) ** FULL_POWER
     return min(float(f"{rate:.1e}"), MOST)
 
 
-def settle_rate(config: Config, world: World, directory: RunDir, width: int, say: Callable[[str], None]) -> Config:
-    """The configuration with a learning rate: the one given, that of the run that goes on, or the default.
+def settle_rate(
+    optim: OptimConfig, method: MethodConfig, world: World, directory: RunDir, width: int, say: Callable[[str], None]
+) -> OptimConfig:
+    """The optimizer's settings with a learning rate: the one given, that of the run that goes on, or the default.
 
     To be called on all ranks; the directory is read on rank 0.
+
+    Args:
+        width: features of the hidden states.
     """
-    if config.optim.lr is not None:
-        return config
+    if optim.lr is not None:
+        return optim
     saved = world.gather(_saved_rate(directory) if world.rank == 0 else None)[0]
-    rate, why = (
-        (saved, "as before") if saved else (default_rate(config, width), f"for {config.method.name} at this width")
-    )
+    rate, why = (saved, "as before") if saved else (default_rate(method, width), f"for {method.name} at this width")
     say(f"optim     learning rate {rate:g}, {why}; optim.lr sets another")
-    return replace(config, optim=replace(config.optim, lr=rate))
+    return replace(optim, lr=rate)
 
 
 def _saved_rate(directory: RunDir) -> float | None:

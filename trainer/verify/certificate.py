@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tritune.trainer.config import Config
-from tritune.trainer.config.compose import to_dict
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import write_whole_json
 from tritune.trainer.verify.compare import StepDifference
@@ -18,8 +16,14 @@ from tritune.trainer.verify.compare import StepDifference
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
-def write_certificate(path: Path, kind: str, config: Config, overrides: list[str], content: dict[str, Any]) -> None:
-    """Write `content` with what it takes to judge it: criterion, versions, machine, command, configuration."""
+def write_certificate(
+    path: Path, kind: str, tree: dict[str, Any], overrides: list[str], content: dict[str, Any]
+) -> None:
+    """Write `content` with what it takes to judge it: criterion, versions, machine, command, configuration.
+
+    Args:
+        tree: the configuration as plain values.
+    """
     on_gpu = torch.cuda.is_available()
     head = {
         "certificate": kind,
@@ -28,7 +32,7 @@ def write_certificate(path: Path, kind: str, config: Config, overrides: list[str
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"cpu": platform.machine(), "gpu": torch.cuda.get_device_name() if on_gpu else None},
     }
-    write_whole_json(path, {**head, **content, "config": redact_tree(to_dict(config))})
+    write_whole_json(path, {**head, **content, "config": redact_tree(tree)})
 
 
 def step_lines(steps: list[StepDifference]) -> list[str]:
