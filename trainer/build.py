@@ -241,7 +241,8 @@ def _resume_or_start(run: Run, base: dict[str, dict[str, str]] | None) -> None:
     if found is not None:
         with run.world.raise_on_all("checking what was saved"):
             saved = read_state(found[0])
-            require_same_run(saved.get("run"), run.config, found[0])
+            if found[1]["format"] > 2:  # older ones do not say it; the directory's own record was compared
+                require_same_run(saved.get("run"), run.config, found[0])
             if saved.get("data") != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 rule += moved(run.config, run.directory)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tritune.trainer.checkpoint.manifest import is_flat
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
@@ -184,7 +185,7 @@ def _open_run(config: Config, run: Path, world: World) -> Opened:
     path, manifest = found
     tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
     expected = {n: entry for n, entry in manifest["tensors"].items() if n.startswith("model.")}
-    load_tensors(path, tensors, expected, world)
+    load_tensors(path, tensors, expected, world, is_flat(manifest))
     return replace(opened, step=step, what=f"{run}, step {step}")
 
 

@@ -38,7 +38,7 @@ class Use:
 
 _FSDP, _DCP, _RUN = "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed"
 _NEW = "young: it has changed names and places before"
-_OWN = "private: DCP has no public way for tensors that are flat runs of elements"
+_OWN = "private: DCP has no public way for tensors that are boxes in memory of another"
 _SUB = "a method that we replace: torch calls it so"
 _TYPE = "a type in signatures of ours"
 _KEPT = "an operator's name is nobody's promise, and a list with one that is missing fails at import"
