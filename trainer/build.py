@@ -59,6 +59,7 @@ from tritune.trainer.objectives import Objective, Sources
 from tritune.trainer.objectives.classify import Classify, label_token_ids
 from tritune.trainer.objectives.language_model import LanguageModel
 from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import make_mesh
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import RunDir, export_path
 from tritune.trainer.run.dry_run import dry_run
@@ -166,7 +167,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         say(f"attention {choose_attention(model, world.device)}: packed rows do not see one another")
     installed = install_kernels(config, model, kernels, world, say)
     pulse.phase("backend")
-    backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
+    mesh = make_mesh(config.backend, world)
+    backend = make_backend(config.backend, mesh, config.model.dtype, config.verify.order)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens, installed.head)
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:
@@ -188,7 +190,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         parameters=(trainable, total), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
-        state=state, due=_make_due(config, loader), meter=Meter(world), progress=progress, directory=directory, stop=stop,
+        state=state, due=_make_due(config, loader), meter=Meter(mesh), progress=progress, directory=directory, stop=stop,
         pulse=pulse, sinks=[],
     )  # fmt: skip
     wrapped.register_forward_hook(lambda *_: pulse.beat())

@@ -107,6 +107,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.model.load import context_length
     from tritune.trainer.model.scorer import TokenScorer
     from tritune.trainer.objectives.language_model import LanguageModel
+    from tritune.trainer.parallel.mesh import make_mesh
     from tritune.trainer.run.directory import write_whole_json
 
     require_sources(config.data)
@@ -123,7 +124,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     scorer = TokenScorer(opened.model, None, config.seed, config.kernels.loss_chunk_tokens).eval()
     objective = make_objective(config, splits.labels, tokenizer)
     results: dict[str, dict[str, Any]] = {}
-    backend, recorders = Local("single", world), {}
+    backend, recorders = Local("single", make_mesh(config.backend, world)), {}
     out, below = config.evaluation.out or (run and run / "predictions.jsonl"), _below(opened, splits.labels, run)
     for name, examples in splits.examples.items():
         _say(f"evaluate  {opened.what} on {name}: {examples.report.line()}")

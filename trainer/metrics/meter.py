@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
 from tritune.trainer.objectives import Loss
-from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import DATA, Mesh
 
 
 class Meter:
@@ -22,8 +22,8 @@ class Meter:
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
         self._since, self._tokens = time.perf_counter(), 0
         self._sums: Tensor | float = 0.0
         self._num_tokens, self._num_labels, self._digest = 0, 0, 0
@@ -49,7 +49,7 @@ class Meter:
         )
         assert isinstance(self._sums, Tensor), "a step has at least one micro-batch"
         apart = self._by_source.reshape(-1) if isinstance(self._by_source, Tensor) else counts[:0]
-        total = self.world.sum(torch.cat([counts, self._sums, apart]))
+        total = self.mesh.sum(torch.cat([counts, self._sums, apart]), over=DATA)
         terms = len(self._sums)
         loss = float((total[3 : 3 + terms] / weight).sum())
         self.by_source = total[3 + terms :].reshape(2, -1).cpu() if len(apart) else None
