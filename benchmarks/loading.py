@@ -78,7 +78,7 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
         weights.take(model)
     figures["model_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     figures["parameters"] = sum(p.numel() for p in model.parameters())
-    backend = build.make_backend(config.backend, world, config.model.dtype)
+    backend = build.make_backend(config.backend, build.make_mesh(config.backend, world), config.model.dtype)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens)
     try:
         backend.prepare(scorer, optimizer, weights)

@@ -77,7 +77,8 @@ def rank_that_forgets_its_moments(*args) -> None:
     def refresh(self):
         for name, shard in self.tensors().items():
             if name.endswith("exp_avg"):
-                shard.values.zero_()
+                for part in shard.parts:
+                    part.values.zero_()
 
     Fsdp.refresh = refresh
     _rank(*args)

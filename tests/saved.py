@@ -9,7 +9,7 @@ from pathlib import Path
 
 import harness
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tritune.trainer.checkpoint.manifest import MANIFEST, describe, verify
 
 STEPS = (2, 4, 6)
@@ -52,6 +52,30 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def shard(checkpoint: Path) -> Path:
     return next(checkpoint.glob("*.safetensors"))
+
+
+def flatten(checkpoint: Path, number: int = 3) -> None:
+    """Write a checkpoint anew as formats 2 and 3 had it: each tensor as runs of its flattened elements, in two files."""
+    (path,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(path)
+    path.unlink()
+    for rank in (0, 1):
+        cuts = {name: tensor.numel() // 3 for name, tensor in tensors.items()}
+        runs = {n: t.view(-1)[cuts[n] :] if rank else t.view(-1)[: cuts[n]] for n, t in tensors.items()}
+        offsets = {name: {"saved_offsets": [cuts[name] * rank]} for name in tensors}
+        held = {n: run.clone() for n, run in runs.items() if run.numel()}
+        save_file(held, checkpoint / f"shard-{rank + 1:05d}.safetensors", {"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+    def as_then(manifest: dict) -> None:
+        manifest["format"] = number
+        del manifest["files"][path.name]
+        manifest["files"] |= {p.name: describe(p) for p in checkpoint.glob("*.safetensors")}
+
+    if number == 2:
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["run"]
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    reseal(checkpoint, as_then)
 
 
 def list_in_manifest(checkpoint: Path, name: str, file: Path) -> None:

@@ -59,6 +59,7 @@ from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, st
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.objectives.loss import Objective, Sources
 from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import make_mesh
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import RunDir, export_path
 from tritune.trainer.run.dry_run import dry_run
@@ -173,7 +174,8 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     checked_in = config.model.dtype if config.kernels.self_check else None
     installed = install_kernels(model, kernels, checked_in, world, say)
     pulse.phase("backend")
-    backend = make_backend(config.backend, world, config.model.dtype, config.verify.order)
+    mesh = make_mesh(config.backend, world)
+    backend = make_backend(config.backend, mesh, config.model.dtype, config.verify.order)
     scorer = TokenScorer(model, keys, config.seed, config.kernels.loss_chunk_tokens, installed.head)
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:
@@ -198,7 +200,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         parameters=(trainable, total), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
-        state=state, due=due, meter=Meter(world), progress=progress, directory=directory, stop=stop,
+        state=state, due=due, meter=Meter(mesh), progress=progress, directory=directory, stop=stop,
         pulse=pulse, sinks=[],
     )  # fmt: skip
     wrapped.register_forward_hook(lambda *_: pulse.beat())
@@ -249,7 +251,8 @@ def _resume_or_start(run: Run, written: dict[str, Any], base: dict[str, dict[str
     if found is not None:
         with run.world.raise_on_all("checking what was saved"):
             saved, identity = read_state(found[0]), identity_in(written)
-            require_same_run(saved.get("run"), identity, found[0])
+            if found[1]["format"] > 2:  # older ones do not say it; the directory's own record was compared
+                require_same_run(saved.get("run"), identity, found[0])
             if saved.get("data") != run.loader.digest:
                 rule = f"{found[0].name} was trained on other tokens: the data, the tokenizer or the template changed"
                 rule += moved(identity, run.directory)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.backends import make_reader
 from tritune.trainer.backends.fsdp import Fsdp
 from tritune.trainer.backends.local import Local
+from tritune.trainer.checkpoint.manifest import is_flat
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
@@ -234,7 +235,7 @@ def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
 
     def restore() -> None:
         tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
-        load_tensors(path, tensors, expected, world)
+        load_tensors(path, tensors, expected, world, is_flat(manifest))
 
     opened = replace(opened, step=step, what=f"{run}, step {step}", restore=restore if opened.weights else None)
     if opened.restore is None:

@@ -38,7 +38,7 @@ class Use:
 
 _FSDP, _DCP, _RUN = "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed"
 _NEW = "young: it has changed names and places before"
-_OWN = "private: DCP has no public way for tensors that are flat runs of elements"
+_OWN = "private: DCP has no public way for tensors that are boxes in memory of another"
 _SUB = "a method that we replace: torch calls it so"
 _TYPE = "a type in signatures of ours"
 _KEPT = "an operator's name is nobody's promise, and a list with one that is missing fails at import"
@@ -77,7 +77,7 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
             "a property that a module has got: a misspelt one would be set without a word"),
     ),
     "trainer/backends/local.py": (
-        Use("torch.nn.parallel.DistributedDataParallel", "module, broadcast_buffers=, gradient_as_bucket_view=",
+        Use("torch.nn.parallel.DistributedDataParallel", "module, process_group=, broadcast_buffers=, gradient_as_bucket_view=",
             "2.13 deprecates `broadcast_buffers` for a name that 2.11 does not know"),
         Use("torch.nn.parallel.DistributedDataParallel.no_sync", "self", _NEW),
         Use("torch.nn.utils.get_total_norm", "tensors", _NEW),
@@ -95,6 +95,8 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
         Use(f"{_FSDP}.FSDPModule.set_requires_gradient_sync", "self, requires_gradient_sync", _NEW),
         Use(f"{_FSDP}.FSDPModule.set_modules_to_forward_prefetch", "self, modules", _NEW),
         Use(f"{_FSDP}.FSDPModule.set_modules_to_backward_prefetch", "self, modules", _NEW),
+    ),
+    "trainer/parallel/mesh.py": (
         Use("torch.distributed.device_mesh.DeviceMesh", None, _TYPE),
         Use("torch.distributed.device_mesh.init_device_mesh", "device_type, mesh_shape, mesh_dim_names=", _NEW),
     ),

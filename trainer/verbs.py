@@ -217,7 +217,7 @@ def _words(
     faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
     ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
     backend = placed.backend
-    share = Share(backend.world, together=not backend.whole)
+    share = Share(backend.mesh.world, together=not backend.whole)
     said = iter(answer(opened.model, placed.scorer.generate, opened.tokenizer, ids, settings, opened.stops, backend.device,
                        seed, exactly, share))  # fmt: skip
     return [(r.fields, fault or [vars(a) for a in next(said)]) for r, fault in zip(rows, faults, strict=True)]

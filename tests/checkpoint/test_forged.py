@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from saved import BEFORE, LAST, list_in_manifest, require_same_run, reseal, shard
+from saved import BEFORE, LAST, flatten, list_in_manifest, require_same_run, reseal, shard
 from tritune.trainer.checkpoint.manifest import MANIFEST, verify
 from tritune.trainer.checkpoint.store import STATE, CheckpointStore
 from tritune.trainer.errors import EXIT_INPUT, CheckpointError
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Shard, shard_of
+from tritune.trainer.parallel.shard import shard_of, shard_of_run
 from tritune.trainer.run.state import TrainState
 
 STEP = "step-00000001"
@@ -55,33 +55,54 @@ def move(header: dict, name: str, offset: Any) -> None:
 
 
 HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
-    **{
-        f"begins at {at}": lambda h, at=at: move(h, "a", at)
-        for at in ([1], [-1], [10**30], ["0"], [], [0, 0], None, [True], [[0]])
-    },
     "another's values": lambda h: h["a"].update(data_offsets=h["b"]["data_offsets"]),
     "before the file": lambda h: h["a"].update(data_offsets=[-24, 0]),
     "beyond the file": lambda h: h["a"].update(data_offsets=[1 << 40, (1 << 40) + 24]),
     "offsets of text": lambda h: h["a"].update(data_offsets=["0", "24"]),
     "integers": lambda h: h["a"].update(dtype="I32"),
-    "another shape": lambda h: h["a"].update(shape=[2, 3]),
-    "fewer": lambda h: h["a"].update(shape=[5]),
-    "negative": lambda h: h["a"].update(shape=[-6]),
     "one missing": lambda h: h.pop("a"),
     "one more": lambda h: h.update(e={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
     "no metadata": lambda h: h.pop("__metadata__"),
     "no sharding": lambda h: h["__metadata__"].update(DCP_SHARDING_INFO="{}"),
     "broken sharding": lambda h: h["__metadata__"].update(DCP_SHARDING_INFO="[" * 100_000),
     "a key twice": lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}",
-    "infinite": lambda h: json.dumps(h).replace('"shape": [6]', '"shape": [Infinity]', 1),
 }
 
 
-@pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS.keys())
+def lies_of_place(places: list, shapes: list, said: str) -> dict[str, Callable[[dict[str, Any]], object]]:
+    return {
+        **{f"begins at {at}": lambda h, at=at: move(h, "a", at) for at in places},
+        **{f"shape {shape}": lambda h, shape=shape: h["a"].update(shape=shape) for shape in shapes},
+        "infinite": lambda h: json.dumps(h).replace(f'"shape": [{said}', '"shape": [Infinity', 1),
+    }
+
+
+BOXES = lies_of_place(
+    [[1, 0], [0, 1], [-1, 0], [10**30, 0], ["0", 0], [], [0], [0, 0, 0], None, [True, 0], [[0], 0], 0],
+    [[3, 2], [6], [1, 3], [2, 2], [-2, -3], [2, 3, 1], [0, 3], [], 6, None], "2",
+)  # fmt: skip
+RUNS = lies_of_place(
+    [[1], [-1], [10**30], ["0"], [], [0, 0], None, [True], [[0]]], [[2, 1], [1], [-2], [0], [2.0], 2], "2"
+)
+
+
+@pytest.mark.parametrize("change", [*HEADERS.values(), *BOXES.values()], ids=[*HEADERS, *BOXES])
 def test_a_shard_that_lies_of_what_it_holds(checkpoint, change):
-    before = shard(checkpoint).read_bytes()
-    rewrite(shard(checkpoint), change)
-    assert shard(checkpoint).read_bytes() != before
+    require_refused(checkpoint, change)
+
+
+@pytest.mark.parametrize("change", [*HEADERS.values(), *RUNS.values()], ids=[*HEADERS, *RUNS])
+def test_a_shard_of_an_older_format_that_lies(checkpoint, change):
+    flatten(checkpoint)
+    verify(checkpoint, [STATE])
+    require_refused(checkpoint, change)
+
+
+def require_refused(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = checkpoint / "shard-00001.safetensors"
+    before = path.read_bytes()
+    rewrite(path, change)
+    assert path.read_bytes() != before
     reseal(checkpoint)
     with pytest.raises(CheckpointError, match=str(checkpoint)):
         verify(checkpoint, [STATE])
@@ -96,7 +117,7 @@ def test_elements_that_two_shards_hold_or_none(tmp_path):
     for number, (start, stop) in enumerate(((0, 5), (5, 8), (4, 8), (6, 8))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        save_tensors(folder, {"a": Shard(torch.Size([8]), start, whole[start:stop])}, world)
+        save_tensors(folder, {"a": shard_of_run(torch.Size([8]), start, whole[start:stop])}, world)
         shard(folder).rename(tmp_path / f"{number}.safetensors")
     tensors = describe_tensors({"a": shard_of(whole)})
     require_covered(tmp_path, ["0.safetensors", "1.safetensors"], tensors)
@@ -109,7 +130,7 @@ def test_elements_that_two_shards_hold_or_none(tmp_path):
 
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     **{f"step {value}": lambda m, value=value: m.update(step=value) for value in (-1, True, 1.0, "1", None, [1])},
-    "format 2": lambda m: m.update(format=2),
+    **{f"format {value}": lambda m, value=value: m.update(format=value) for value in (1, 2, 3, 5, True, 4.0, "4", None)},
     **{f"size {value}": lambda m, value=value: m["files"][STATE].update(size=value) for value in (-1, True, "9", 10**400)},
     **{f"shape {value}": lambda m, value=value: m["tensors"]["a"].update(shape=value) for value in
        ([2, -3], [-2, -3], [2.0, 3], ["2"], [10**18, 10**18], None, 6, [[6]])},

@@ -21,6 +21,7 @@ from tritune.trainer.evaluation.choices import choose, lay_out
 from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.model.tokenizer import byte_tokenizer, load_tokenizer
 from tritune.trainer.parallel.distributed import start
+from tritune.trainer.parallel.mesh import make_mesh
 
 CHOICES = ["red", "green", "a very light blue", "no"]
 
@@ -76,7 +77,7 @@ def test_accuracy_is_brute_force():
     split = conversations(records, tokenizer, Config())
     choices = lay_out(split, CHOICES, tokenizer)
     assert choices.right.tolist() == [right(r) for r in given]
-    backend = Local("single", start(BackendConfig(), False))
+    backend = Local("single", make_mesh(BackendConfig(), start(BackendConfig(), False)))
     scorer = TokenScorer(model, None, 0, 64).eval()
     figures = {size: choose(scorer, choices, backend, size, 0) for size in (1, 7, 64)}
     chosen, truth = brute_force(model, tokenizer, given), [right(r) for r in given]
@@ -201,7 +202,7 @@ def test_rows_that_tie_pick_the_first_and_lengths_are_not_divided_out():
         model.lm_head.weight.zero_()
     records = [Record(f"a:{i}", prompt="?", response=c) for i, c in enumerate(CHOICES)]
     choices = lay_out(conversations(records, tokenizer, Config()), CHOICES, tokenizer)
-    backend = Local("single", start(BackendConfig(), False))
+    backend = Local("single", make_mesh(BackendConfig(), start(BackendConfig(), False)))
     figures = choose(TokenScorer(model, None, 0, 64).eval(), choices, backend, 8, 0)
     assert figures["accuracy"] == 0.25
     assert choices.right.tolist() == [0, 1, 2, 3]

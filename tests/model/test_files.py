@@ -23,6 +23,7 @@ from tritune.trainer.model.load import load_architecture, load_model
 from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.open import open_model
+from tritune.trainer.parallel.box import Box
 from tritune.trainer.parallel.distributed import start
 
 IDS = torch.randint(5, 261, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -62,7 +63,7 @@ def require_whole(path: Path | str, expected: AutoModelForCausalLM) -> None:
     assert torch.equal(logits(load(path)), logits(expected))
     model, weights = meta(path)
     for name, parameter in model.named_parameters():
-        held = weights.read(name, 0, parameter.numel()).view(parameter.shape)
+        held = weights.read(name, Box((0,) * parameter.ndim, tuple(parameter.shape)))
         assert torch.equal(held, expected.get_parameter(name)), name
 
 

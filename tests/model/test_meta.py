@@ -15,6 +15,7 @@ from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.load import CLASS_HEAD, is_tied, load_architecture, load_model, widen_masters
 from tritune.trainer.model.meta import load_meta_model
 from tritune.trainer.model.tokenizer import byte_tokenizer
+from tritune.trainer.parallel.box import boxes_of_run
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 6,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip
@@ -91,7 +92,9 @@ def compare(whole, meta, weights):
         assert parameter.requires_grad == expected[name].requires_grad
         for _ in range(3):  # any range, in the middle of a row or not
             start, stop = sorted(rng.sample(range(values.numel() + 1), 2))
-            assert weights.read(name, start, stop).to(parameter.dtype).equal(values[start:stop]), (name, start, stop)
+            boxes = boxes_of_run(parameter.shape, start, stop)
+            read = [weights.read(name, box).to(parameter.dtype).reshape(-1) for box in boxes]
+            assert torch.cat([*read, values[:0]]).equal(values[start:stop]), (name, start, stop)
     if whole.get_output_embeddings() is not None:
         assert is_tied(meta) == is_tied(whole)
     for (name, one), (other, two) in zip(whole.named_buffers(), meta.named_buffers(), strict=True):

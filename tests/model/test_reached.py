@@ -28,6 +28,7 @@ from tritune.trainer.model.reached import describe_unused, find_unused, reaches_
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import make_mesh
 
 TOWER = ("model.vision_tower.", "model.multi_modal_projector.")
 
@@ -196,7 +197,7 @@ def test_fsdp_gathers_no_tower(folders):
     model = load(folders["gemma3"])
     apply_method(FullConfig(), model, [], 0, find_unused(model, []))
     scorer = TokenScorer(model, None, 0, 64)
-    backend = Fsdp("fsdp", FsdpConfig(), World(0, 1, torch.device("cpu")), Dtype.float32)
+    backend = Fsdp("fsdp", FsdpConfig(), make_mesh(FsdpConfig(), World(0, 1, torch.device("cpu"))), Dtype.float32)
     wrapped = backend.prepare(scorer, lambda m: make_optimizer(OptimConfig(lr=1e-4, weight_decay=0.5), m))
     before = model.model.vision_tower.head.probe.full_tensor().clone()
     seen = {}

@@ -15,17 +15,21 @@ from tritune.trainer.config.backends import BackendConfig, FsdpConfig, Offload, 
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import DATA, Mesh, make_mesh
 from tritune.trainer.parallel.shard import Shard
 
 
 class Backend(Protocol):
-    """Gradients are averaged over `dp_size` ranks, so the loop scales each loss by `dp_size`."""
+    """Gradients are averaged over `dp_size` ranks, so the loop scales each loss by `dp_size`.
+
+    These are the ranks along the mesh's axes of data, among which a step's rows are dealt out.
+    """
 
     name: str
     dp_rank: int
     dp_size: int
     device: torch.device
-    world: World
+    mesh: Mesh
     whole: bool  # whether the model on this rank holds all masters; else a checkpoint is the way to read them
 
     def prepare(
@@ -51,7 +55,9 @@ class Backend(Protocol):
         """
         ...
 
-    def sum(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the `dp_size` ranks."""
+        ...
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -67,20 +73,25 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(config: BackendConfig, world: World, dtype: Dtype, order: int = 0) -> Backend:
+def make_backend(config: BackendConfig, mesh: Mesh, dtype: Dtype, order: int = 0) -> Backend:
     """`auto` is `single` for one process and `ddp` for several.
 
     Args:
         order: `verify.order`, for the reference of a proof.
+
+    Raises:
+        ValueError: ZeRO on a mesh with axes that are not of data: its engine takes all processes for those of data.
     """
-    name = config.name if config.name != "auto" else ("ddp" if world.size > 1 else "single")
+    name = config.name if config.name != "auto" else ("ddp" if mesh.world.size > 1 else "single")
     if isinstance(config, ZeroConfig):
+        if mesh.size(DATA) != mesh.world.size:
+            raise ValueError(f"{name} averages gradients over all processes, and the mesh is {mesh.axes}")
         from tritune.trainer.backends.zero import Zero  # deepspeed takes a second to import
 
-        return Zero(config, world, dtype)
+        return Zero(config, mesh, dtype)
     if isinstance(config, FsdpConfig) or dtype is Dtype.bfloat16:
-        return Fsdp(name, config, world, dtype, order)
-    return Local(name, world, order)
+        return Fsdp(name, config, mesh, dtype, order)
+    return Local(name, mesh, order)
 
 
 def make_reader(config: BackendConfig, world: World, dtype: Dtype) -> Local:
@@ -88,13 +99,14 @@ def make_reader(config: BackendConfig, world: World, dtype: Dtype) -> Local:
 
     ZeRO's engine shards a model together with its optimizer; what it trained computes the same in either layout.
     """
+    mesh = make_mesh(config, world)
     if world.size == 1:
-        return Local("single", world)
+        return Local("single", mesh)
     if isinstance(config, FsdpConfig):
-        return Fsdp(config.name, config, world, dtype)
+        return Fsdp(config.name, config, mesh, dtype)
     if isinstance(config, ZeroConfig) and shards_parameters(config):
-        return Fsdp("fsdp", FsdpConfig(offload=config.offload is Offload.all), world, dtype)
-    return Local("ddp", world)
+        return Fsdp("fsdp", FsdpConfig(offload=config.offload is Offload.all), mesh, dtype)
+    return Local("ddp", mesh)
 
 
 def shards_parameters(config: BackendConfig) -> bool:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -24,20 +23,20 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 from tritune.trainer.backends.local import Local, hub_name, place_buffers, trainable
-from tritune.trainer.config.backends import Accumulate, BackendConfig, FsdpConfig, HsdpConfig, hsdp_shards
+from tritune.trainer.config.backends import Accumulate, BackendConfig, FsdpConfig
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.layers import decoder_layers, idle_modules
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.distributed import World, ensure_group
+from tritune.trainer.parallel.mesh import Mesh
 from tritune.trainer.parallel.shard import fill, shard_of
 
 
 class Fsdp(Local):
     """See `Backend`. The verbs that differ from `Local`'s."""
 
-    def __init__(self, name: str, config: BackendConfig, world: World, dtype: Dtype, order: int = 0) -> None:
-        super().__init__(name, world, order)
+    def __init__(self, name: str, config: BackendConfig, mesh: Mesh, dtype: Dtype, order: int = 0) -> None:
+        super().__init__(name, mesh, order)
         self.config = config if isinstance(config, FsdpConfig) else FsdpConfig()
         bf16 = dtype is Dtype.bfloat16
         self.policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
@@ -53,8 +52,7 @@ class Fsdp(Local):
         return self.model
 
     def place(self, model: nn.Module, weights: Weights | None = None) -> nn.Module:
-        ensure_group(self.device)  # a mesh needs a process group, even of one
-        mesh, offload = self._mesh(), OffloadPolicy()
+        mesh, offload = self.mesh.data_devices, OffloadPolicy()
         if self.config.offload:
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         layers = decoder_layers(model)
@@ -82,15 +80,6 @@ class Fsdp(Local):
         if self.config.accumulate is Accumulate.unsharded:
             self.model.set_requires_gradient_sync(last)
         yield
-
-    def _mesh(self) -> DeviceMesh:
-        kind, size = self.device.type, self.dp_size
-        if self.name == "fsdp" or size == 1:
-            return init_device_mesh(kind, (size,))
-        shards = 1
-        if isinstance(self.config, HsdpConfig):
-            shards = hsdp_shards(self.config, size, self.world.local_size) or 1  # None was refused with the config
-        return init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
     def _prefetch(self, layers: list[FSDPModule]) -> None:
         for i, layer in enumerate(layers):

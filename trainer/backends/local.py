@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import DATA, Mesh
 from tritune.trainer.parallel.shard import Shard, shard_of
 
 
@@ -25,9 +25,9 @@ class Local:
         order: 0, or the number of a random order in which the gradient norm is summed (`verify.order`).
     """
 
-    def __init__(self, name: str, world: World, order: int = 0) -> None:
-        self.name, self.world, self.order, self.whole = name, world, order, True
-        self.dp_rank, self.dp_size, self.device = world.rank, world.size, world.device
+    def __init__(self, name: str, mesh: Mesh, order: int = 0) -> None:
+        self.name, self.mesh, self.order, self.whole = name, mesh, order, True
+        self.dp_rank, self.dp_size, self.device = mesh.rank(DATA), mesh.size(DATA), mesh.world.device
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], weights: Weights | None = None
@@ -40,7 +40,9 @@ class Local:
             # Buffers hold nothing that trains. Gradients as views of the buckets save one copy of the gradients.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13, same meaning
-                self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.model = DistributedDataParallel(
+                    model, process_group=self.mesh.group(DATA), broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         return self.model
 
     def place(self, model: nn.Module, weights: Weights | None = None) -> nn.Module:
@@ -72,7 +74,7 @@ class Local:
         return norm
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.world.sum(x)
+        return self.mesh.sum(x, over=DATA)
 
     def forget(self) -> None:
         for parameter in self._trainable.values():

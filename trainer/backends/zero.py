@@ -27,17 +27,18 @@ from tritune.trainer.backends.zero_engine import (
 from tritune.trainer.config.backends import Offload, ZeroConfig
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.distributed import World, ensure_group
+from tritune.trainer.parallel.distributed import ensure_group
+from tritune.trainer.parallel.mesh import DATA, Mesh
 from tritune.trainer.parallel.shard import Shard, fill
 
 
 class Zero:
     """See `Backend`."""
 
-    def __init__(self, config: ZeroConfig, world: World, dtype: Dtype) -> None:
-        self.name, self.world, self.config = config.name, world, config
+    def __init__(self, config: ZeroConfig, mesh: Mesh, dtype: Dtype) -> None:
+        self.name, self.mesh, self.config = config.name, mesh, config
         self.stage, self.bf16 = int(config.name[-1]), dtype is Dtype.bfloat16
-        self.dp_rank, self.dp_size, self.device = world.rank, world.size, world.device
+        self.dp_rank, self.dp_size, self.device = mesh.rank(DATA), mesh.size(DATA), mesh.world.device
         self.whole = False
 
     def prepare(
@@ -83,7 +84,7 @@ class Zero:
         return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.world.sum(x)
+        return self.mesh.sum(x, over=DATA)
 
     def forget(self) -> None:
         discard_gradients(self.engine)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from tritune.trainer.backends.local import hub_name
 from tritune.trainer.model.optim import make_state
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.shard import Shard, fill, shard_of
+from tritune.trainer.parallel.shard import Shard, fill, shard_of, shard_of_run
 
 # Some forty lines a rank at start; what goes wrong is an exception.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -109,15 +108,16 @@ def _partitioned(
     new: Any = nn.Parameter(whole.to(dtype or whole.dtype), requires_grad=parameter.requires_grad)
     convert._convert_to_zero_parameters([new])
     if weights is not None:
-        fill({name: _run(new, new.ds_tensor, convert.rank)}, weights.read)
+        start, length = _place(new, convert.rank)
+        fill({name: shard_of_run(new.ds_shape, start, new.ds_tensor[:length])}, weights.read)
     return new
 
 
-def _run(parameter: Any, values: Tensor, rank: int) -> Shard:
-    """The shard that a rank's partition of a stage 3 parameter is; the last partitions may end in padding."""
+def _place(parameter: Any, rank: int) -> tuple[int, int]:
+    """Where a rank's partition of a stage 3 parameter begins, and its length; the last partitions may end in padding."""
     size = parameter.ds_tensor.ds_numel
     start = min(rank * size, parameter.ds_numel)
-    return Shard(parameter.ds_shape, start, values[: min(size, parameter.ds_numel - start)])
+    return start, min(size, parameter.ds_numel - start)
 
 
 def make_moments(engine: DeepSpeedEngine) -> None:
@@ -145,33 +145,37 @@ def fragments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> d
     find = _partition_of if _stage(engine) == 3 else _fragment_of
     found: dict[str, Shard] = {}
     for name, parameter in parameters.items():
-        master, state = find(engine, parameter)
-        found[f"model.{name}"] = master
+        shape, start, master, state = find(engine, parameter)
+        found[f"model.{name}"] = shard_of_run(shape, start, master)
         for key, values in state.items():
-            found[f"optim.{name}.{key}"] = replace(master, values=values) if values.ndim else shard_of(values)
+            found[f"optim.{name}.{key}"] = shard_of_run(shape, start, values) if values.ndim else shard_of(values)
     return found
 
 
-def _fragment_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Shard, dict[str, Tensor]]:
+# A parameter's shape, where this rank's run of its elements begins, the run's masters, and its optimizer state.
+Found = tuple[torch.Size, int, Tensor, dict[str, Tensor]]
+
+
+def _fragment_of(engine: DeepSpeedEngine, parameter: Any) -> Found:
     """Stages 1 and 2: what of a parameter lies in this rank's partition of its group, which may be nothing."""
     link, states = parameter._hp_mapping, engine.optimizer.optimizer.state
     if link is None:
-        state = states[_flat_masters(engine)[0]]
-        nothing = Shard(parameter.shape, 0, torch.empty(0, dtype=torch.float32))
-        return nothing, {key: nothing.values if v.ndim else v for key, v in state.items()}
+        state, nothing = states[_flat_masters(engine)[0]], torch.empty(0, dtype=torch.float32)
+        return parameter.shape, 0, nothing, {key: nothing if v.ndim else v for key, v in state.items()}
     state = states[_flat_masters(engine)[link.param_group_index]]
     values = {key: link.get_optim_state_fragment(key) if v.ndim else v for key, v in state.items()}
-    return Shard(parameter.shape, link.lp_fragment_address.start, link.hp_fragment.detach()), values
+    return parameter.shape, link.lp_fragment_address.start, link.hp_fragment.detach(), values
 
 
-def _partition_of(engine: DeepSpeedEngine, parameter: Any) -> tuple[Shard, dict[str, Tensor]]:
+def _partition_of(engine: DeepSpeedEngine, parameter: Any) -> Found:
     """Stage 3: this rank's partition of a parameter, in the flat partition of its sub-group."""
     optimizer = engine.optimizer
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    master = _run(parameter, flat.detach().narrow(0, offset, size), optimizer._get_param_partition_rank(parameter))
-    state, length = optimizer.optimizer.state[flat], master.values.numel()
-    return master, {key: v.narrow(0, offset, length) if v.ndim else v for key, v in state.items()}
+    start, length = _place(parameter, optimizer._get_param_partition_rank(parameter))
+    state, length = optimizer.optimizer.state[flat], min(length, size)
+    values = {key: v.narrow(0, offset, length) if v.ndim else v for key, v in state.items()}
+    return parameter.ds_shape, start, flat.detach().narrow(0, offset, length), values
 
 
 def update_copies(engine: DeepSpeedEngine) -> None:

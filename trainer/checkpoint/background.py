@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Shard
+from tritune.trainer.parallel.shard import Part, Shard
 
 
 class Background:
@@ -21,7 +21,7 @@ class Background:
 
     def __init__(self, world: World) -> None:
         self.world = world.apart()
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # by name and place
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -32,7 +32,7 @@ class Background:
             CheckpointError: the save before it failed.
         """
         self.wait()
-        copies = {name: replace(shard, values=self._copy(name, shard.values)) for name, shard in tensors.items()}
+        copies = {name: self._copy(name, shard) for name, shard in tensors.items()}
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._run, args=(save, copies), name="checkpoint")
@@ -57,8 +57,12 @@ class Background:
         except Exception as error:  # noqa: BLE001  kept for the thread that trains, which raises it at its next save
             self._error = error
 
-    def _copy(self, name: str, values: Tensor) -> Tensor:
-        kept = self._copies.get(name)
-        if kept is None or kept.shape != values.shape:
-            kept = self._copies[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        return kept.copy_(values, non_blocking=True)
+    def _copy(self, name: str, shard: Shard) -> Shard:
+        parts = []
+        for part in shard.parts:
+            place, values = (name, part.offsets), part.values
+            kept = self._copies.get(place)
+            if kept is None or kept.shape != values.shape:
+                kept = self._copies[place] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            parts.append(Part(part.offsets, kept.copy_(values, non_blocking=True)))
+        return replace(shard, parts=tuple(parts))

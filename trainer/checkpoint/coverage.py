@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.errors import CheckpointError
+from tritune.trainer.parallel.box import Box, first_fault
 
 HEADER_BYTES = 100_000_000  # more is refused by safetensors too
 SHARDING = "DCP_SHARDING_INFO"
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
          "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-Span = tuple[int, int]
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -44,35 +43,50 @@ def count_of(value: Any, what: str) -> int:
     return value
 
 
-def require_covered(directory: Path, files: Iterable[str], tensors: dict[str, Any]) -> None:
+def require_covered(directory: Path, files: Iterable[str], tensors: dict[str, Any], flat: bool = False) -> None:
     """Compare the headers of the shards with what the manifest has of each tensor.
+
+    Args:
+        flat: the boxes are of the flattened tensors.
 
     Raises:
         CheckpointError: elements are missing or there twice, in another dtype, or of a tensor that is not listed.
         ValueError, LookupError, TypeError, struct.error: a header is none.
     """
-    spans: dict[str, list[Span]] = defaultdict(list)
+    boxes: dict[str, list[Box]] = defaultdict(list)
     for name in files:
-        for tensor, code, span in _held(directory / name):
+        for tensor, code, box in _held(directory / name):
             if tensor not in tensors:
                 raise CheckpointError(f"{directory / name}: the manifest has no tensor {tensor}")
             if code != CODES[tensors[tensor]["dtype"].removeprefix("torch.")]:
                 raise CheckpointError(f"{directory / name}: {tensor} is {code}, not {tensors[tensor]['dtype']}")
-            spans[tensor].append(span)
+            boxes[tensor].append(box)
     for tensor, entry in tensors.items():
-        size = math.prod(count_of(n, f"the shape of {tensor}") for n in entry["shape"])
-        at = 0
-        for start, stop in sorted(spans[tensor]):
-            if start != at:
-                how = "are there twice" if start < at else "are missing"
-                raise CheckpointError(f"{directory}: {tensor}: elements from {min(start, at):,} on {how}")
-            at = stop
-        if at != size:
-            raise CheckpointError(f"{directory}: {tensor} has {at:,} of {size:,} elements")
+        shape = [count_of(n, f"the shape of {tensor}") for n in entry["shape"]]
+        _require_each_once(directory, tensor, boxes[tensor], [math.prod(shape)] if flat else shape)
 
 
-def _held(path: Path) -> list[tuple[str, str, Span]]:
-    """Name, dtype and elements of each tensor in a shard, whose values must fill the file without gap or overlap."""
+def _require_each_once(directory: Path, tensor: str, boxes: list[Box], shape: list[int]) -> None:
+    for box in boxes:
+        inside = len(box.sizes) == len(shape) and all(
+            first + size <= n for first, size, n in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        if not inside:
+            said = f"a box of {list(box.sizes)} at {list(box.offsets)} is not within its shape {shape}"
+            raise CheckpointError(f"{directory}: {tensor}: {said}")
+    fault = first_fault(boxes, shape)
+    if fault is None:
+        return
+    at, times = fault
+    elements = f"elements from {at[0] if len(at) == 1 else list(at)} on are" if at else "its number is"
+    if times:
+        raise CheckpointError(f"{directory}: {tensor}: {elements} there twice")
+    have = f"{tensor} has {sum(math.prod(box.sizes) for box in boxes):,} of {math.prod(shape):,} elements"
+    raise CheckpointError(f"{directory}: {tensor}: {elements} missing; {have}")
+
+
+def _held(path: Path) -> list[tuple[str, str, Box]]:
+    """Name, dtype and box of each tensor in a shard, whose values must fill the file without gap or overlap."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         if length > min(path.stat().st_size, HEADER_BYTES):
@@ -81,13 +95,16 @@ def _held(path: Path) -> list[tuple[str, str, Span]]:
     offsets = strict_json(header.pop("__metadata__")[SHARDING])
     held, places = [], []
     for tensor, entry in header.items():
-        (count,), (begin, end) = entry["shape"], entry["data_offsets"]
-        (first,) = offsets[tensor]["saved_offsets"]
-        count, first = count_of(count, f"the size of {tensor}"), count_of(first, f"the place of {tensor}")
+        begin, end = (count_of(n, f"the bytes of {tensor}") for n in entry["data_offsets"])
+        sizes = tuple(count_of(n, f"the size of {tensor}") for n in entry["shape"])
+        firsts = tuple(count_of(n, f"the place of {tensor}") for n in offsets[tensor]["saved_offsets"])
+        count = math.prod(sizes)
+        if not count or len(firsts) != len(sizes):
+            raise CheckpointError(f"{path}: {tensor} has no box of {list(sizes)} at {list(firsts)}")
         if end - begin != count * WIDTHS[entry["dtype"]]:
             raise CheckpointError(f"{path}: {tensor} has {end - begin:,} bytes for {count:,} elements")
         places.append((begin, end))
-        held.append((tensor, entry["dtype"], (first, first + count)))
+        held.append((tensor, entry["dtype"], Box(firsts, sizes)))
     edges = [0, *(end for _, end in sorted(places))]
     if [begin for begin, _ in sorted(places)] != edges[:-1] or edges[-1] != path.stat().st_size - 8 - length:
         raise CheckpointError(f"{path}: the values of its tensors overlap, or do not fill it")

@@ -19,7 +19,10 @@ from tritune.trainer.regular import read_regular
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 26  # some 100 bytes a tensor and a file: a longer one was written by nobody here
-FORMAT = 3  # 2: tensors are stored flat, their shapes are here. 3: the state says which run it is of
+FORMAT = (
+    4  # 2: tensors are stored flat, their shapes are here. 3: the state says which run it is of. 4: stored as boxes
+)
+READ = (2, 3, FORMAT)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -79,8 +82,9 @@ def _verify(directory: Path, required: Sequence[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: it is cut or changed ({error})") from None
     if manifest.pop("sha256", None) != _digest(manifest):
         raise CheckpointError(f"{path}: the content changed after it was written (SHA-256 differs)")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']} is not read by this version, which reads {FORMAT}")
+    if count_of(manifest["format"], "the format") not in READ:
+        known = ", ".join(map(str, READ))
+        raise CheckpointError(f"{path}: format {manifest['format']} is not read by this version, which reads {known}")
     count_of(manifest["step"], "the step")
     expected = manifest["files"]
     for name in required:
@@ -98,8 +102,14 @@ def _verify(directory: Path, required: Sequence[str]) -> dict[str, Any]:
         with file.open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{file}: the content changed after it was written (SHA-256 differs)")
-    require_covered(directory, [n for n in expected if n.endswith(".safetensors")], manifest["tensors"])
+    shards = [name for name in expected if name.endswith(".safetensors")]
+    require_covered(directory, shards, manifest["tensors"], is_flat(manifest))
     return manifest
+
+
+def is_flat(manifest: dict[str, Any]) -> bool:
+    """Whether tensors are stored as runs of their flattened elements, and not as boxes."""
+    return manifest["format"] < 4
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tritune.trainer.checkpoint.background import Background
 from tritune.trainer.checkpoint.coverage import strict_json
-from tritune.trainer.checkpoint.manifest import describe, sync_directory, verify, write_json, write_manifest
+from tritune.trainer.checkpoint.manifest import describe, is_flat, sync_directory, verify, write_json, write_manifest
 from tritune.trainer.checkpoint.names import saved_steps, step_name
 from tritune.trainer.checkpoint.tensors import describe_tensors, load_tensors, save_tensors
 from tritune.trainer.errors import CheckpointError, reason
@@ -126,7 +126,7 @@ class CheckpointStore:
         self.wait()
         path, manifest = found
         with self.world.raise_on_all(f"reading {path.name}"):
-            load_tensors(path, tensors, manifest["tensors"], self.world)
+            load_tensors(path, tensors, manifest["tensors"], self.world, is_flat(manifest))
             return read_state(path)
 
     def at(self, step: int) -> tuple[Path, dict[str, Any]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -27,23 +28,43 @@ from tritune.trainer.parallel.shard import Shard
 
 class _SavePlanner(dcp.DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        values = self.state_dict[index.fqn].values
+        values = self.state_dict[index.fqn].at(index)
         # The parameters of one ZeRO group have one step, and safetensors refuses names that share memory.
         return values.clone() if values.numel() == 1 else values
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """DCP's, but for the writing: its own builds a rank's whole file in memory first, holding the interpreter's lock."""
+    """DCP's, but for the writing: its own builds a rank's whole file in memory first, holding the interpreter's lock.
+
+    A file has one place for each name, so that the second boxes of a rank are in a second file, and so on: then every file is
+    one that DCP's own reader reads.
+
+    Attributes:
+        names: of the files that were written.
+    """
+
+    names: list[str]
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        written: Future[list[WriteResult]] = Future()
-        if plan.items:
-            tensors = {item.index.fqn: planner.resolve_data(item).cpu() for item in plan.items}  # type: ignore[union-attr]
-            offsets = {i.index.fqn: {"saved_offsets": list(i.index.offset or ())} for i in plan.items}
+        self.names = []
+        for number, items in enumerate(_files_of(plan.items)):
+            tensors = {item.index.fqn: planner.resolve_data(item).cpu().contiguous() for item in items}  # type: ignore[union-attr]
+            offsets = {i.index.fqn: {"saved_offsets": list(i.index.offset or ())} for i in items}
             about = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-            save_file(tensors, Path(self.path) / _file(plan.storage_data["shard_index"]), about)
+            self.names.append(_file(plan.storage_data["shard_index"], number))
+            save_file(tensors, Path(self.path) / self.names[-1], about)
+        written: Future[list[WriteResult]] = Future()
         written.set_result([])
         return written
+
+
+def _files_of(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """What goes into each file: the first box of every tensor, the second of those that have one, and so on."""
+    by_name: dict[str, list[WriteItem]] = defaultdict(list)
+    for item in items:
+        by_name[item.index.fqn].append(item)
+    most = max(map(len, by_name.values()), default=0)
+    return [[found[i] for found in by_name.values() if len(found) > i] for i in range(most)]
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
@@ -56,14 +77,11 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         return LoadPlan([i for n, c in chunks.items() for i in create_read_items_for_chunk_list(n, stored[n], c)])
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].values
+        return self.state_dict[index.fqn].at(index)
 
 
 def save_tensors(directory: Path, tensors: dict[str, Shard], world: World) -> list[str]:
-    """Write every rank's part, flattened; return the names of the files that this rank wrote.
-
-    Flat, because a rank's file has one place for each name, and a run of elements is a box of several dimensions only
-    where it ends with a row.
+    """Write every rank's boxes, each once where several ranks hold it; return the names of the files that this rank wrote.
 
     Raises:
         TypeError: a value is no shard. DCP's safetensors storage would save it without a word, unreadable.
@@ -80,15 +98,17 @@ def save_tensors(directory: Path, tensors: dict[str, Shard], world: World) -> li
             no_dist=alone,
             process_group=world.group,
         )
-    name = _file(world.rank + 1)
-    return [name] if (directory / name).is_file() else []  # a small state may leave a rank nothing to write
+    return writer.names  # a small state may leave a rank nothing to write
 
 
-def load_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str, Any], world: World) -> None:
-    """Read into `tensors` in place.
+def load_tensors(
+    directory: Path, tensors: dict[str, Shard], expected: dict[str, Any], world: World, flat: bool = False
+) -> None:
+    """Read into `tensors` in place; of each file only what lies in this rank's boxes.
 
     Args:
         expected: the manifest's tensors, name -> shape and dtype.
+        flat: whether they are stored as runs of their flattened elements (`is_flat` of the manifest).
 
     Raises:
         CheckpointError: names, shapes or dtypes are not the run's, or values such as no run has. DCP would ignore extra names
@@ -107,9 +127,10 @@ def load_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str,
                 f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
             )
     reader, alone = HuggingFaceStorageReader(str(directory)), world.size == 1
+    places = {name: shard.flattened() for name, shard in tensors.items()} if flat else dict(tensors)
     with torch.no_grad(), _plain_errors():
         dcp.load(
-            dict(tensors),
+            places,
             storage_reader=reader,
             planner=_LoadPlanner(),
             no_dist=alone,
@@ -117,7 +138,8 @@ def load_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str,
         )
 
     for name, shard in tensors.items():
-        _require_possible(directory, name, shard.values)
+        for part in shard.parts:
+            _require_possible(directory, name, part.values)
 
 
 def _require_possible(directory: Path, name: str, values: Tensor) -> None:
@@ -130,8 +152,8 @@ def _require_possible(directory: Path, name: str, values: Tensor) -> None:
         raise CheckpointError(f"{directory}: {name} is a mean of squares, and has values below 0")
 
 
-def _file(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+def _file(rank: int, number: int) -> str:
+    return f"shard-{rank:05d}{f'-{number + 1}' if number else ''}.safetensors"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tritune.trainer.batch import Batch
 from tritune.trainer.objectives.loss import Loss, Objective, mean_loss
-from tritune.trainer.parallel.distributed import World
+from tritune.trainer.parallel.mesh import DATA, Mesh
 
 
 class Meter:
@@ -23,8 +23,8 @@ class Meter:
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
         self._since, self._tokens = time.perf_counter(), 0
         self._sums: dict[str, Tensor] = {}
         self._num_tokens, self._num_labels, self._digest = 0, 0, 0
@@ -58,7 +58,7 @@ class Meter:
         apart = self._by_source.reshape(-1) if isinstance(self._by_source, Tensor) else counts[:0]
         terms = torch.stack([self._sums[name] for name in objective.coefficients])
         parts = [counts, terms, apart, *self._metrics.values()]
-        total = self.world.sum(torch.cat(parts))
+        total = self.mesh.sum(torch.cat(parts), over=DATA)
         _, sums, by_source, *metrics = total.split([len(part) for part in parts])
         loss = float(mean_loss(objective, sums, weights))
         self.by_source = by_source.reshape(2, -1).cpu() if len(apart) else None

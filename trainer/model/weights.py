@@ -1,8 +1,7 @@
-"""Where parameters come from when no rank holds the whole model: ranges read from safetensors, or from memory."""
+"""Where parameters come from when no rank holds the whole model: boxes read from safetensors, or from memory."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -12,10 +11,11 @@ from transformers import PreTrainedModel
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model.files import weight_files
+from tritune.trainer.parallel.box import Box
 
 
 class Weights:
-    """Ranges of a model's parameters, by name.
+    """Boxes of a model's parameters, by name.
 
     Args:
         files: parameter -> the file that holds it and its name there.
@@ -29,17 +29,14 @@ class Weights:
         self.files, self.tensors, self.dtype = files, tensors, dtype
         self._open: dict[Path, safe_open] = {}
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of the flattened parameter; from a file, only the rows that hold them."""
+    def read(self, name: str, box: Box) -> Tensor:
+        """The elements of a box of the parameter; from a file, these and no others."""
         if name in self.tensors:
-            return self.tensors[name].view(-1)[start:stop]
+            return self.tensors[name][box.slices]
         path, key = self.files[name.replace(".base_layer.", ".")]  # an adapter's layer holds the model's own
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        rows = self._open[path].get_slice(key)
-        width = math.prod(rows.get_shape()[1:])
-        first, last = start // width, -(-stop // width)
-        return rows[first:last].reshape(-1)[start - first * width : stop - first * width].to(self.dtype)
+        return self._open[path].get_slice(key)[box.slices].to(self.dtype)
 
     def take(self, model: nn.Module) -> None:
         """Move what `model` holds in memory here, and leave meta tensors in its place."""

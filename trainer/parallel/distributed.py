@@ -1,4 +1,4 @@
-"""Ranks: how they start, sum, agree on failures, and end."""
+"""Ranks: how they start, agree on failures, and end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tritune.trainer.config.backends import BackendConfig, Device
 from tritune.trainer.errors import DamagedRows, InputError, PeerError, of_panic
 
@@ -34,13 +33,6 @@ class World:
     device: torch.device
     local_size: int = 1
     group: Any = None
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks; the same tensor on each."""
-        if self.size > 1:
-            x = x.clone()
-            dist.all_reduce(x, group=self.group)
-        return x
 
     def max(self, flag: int) -> int:
         """The largest `flag` of all ranks, over CPU tensors: no device waits for it."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tritune.trainer.checkpoint.manifest import verify
+from tritune.trainer.checkpoint.manifest import is_flat, verify
 from tritune.trainer.checkpoint.names import step_name
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.parallel.distributed import World
-from tritune.trainer.parallel.shard import Shard
+from tritune.trainer.parallel.shard import shard_of
 
 LOSS, GRAD_NORM, PARAMETERS = 1e-5, 1e-4, 1e-5  # float32: relative, relative, absolute
 GRAD_NORM_BF16 = 2.0**-8  # one rounding of a bf16 number, relative
@@ -115,17 +115,17 @@ def bit_equal(run: Path, reference: Path, step: int) -> bool:
 
 def saved_tensors(checkpoint: Path, prefix: str) -> Iterator[dict[str, Tensor]]:
     """Groups of a checkpoint's tensors, flat, by name."""
-    manifest = verify(checkpoint)["tensors"]
-    alone, group, size = World(0, 1, torch.device("cpu")), {}, 0
-    names = sorted(n for n in manifest if n.startswith(prefix))
+    manifest, alone = verify(checkpoint), World(0, 1, torch.device("cpu"))
+    tensors, group, size = manifest["tensors"], {}, 0
+    names = sorted(n for n in tensors if n.startswith(prefix))
     for i, name in enumerate(names):
-        shape = torch.Size(manifest[name]["shape"])
-        dtype = getattr(torch, manifest[name]["dtype"].removeprefix("torch."))
-        group[name] = Shard(shape, 0, torch.empty(math.prod(shape), dtype=dtype))
-        size += math.prod(shape)
+        dtype = getattr(torch, tensors[name]["dtype"].removeprefix("torch."))
+        group[name] = torch.empty(tensors[name]["shape"], dtype=dtype)
+        size += group[name].numel()
         if size >= GROUP or i == len(names) - 1:
-            load_tensors(checkpoint, group, {n: manifest[n] for n in group}, alone)
-            yield {n: shard.values for n, shard in group.items()}
+            shards, expected = {n: shard_of(t) for n, t in group.items()}, {n: tensors[n] for n in group}
+            load_tensors(checkpoint, shards, expected, alone, is_flat(manifest))
+            yield {n: tensor.view(-1) for n, tensor in group.items()}
             group, size = {}, 0
 
 
