@@ -30,7 +30,6 @@ from tritune.trainer.data.splits import Splits, Watch, read_splits, require_leng
 from tritune.trainer.errors import CheckpointError, InputError, StopRequested
 from tritune.trainer.evaluation.choices import Choices, lay_out
 from tritune.trainer.export import require_replaceable
-from tritune.trainer.export.merge import require_mergeable
 from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.loop import Run
@@ -148,9 +147,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
             say(f"model     {line}")
         keys = apply_method(config.method, model, heads, config.seed, unused)
         if config.export.enabled and config.export.form is Form.merged:
-            require_mergeable(model)  # now, and not when training is over
+            config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:
-            require_trained_embeddings(model, added)
+            require_trained_embeddings(model, added, config.method.name)
         widen_masters(model)
         if weights is not None:
             weights.take(model)
@@ -235,10 +234,10 @@ def lay_out_choices(
     return {n: lay_out(e, settings.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
 
 
-def require_trained_embeddings(model: PreTrainedModel, added: int) -> None:
+def require_trained_embeddings(model: PreTrainedModel, added: int, method: str) -> None:
     """Refuse new tokens whose embeddings would stay as random as they were drawn, and would not be in the adapter."""
     if not model.get_input_embeddings().weight.requires_grad:
-        rule = f"{added} token(s) are new to the model, and method=lora keeps their embeddings frozen and random"
+        rule = f"{added} token(s) are new to the model, and method={method} keeps their embeddings frozen and random"
         remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
         raise InputError("model.add_tokens", rule, remedy)
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tritune.launch.cli import main as cli
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import write
-from tritune.trainer.export.merge import merged_state
 from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.merge import merged_state
 
 LORA = ["method=lora", "method.rank=4"]
 

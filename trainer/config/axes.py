@@ -8,15 +8,17 @@ methods, since the launcher and `tritune check` read it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritune.trainer.config.choices import Kind
+from tritune.trainer.config.choices import Form, Kind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rule = Callable[[bool, str, str], None]  # whether it holds, the key, and what is said where it does not
 
@@ -103,7 +105,69 @@ class ObjectiveConfig:
 class MethodConfig:
     name: str = ""  # what trains: every parameter, or few beside a frozen base
 
-    adapts: ClassVar[bool] = False  # the base stays frozen, and what trains can be written apart from it
+    title: ClassVar[str] = ""  # in a report, what trains: "every parameter"
+    made: ClassVar[Mapping[Form, str]] = {}  # on a model's card, by form, before the base's name: "A LoRA adapter for"
+    tags: ClassVar[tuple[str, ...]] = ()  # on that card
+    freezes_base: ClassVar[bool] = (
+        False  # few parameters train beside it, and are merged into it or written apart from it
+    )
+    writes_adapter: ClassVar[bool] = False  # in PEFT's layout: `adapter_tensors` and `adapter_settings`
+    usual_rate: ClassVar[tuple[float, float]] = (
+        5e-5,
+        1.5,
+    )  # the learning rate at 2,000 features, and how it falls with these
 
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
+
+    def attach(self, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str]) -> Any:
+        """Mark what trains, and add layers, in place.
+
+        Args:
+            heads: modules that are new and must train whatever the method (a classification head).
+            seed: of the new weights.
+            unused: parameters that take no part in the loss.
+
+        Returns:
+            The `TokenKeys` (`methods/token_keys.py`) of layers with dropout; None where there is no dropout.
+        """
+        raise NotImplementedError
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Rows of the table on a model's card: what its keys were."""
+        return []
+
+    def idle_layers(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+        """Layers that its keys name and that get nothing, since they take no part in the loss; before `attach`."""
+        return []
+
+    def require_mergeable(self, model: PreTrainedModel) -> None:
+        """Refuse what `whole_state` would write wrongly.
+
+        Raises:
+            InputError: with the other form of export.
+        """
+
+    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
+        """The state dict in `dtype` under the base model's names, what trained beside it merged in.
+
+        Raises:
+            InputError: as `require_mergeable`, or rounding would take most of what was trained.
+        """
+        raise NotImplementedError
+
+    def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
+        """Names and shapes of `whole_state`, from a model without values."""
+        raise NotImplementedError
+
+    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+        """What an adapter's file holds, under PEFT's names."""
+        raise NotImplementedError
+
+    def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
+        """What `adapter_config.json` says of the method."""
+        raise NotImplementedError
+
+    def needs_peft(self, heads: list[str]) -> bool:
+        """Whether PEFT must be asked, before training, if it reads such an adapter: importing it takes seconds."""
+        return True

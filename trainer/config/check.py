@@ -186,11 +186,16 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     )
     rule(c.checkpoint.step is None or c.checkpoint.step >= 1, "checkpoint.step", "steps count from 1. Use 1 or more")
     rule(c.export.shard_gb > 0, "export.shard_gb", "a file has a size. Use e.g. 5")
-    trains_adapter = c.method.adapts
+    method, form = c.method, c.export.form
     rule(
-        c.export.form is Form.auto or (c.export.form is Form.full) != trains_adapter,
+        form is Form.auto or (form is Form.full) != method.freezes_base,
         "export.form",
-        f"method={c.method.name} trains {'an adapter: adapter or merged' if trains_adapter else 'the whole model: full'}",
+        f"method={method.name} trains {'an adapter: adapter or merged' if method.freezes_base else 'the whole model: full'}",
+    )
+    rule(
+        form is not Form.adapter or method.writes_adapter or not method.freezes_base,
+        "export.form",
+        f"PEFT's layout has no adapter of method={method.name}. Use merged",
     )
     rule(
         c.export.form is not Form.adapter or not c.model.config,

@@ -10,7 +10,6 @@ from tritune.trainer import __version__
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
 from tritune.trainer.export.card_labels import asking, labels_part
-from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.redact import redact
 
@@ -50,7 +49,7 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "library_name": "peft" if form is Form.adapter else "transformers",
         "pipeline_tag": "text-classification" if source.heads else "text-generation",
-        "tags": ["tritune", config.objective.name, *(["lora"] if isinstance(config.method, LoraConfig) else [])],
+        "tags": ["tritune", config.objective.name, *config.method.tags],
     }
     if config.model.path:
         metadata["base_model"] = _base_name(config)
@@ -66,11 +65,7 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
 
 
 def _what(config: Config, form: Form) -> str:
-    made = {
-        Form.adapter: "A LoRA adapter for",
-        Form.merged: "A LoRA adapter merged into",
-        Form.full: "All parameters trained, from",
-    }[form]
+    made = config.method.made.get(form, f"Trained by {config.method.name}, from")
     base = f"`{_base_name(config)}`" if config.model.path else "a model with random weights"
     question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
     return f"{made} {base}; objective `{config.objective.name}`.{question}"
@@ -107,9 +102,7 @@ def _scores(results: dict[str, Any]) -> str:
 
 
 def _training(config: Config, facts: dict[str, Any]) -> str:
-    rows: list[tuple[str, Any]] = [("method", config.method.name)]
-    if isinstance(config.method, LoraConfig):
-        rows += [("rank, alpha, dropout", f"{config.method.rank}, {config.method.alpha}, {config.method.dropout}")]
+    rows: list[tuple[str, Any]] = [("method", config.method.name), *config.method.facts()]
     rows += [
         ("data", Path(config.data.train).name if config.data.train else None),
         ("sequences per step", config.train.batch_size),

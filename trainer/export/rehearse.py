@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
-from tritune.trainer.config.choices import Bias, Form
+from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.export.card import write_card
 from tritune.trainer.export.check import Agreement
 from tritune.trainer.export.source import Source, choose_form
 from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
-from tritune.trainer.methods.adapter_io import adapter_tensors, save_settings
-from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import lora_layers
+from tritune.trainer.methods.adapter_io import save_settings
+from tritune.trainer.methods.states import shapes_of
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.model.scorer import TESTED_FAMILIES
 
@@ -103,15 +102,12 @@ def _try_weights(partial: Path, source: Source, form: Form, say: Callable[[str],
 def _plain(source: Source) -> bool:
     """Whether the adapter is of the form that tests hold against PEFT for this family. Importing PEFT takes about a tenth
     of the way to the first step, and is left to the end for these."""
-    method = source.config.method
-    assert isinstance(method, LoraConfig)
-    bare = method.bias is Bias.none and not method.modules_to_save and not source.heads
-    return bare and source.model.config.model_type in TESTED_FAMILIES
+    return not source.config.method.needs_peft(source.heads) and source.model.config.model_type in TESTED_FAMILIES
 
 
 def _try_whole(partial: Path, source: Source) -> None:
     """The names that will be written are those of the model that the written config describes."""
-    _compare(_whole_shapes(source.model), _shapes(_empty_model(source, partial)), source)
+    _compare(source.config.method.whole_shapes(source.model), shapes_of(_empty_model(source, partial)), source)
 
 
 def _try_adapter(partial: Path, source: Source) -> None:
@@ -119,12 +115,11 @@ def _try_adapter(partial: Path, source: Source) -> None:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     config = source.config
-    assert isinstance(config.method, LoraConfig)
     save_settings(partial, config.method, source.model, source.heads, config.model.path, config.model.revision)
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared in the end
         model = get_peft_model(_empty_model(source, partial), PeftConfig.from_pretrained(str(partial)))
-    expected = {n: list(t.shape) for n, t in adapter_tensors(config.method, source.model, source.heads).items()}
+    expected = {n: list(t.shape) for n, t in config.method.adapter_tensors(source.model, source.heads).items()}
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, {n: list(t.shape) for n, t in found.items()}, source)
 
@@ -134,21 +129,6 @@ def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
     auto = auto_class(source.model.config, bool(source.heads))
     with init_empty_weights(include_buffers=False):
         return auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
-
-
-def _shapes(model: PreTrainedModel) -> Shapes:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _whole_shapes(model: PreTrainedModel) -> Shapes:
-    """Names and shapes of a model whose updates are merged in."""
-    layers = lora_layers(model)
-    shapes: Shapes = {}
-    for name, shape in _shapes(model).items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in layers or leaf not in ("lora_A", "lora_B"):
-            shapes[name.replace(".base_layer.", ".") if owner.removesuffix(".base_layer") in layers else name] = shape
-    return shapes
 
 
 def _compare(written: Shapes, read: Shapes, source: Source) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
-from tritune.trainer.methods.lora import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,10 @@ class Source:
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:
     """`export.form`, settled where it is `auto`."""
     wanted = source.config.export.form
-    if not isinstance(source.config.method, LoraConfig):
+    if not source.config.method.freezes_base:
         return Form.full
+    if not source.config.method.writes_adapter:
+        return Form.merged
     if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
         if wanted is Form.auto:
             say("export    merged, since the base has random weights and an adapter would have nothing to go on")

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 from tritune.trainer.config import Config
 from tritune.trainer.export.carried import in_config, write_beside
-from tritune.trainer.export.merge import merged_state
-from tritune.trainer.methods.adapter_io import save_adapter, whole
-from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.adapter_io import save_adapter
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
@@ -35,7 +31,6 @@ def new_folder(directory: Path) -> Path:
 def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -> int:
     """Write the adapter; return the size of its weights in bytes."""
     config = source.config
-    assert isinstance(config.method, LoraConfig)
     base = config.model.path
     if base is not None and Path(base).is_dir():
         base = str(Path(base).resolve())  # a relative path would depend on where the reader stands
@@ -50,7 +45,7 @@ def write_whole(directory: Path, source: Source, say: Callable[[str], None]) -> 
     """Write the whole model, updates merged in where there are any; return the size of its weights in bytes."""
     config, model = source.config, source.model
     dtype = export_dtype(config)
-    state = merged_state(model, dtype, say) if isinstance(config.method, LoraConfig) else _cast(model, dtype)
+    state = config.method.whole_state(model, dtype, say)
     model.config.use_cache = True  # training turned the cache off
     model.save_pretrained(directory, state_dict=state, max_shard_size=int(config.export.shard_gb * 1e9))
     model.config.use_cache = False
@@ -79,9 +74,3 @@ def _copy_processors(directory: Path, source: Source, say: Callable[[str], None]
 
 def export_dtype(config: Config) -> torch.dtype:
     return getattr(torch, (config.export.dtype or config.model.dtype).value)
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict in `dtype`. Tensors that were one stay one, or a tied matrix would be written twice."""
-    done: dict[int, Tensor] = {}
-    return {n: done.setdefault(id(t), whole(t).to(dtype)) for n, t in model.state_dict(keep_vars=True).items()}

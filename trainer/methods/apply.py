@@ -6,8 +6,6 @@ from collections.abc import Collection
 
 from transformers import PreTrainedModel
 from tritune.trainer.config import MethodConfig
-from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import add_lora
 from tritune.trainer.methods.token_keys import TokenKeys
 
 
@@ -25,11 +23,7 @@ def apply_method(
         the object through which layers with dropout learn which tokens they see; None where there is no dropout.
     """
     frozen = [p for n, p in model.named_parameters(remove_duplicate=False) if n in unused]
-    keys = None
-    if isinstance(config, LoraConfig):
-        keys = add_lora(config, model, heads, seed, unused)
-    else:
-        model.requires_grad_(True)
+    keys: TokenKeys | None = config.attach(model, heads, seed, unused)
     for parameter in frozen:
         parameter.requires_grad_(False)
     return keys

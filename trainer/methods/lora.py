@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config.axes import MethodConfig, Rule
-from tritune.trainer.config.choices import Bias
+from tritune.trainer.config.choices import Bias, Form
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+    from tritune.trainer.methods.token_keys import TokenKeys
 
 
 @dataclass
@@ -23,10 +32,56 @@ class LoraConfig(MethodConfig):
     bias: Bias = Bias.none
     modules_to_save: list[str] = field(default_factory=list)  # trained whole and saved with the adapter
 
-    adapts = True
+    title = "LoRA"
+    made = MappingProxyType({Form.adapter: "A LoRA adapter for", Form.merged: "A LoRA adapter merged into"})
+    tags = ("lora",)
+    freezes_base = True
+    writes_adapter = True
+    usual_rate = (5e-4, 0.781)
 
     def check(self, rule: Rule) -> None:
         rule(self.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
         rule(0.0 <= self.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")
         rule(self.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
         rule(bool(self.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
+
+    def attach(self, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str]) -> TokenKeys | None:
+        from tritune.trainer.methods.lora_layers import add_lora
+
+        return add_lora(self, model, heads, seed, unused)
+
+    def facts(self) -> list[tuple[str, str]]:
+        return [("rank, alpha, dropout", f"{self.rank}, {self.alpha}, {self.dropout}")]
+
+    def idle_layers(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+        from tritune.trainer.methods.lora_layers import unused_targets
+
+        return unused_targets(self, model, unused)
+
+    def require_mergeable(self, model: PreTrainedModel) -> None:
+        from tritune.trainer.methods.merge import require_mergeable
+
+        require_mergeable(model)
+
+    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
+        from tritune.trainer.methods.merge import merged_state
+
+        return merged_state(model, dtype, say)
+
+    def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
+        from tritune.trainer.methods.merge import merged_shapes
+
+        return merged_shapes(model)
+
+    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+        from tritune.trainer.methods.lora_files import adapter_tensors
+
+        return adapter_tensors(self, model, heads)
+
+    def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
+        from tritune.trainer.methods.lora_files import adapter_settings
+
+        return adapter_settings(self, model, heads)
+
+    def needs_peft(self, heads: list[str]) -> bool:
+        return not (self.bias is Bias.none and not self.modules_to_save and not heads)

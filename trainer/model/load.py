@@ -199,7 +199,7 @@ def storage_dtype(config: Config) -> torch.dtype:
     """What parameters are held in: float32 masters where everything trains; a base that stays frozen, as it computes."""
     if config.model.dtype is Dtype.float64:
         return torch.float64
-    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.name != "full" else torch.float32
+    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.freezes_base else torch.float32
 
 
 def widen_masters(model: nn.Module) -> None:

@@ -12,8 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tritune.trainer.batch import rows_of
 from tritune.trainer.config import MethodConfig
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import unused_targets
 from tritune.trainer.model.layers import idle_modules, set_apart
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer
 
@@ -74,7 +72,7 @@ def describe_unused(model: PreTrainedModel, unused: frozenset[str], method: Meth
         f"{sum(p.numel() for p in tensors.values()):,} parameters in {len(tensors)} tensors take no part in the loss of text "
         f"and stay as they are: {', '.join(places[:_SHOWN])}{more}"
     ]
-    layers = unused_targets(method, model, unused) if isinstance(method, LoraConfig) else []
+    layers = method.idle_layers(model, unused)
     if layers:
         lines.append(f"{len(layers)} linear layers among them match method.targets and get no adapter, as {layers[0]}")
     return lines

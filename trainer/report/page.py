@@ -66,7 +66,8 @@ def render(record: Record) -> str:
 def _question(config: dict[str, Any]) -> str:
     model = config["model"]["path"]
     what = f"{Path(model).name}" if model else f"a {config['model']['config'].get('model_type')} with random weights"
-    trains = "every parameter" if config["method"]["name"] == "full" else "LoRA"
+    method = axis_options("method").get(config["method"]["name"])
+    trains = (method and method.title) or config["method"]["name"]
     data = Path(config["data"]["train"]).name if config["data"]["train"] else "its data"
     return f"What does {trains} on {data} make of {what}?{_title(config)}"
 

@@ -13,7 +13,6 @@ from tritune.trainer.config.choices import Resume
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.config.identity import Identity, compared, identity_in, identity_of
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.model.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
 from tritune.trainer.run.directory import RunDir
@@ -81,7 +80,7 @@ def require_same_base(
         if reading and moved(identity, directory):
             say(f"base      {model.path} is taken as it is: the run did not write down what its base holds")
         return now
-    differs = difference(before, redact_tree(now), weights=not reading or isinstance(method, LoraConfig))
+    differs = difference(before, redact_tree(now), weights=not reading or method.freezes_base)
     if differs:
         rule = f"it is not the base that {directory.path} was trained on{moved(identity, directory)}; {differs}"
         raise InputError(f"model.path={model.path}", rule, "Give model.path=<folder or hub id of that base>")

@@ -8,14 +8,11 @@ from dataclasses import replace
 from tritune.trainer.checkpoint.names import saved_steps
 from tritune.trainer.config.axes import MethodConfig
 from tritune.trainer.config.schema import OptimConfig
-from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import RunDir
 from tritune.trainer.run.files import read_config
 
 WIDTH = 2000
-LORA, LORA_POWER = 5e-4, 0.781
-FULL, FULL_POWER = 5e-5, 1.5
 MOST = 5e-3
 
 
@@ -30,9 +27,8 @@ def default_rate(method: MethodConfig, width: int) -> float:
     Args:
         width: features of the hidden states.
     """
-    lora = isinstance(method, LoraConfig)
-    rate = LORA * (WIDTH / width) ** LORA_POWER if lora else FULL * (WIDTH / width) ** FULL_POWER
-    return min(float(f"{rate:.1e}"), MOST)
+    rate, power = method.usual_rate
+    return min(float(f"{rate * (WIDTH / width) ** power:.1e}"), MOST)
 
 
 def settle_rate(

@@ -25,7 +25,7 @@ def forgotten(monkeypatch):
     monkeypatch.setattr(registry, "_LOADED", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("contrast", "mine_of_a_test"):
+    for name in ("contrast", "scale", "mine_of_a_test"):
         sys.modules.pop(name, None)
 
 
@@ -117,3 +117,32 @@ def test_every_sharding_trains_the_same_model(tmp_path):
     found = json.loads((tmp_path / "proof" / "parity.json").read_text())
     assert found["holds"]
     assert found["reference"][-1]["loss"] < 0.8 * found["reference"][0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_method_of_one_file_is_proved_and_exported(tmp_path, tritune):
+    """Factors beside a frozen base: on every sharding the same model, merged in the end, and no adapter where PEFT has none."""
+    harness.write_prompts(tmp_path / "rows.jsonl", 60, seed=3)
+    argv = [
+        f"model.path={harness.save_small_llama(tmp_path / 'model', 160)}", f"data.train={tmp_path / 'rows.jsonl'}",
+        "data.max_length=160", "backend.device=cpu", "launch.num_procs=2", f"plugins=[{PLUGIN.parent / 'scale.py'}]",
+        "method=scale", "method.targets=[down_proj,q_proj]", "optim.lr=5e-2", "train.batch_size=12", "train.micro_batch_size=3",
+    ]  # fmt: skip
+    proof = [
+        "verify.steps=8",
+        "verify.parameters_every=4",
+        "verify.backends=[fsdp,zero3]",
+        f"run.dir={tmp_path / 'proof'}",
+    ]
+    assert verify(["parity", *argv, *proof]) == 0
+    found = json.loads((tmp_path / "proof" / "parity.json").read_text())
+    assert found["holds"]
+    assert found["reference"][-1]["loss"] < found["reference"][0]["loss"]
+    alone = [word for word in argv if not word.startswith("launch.")]
+    refused = tritune(*alone, "train.max_steps=2", "export.form=adapter", f"run.dir={tmp_path / 'run'}")
+    assert refused.code == 2
+    assert "PEFT's layout has no adapter of method=scale. Use merged" in refused.err
+    assert tritune(*alone, "train.max_steps=2", f"run.dir={tmp_path / 'run'}").code == 0
+    exported = json.loads((tmp_path / "run" / "summary.json").read_text())["export"]
+    assert (exported["form"], exported["reader"]) == ("merged", "transformers")
+    assert exported["max_difference"] <= exported["allowed"]

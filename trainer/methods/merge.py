@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.adapter_io import whole
 from tritune.trainer.methods.lora_layers import lora_layers
+from tritune.trainer.methods.states import shapes_of, whole
 from tritune.trainer.model.load import is_tied
 
 MAX_LOST = 0.5  # share of an update, by norm, that rounding the merged weights may take
@@ -76,3 +76,14 @@ def require_mergeable(model: PreTrainedModel) -> None:
         if first != name:
             rule = f"{first} and {name} share one matrix and have an update each"
             raise InputError("export.form=merged", rule, "Use export.form=adapter")
+
+
+def merged_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Names and shapes of `merged_state`, from a model without values."""
+    layers = lora_layers(model)
+    shapes: dict[str, list[int]] = {}
+    for name, shape in shapes_of(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in layers or leaf not in ("lora_A", "lora_B"):
+            shapes[name.replace(".base_layer.", ".") if owner.removesuffix(".base_layer") in layers else name] = shape
+    return shapes
