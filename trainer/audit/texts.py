@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from tritune.trainer.audit.findings import PLACES
@@ -39,8 +41,15 @@ class Part:
 
     def split_of(self, point: float) -> str:
         """The split of the row that lies there (`Record.point`), as `tables.Divider` has it."""
-        edges = np.cumsum(list(self.shares.values()))
-        return [*self.shares, self.split][int(np.searchsorted(edges, point, side="right"))]
+        return self._names[bisect_right(self._edges, point)]
+
+    @cached_property
+    def _edges(self) -> list[float]:
+        return list(np.cumsum(list(self.shares.values())))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [*self.shares, self.split]
 
 
 def parts_of(data: DataConfig, objective: ObjectiveConfig) -> list[Part]:
