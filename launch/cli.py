@@ -23,7 +23,7 @@ verbs:
   generate  answer prompts (--prompt "..." as often as you like, or generate.file=FILE); JSONL on standard output
   export    write what a run trained (run.dir=DIR export.form=adapter|merged|full), read it back, compare
   report    write report.html of a run (run.dir=DIR) anew
-  verify    parity: your configuration on each backend against one process; resume: killed and gone on, against unbroken
+  verify    parity: your configuration on each backend against one process; resume: a run that was killed against one that was not
   config    print the resolved configuration and its faults; nothing is loaded
 
 Every verb takes the same Hydra overrides:

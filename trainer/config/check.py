@@ -65,22 +65,22 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         "optim.lr",
         "a learning rate is positive and finite. Use e.g. 1e-4, or null",
     )
-    rule(c.optim.eps > 0, "optim.eps", "it keeps a division from zero. Use e.g. 1e-8")
-    rule((c.optim.warmup_steps or 0) >= 0, "optim.warmup_steps", "a count of steps. Use 0 or more")
+    rule(c.optim.eps > 0, "optim.eps", "it must be above 0: it keeps a division from zero. Use e.g. 1e-8")
+    rule((c.optim.warmup_steps or 0) >= 0, "optim.warmup_steps", "it must be at least 0. Use 0 or more")
     rule(
         len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
         "optim.betas",
         "AdamW has two betas in [0, 1). Use e.g. [0.9,0.999]",
     )
-    rule(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative. Use 0 to turn it off")
+    rule(c.optim.weight_decay >= 0, "optim.weight_decay", "it must be at least 0. Use 0 to turn it off")
     rule(
         c.optim.max_grad_norm > 0,
         "optim.max_grad_norm",
         "clipping needs a positive norm. Use a large value, 1e9, for none",
     )
     for key in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
-        rule(0.0 <= getattr(c.optim, key) <= 1.0, f"optim.{key}", "a share lies in [0, 1]. Use e.g. 0.1")
-    rule(c.train.batch_size >= 1, "train.batch_size", "a step needs at least one sequence. Use 1 or more")
+        rule(0.0 <= getattr(c.optim, key) <= 1.0, f"optim.{key}", "it must be from 0 to 1. Use e.g. 0.1")
+    rule(c.train.batch_size >= 1, "train.batch_size", "it must be at least 1 sequence. Use 1 or more")
     rule(
         c.train.micro_batch_size is None or 1 <= c.train.micro_batch_size <= c.train.batch_size,
         "train.micro_batch_size",
@@ -88,16 +88,16 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     )
     for key in ("epochs", "max_steps"):
         count = getattr(c.train, key)
-        rule(count is None or count >= 1, f"train.{key}", "a run has at least one. Use 1 or more")
+        rule(count is None or count >= 1, f"train.{key}", "it must be at least 1. Use 1 or more")
     rule(
         not training or c.train.epochs is not None or c.train.max_steps is not None,
         "train.max_steps",
         "the run has no end. Give train.max_steps or train.epochs, at least 1",
     )
-    rule(c.train.compile_seconds > 0, "train.compile_seconds", "compiling takes some time. Use e.g. 900")
-    rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "a chunk holds a token. Use e.g. 4096")
-    rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "a wait has an end. Use 1 or more")
-    rule(c.backend.join_seconds > 0, "backend.join_seconds", "a process needs some time to begin. Use e.g. 20")
+    rule(c.train.compile_seconds > 0, "train.compile_seconds", "it must be above 0 seconds. Use e.g. 900")
+    rule(c.kernels.loss_chunk_tokens >= 1, "kernels.loss_chunk_tokens", "it must be at least 1. Use e.g. 4096")
+    rule(c.backend.timeout_seconds >= 1, "backend.timeout_seconds", "it must be at least 1 second. Use 1 or more")
+    rule(c.backend.join_seconds > 0, "backend.join_seconds", "it must be above 0 seconds. Use e.g. 20")
     check_launch(c.launch, rule)
     metrics = metrics_of(c)
     rule(
@@ -120,28 +120,36 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
         f"it is scored as text, and objective={c.objective.name} replaces the language-model head. Use "
         f"{saying_labels().name}, or leave it out",
     )
-    rule(c.train.log_every >= 1, "train.log_every", "rows are logged every n steps. Use 1 or more")
-    rule(c.train.max_nonfinite >= 1, "train.max_nonfinite", "at least one bad step must be seen. Use 1 or more")
-    rule(c.train.patience is None or c.train.patience >= 1, "train.patience", "count of evaluations. Use 1 or more")
+    rule(c.train.log_every >= 1, "train.log_every", "it must be at least 1 step. Use 1 or more")
+    rule(c.train.max_nonfinite >= 1, "train.max_nonfinite", "it must be at least 1 step. Use 1 or more")
+    rule(
+        c.train.patience is None or c.train.patience >= 1,
+        "train.patience",
+        "it must be at least 1 evaluation. Use 1 or more",
+    )
     for key in ("evaluation.every", "checkpoint.every"):
         every = getattr(getattr(c, key.split(".")[0]), "every")  # noqa: B009
         rule(
             every is None or every >= 1, key, "an interval is at least one step. Use 1 or more, or null for each epoch"
         )
     rule(c.checkpoint.keep_last >= 1, "checkpoint.keep_last", "the newest checkpoint is always kept. Use 1 or more")
-    rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "a forward needs a row. Use 1 or more")
+    rule(c.evaluation.batch_size >= 1, "evaluation.batch_size", "it must be at least 1 row. Use 1 or more")
     _check_results(c, rule)
     _check_abstention(c, rule, training)
     _check_backend(c, rule, world_size)
-    rule(c.verify.steps >= 2, "verify.steps", "a curve has two steps. Use 2 or more")
-    rule(c.verify.parameters_every >= 1, "verify.parameters_every", "an interval is at least one step. Use 1 or more")
-    rule(c.verify.orders >= 2, "verify.orders", "a spread takes several orders. Use 2 or more, 10 for a proof")
+    rule(c.verify.steps >= 2, "verify.steps", "it must be at least 2: a curve has two steps. Use 2 or more")
+    rule(c.verify.parameters_every >= 1, "verify.parameters_every", "it must be at least 1 step. Use 1 or more")
+    rule(
+        c.verify.orders >= 2,
+        "verify.orders",
+        "it must be at least 2: a spread is taken over several orders. Use 2 or more, 10 for a proof",
+    )
     rule(
         c.verify.kill_at is None or 1 <= c.verify.kill_at < c.verify.steps,
         "verify.kill_at",
         f"the run has {c.verify.steps} steps and is killed before its end. Use a step from 1 to {c.verify.steps - 1}",
     )
-    rule(c.verify.to_procs is None or c.verify.to_procs >= 1, "verify.to_procs", "a run has a process. Use 1 or more")
+    rule(c.verify.to_procs is None or c.verify.to_procs >= 1, "verify.to_procs", "it must be at least 1. Use 1 or more")
     has_validation = bool(c.data.validation or c.data.validation_share)
     for key in ("patience", "use_best"):
         rule(
@@ -170,7 +178,7 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     """The rules for what becomes of a model: scores, answers, files."""
     unknown = [s for s in c.evaluation.splits if s not in SPLITS]
     rule(not unknown, "evaluation.splits", f"there is no split {', '.join(unknown)}. Choose from {', '.join(SPLITS)}")
-    rule(c.evaluation.samples >= 0, "evaluation.samples", "a count of rows. Use 0 or more")
+    rule(c.evaluation.samples >= 0, "evaluation.samples", "it must be at least 0 rows. Use 0 or more")
     choices = c.evaluation.choices
     rule(
         not choices or c.objective.learns is Learns.answers,
@@ -184,8 +192,12 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
         "evaluation.choices",
         "two or more beginnings of an answer are needed, none of which begins another",
     )
-    rule(c.checkpoint.step is None or c.checkpoint.step >= 1, "checkpoint.step", "steps count from 1. Use 1 or more")
-    rule(c.export.shard_gb > 0, "export.shard_gb", "a file has a size. Use e.g. 5")
+    rule(
+        c.checkpoint.step is None or c.checkpoint.step >= 1,
+        "checkpoint.step",
+        "it must be at least 1: steps are counted from 1. Use 1 or more",
+    )
+    rule(c.export.shard_gb > 0, "export.shard_gb", "it must be above 0. Use e.g. 5")
     method, form = c.method, c.export.form
     rule(
         form is Form.auto or (form is Form.full) != method.freezes_base,
@@ -202,23 +214,27 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
         "export.form",
         "a base with random weights is nowhere to be loaded, and the adapter with it. Use merged",
     )
-    rule(c.generate.max_new_tokens >= 1, "generate.max_new_tokens", "an answer has a token. Use 1 or more")
-    rule(c.generate.num_samples >= 1, "generate.num_samples", "a prompt has an answer. Use 1 or more")
+    rule(c.generate.max_new_tokens >= 1, "generate.max_new_tokens", "it must be at least 1 token. Use 1 or more")
+    rule(c.generate.num_samples >= 1, "generate.num_samples", "it must be at least 1. Use 1 or more")
     rule(
         c.generate.num_samples == 1 or c.generate.temperature > 0,
         "generate.num_samples",
         "without chance every answer is the same. Give generate.temperature, e.g. 0.8",
     )
-    rule(0 <= c.generate.temperature < math.inf, "generate.temperature", "not negative. Use 0 for the likeliest token")
-    rule(0 < c.generate.top_p <= 1, "generate.top_p", "a share of the probability, in (0, 1]. Use e.g. 0.95")
-    rule(c.generate.top_k >= 0, "generate.top_k", "a count of tokens. Use 0 for no limit")
-    rule(c.generate.batch_size >= 1, "generate.batch_size", "a forward needs a row. Use 1 or more")
+    rule(
+        0 <= c.generate.temperature < math.inf,
+        "generate.temperature",
+        "it must be at least 0 and finite. Use 0 for the likeliest token",
+    )
+    rule(0 < c.generate.top_p <= 1, "generate.top_p", "it must be above 0 and at most 1. Use e.g. 0.95")
+    rule(c.generate.top_k >= 0, "generate.top_k", "it must be at least 0. Use 0 for no limit")
+    rule(c.generate.batch_size >= 1, "generate.batch_size", "it must be at least 1 row. Use 1 or more")
 
 
 def _check_abstention(c: Config, rule: Callable[[bool, str, str], None], training: bool) -> None:
     """The rules for a classifier that may abstain."""
     e = c.evaluation
-    rule(e.abstain is None or 0 < e.abstain < 1, "evaluation.abstain", "a share of answers in (0, 1). Use e.g. 0.95")
+    rule(e.abstain is None or 0 < e.abstain < 1, "evaluation.abstain", "it must be above 0 and below 1. Use e.g. 0.95")
     rule(
         e.abstain is None or c.objective.learns is Learns.labels,
         "evaluation.abstain",
@@ -284,9 +300,9 @@ def _check_backend(c: Config, rule: Callable[[bool, str, str], None], world_size
             "backend.bucket_elements",
             "DeepSpeed aligns buckets to two elements. Use an even number from 2, e.g. 50000000",
         )
-        rule(b.persistence_elements >= 0, "backend.persistence_elements", "a size is not negative. Use 0 for none")
+        rule(b.persistence_elements >= 0, "backend.persistence_elements", "it must be at least 0. Use 0 for none")
     if isinstance(b, FsdpConfig):
-        rule(b.prefetch >= 0, "backend.prefetch", "a count of layers. Use 0 for none")
+        rule(b.prefetch >= 0, "backend.prefetch", "it must be at least 0 layers. Use 0 for none")
     if isinstance(b, HsdpConfig) and world_size is not None:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         rule(

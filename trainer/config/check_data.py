@@ -15,10 +15,10 @@ from tritune.trainer.config.schema import Config
 def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[str]) -> None:
     """The rules for what is read, and in which order it comes."""
     d = c.data
-    rule(d.max_length >= 2, "data.max_length", "a row needs at least 2 tokens. Use 2 or more")
+    rule(d.max_length >= 2, "data.max_length", "it must be at least 2 tokens. Use 2 or more")
     for key in ("validation", "test"):
         share = getattr(c.data, f"{key}_share")
-        rule(0.0 <= share < 1.0, f"data.{key}_share", "a share lies in [0, 1). Use e.g. 0.1")
+        rule(0.0 <= share < 1.0, f"data.{key}_share", "it must be at least 0 and below 1. Use e.g. 0.1")
         rule(
             not (share and getattr(c.data, key)),
             f"data.{key}_share",
@@ -103,14 +103,14 @@ def check_data(c: Config, rule: Callable[[bool, str, str], None], faults: list[s
         "data.packing",
         f"objective={c.objective.name} fills its blocks with text already. Use none",
     )
-    rule(0 < d.similarity <= 1, "data.similarity", "a share of word 3-grams, in (0, 1]. Use e.g. 0.8")
-    rule(d.pack_window >= 1, "data.pack_window", "a pack is filled from some rows. Use e.g. 16384")
+    rule(0 < d.similarity <= 1, "data.similarity", "it must be above 0 and at most 1. Use e.g. 0.8")
+    rule(d.pack_window >= 1, "data.pack_window", "it must be at least 1 row. Use e.g. 16384")
     unknown = [r for r in d.train_on if r not in ROLES]
     rule(
         bool(d.train_on) and not unknown,
         "data.train_on",
         f"it names roles whose turns are trained: {', '.join(ROLES)}. Use e.g. [assistant]",
     )
-    rule(c.cache.num_procs is None or c.cache.num_procs >= 1, "cache.num_procs", "a count of processes. Use 1 or more")
+    rule(c.cache.num_procs is None or c.cache.num_procs >= 1, "cache.num_procs", "it must be at least 1. Use 1 or more")
     strange = [name for name in c.audit.fail_on if name not in list(Check)]
     rule(not strange, "audit.fail_on", f"there is no finding {', '.join(strange)}. Choose from {', '.join(Check)}")

@@ -60,17 +60,25 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 def check_launch(c: LaunchConfig, rule: Callable[[bool, str, str], None]) -> None:
     """Call `rule(holds, key, text)` for each rule."""
-    rule(c.num_procs is None or c.num_procs >= 1, "launch.num_procs", "a run has a process. Use 1 or more")
-    rule(c.nodes >= 1, "launch.nodes", "a run has a machine. Use 1 or more")
-    rule(c.max_restarts >= 0, "launch.max_restarts", "a count of restarts. Use 0 for none")
-    rule(c.backoff_seconds >= 0, "launch.backoff_seconds", "a time is not negative. Use e.g. 5")
-    rule(c.hang_factor > 1, "launch.hang_factor", "a step takes the median often. Use more than 1, e.g. 5")
+    rule(c.num_procs is None or c.num_procs >= 1, "launch.num_procs", "it must be at least 1. Use 1 or more")
+    rule(c.nodes >= 1, "launch.nodes", "it must be at least 1. Use 1 or more")
+    rule(c.max_restarts >= 0, "launch.max_restarts", "it must be at least 0. Use 0 for none")
+    rule(c.backoff_seconds >= 0, "launch.backoff_seconds", "it must be at least 0 seconds. Use e.g. 5")
+    rule(
+        c.hang_factor > 1,
+        "launch.hang_factor",
+        "it must be above 1: half of all steps take longer than the median. Use e.g. 5",
+    )
     for key in ("hang_seconds", "quiet_seconds"):
-        rule(getattr(c, key) > 0, f"launch.{key}", "a rank needs some time between two signs. Use e.g. 30")
+        rule(
+            getattr(c, key) > 0,
+            f"launch.{key}",
+            "it must be above 0 seconds: a rank needs some time between two signs. Use e.g. 30",
+        )
     rule(
         c.grace_seconds is None or 1 <= c.grace_seconds < 1e7,
         "launch.grace_seconds",
-        "seconds, at least one. Use e.g. 120",
+        "it must be at least 1 second and below 10,000,000. Use e.g. 120",
     )
     if isinstance(c, SlurmConfig):
         _check_slurm(c, rule)
@@ -95,7 +103,9 @@ def _check_slurm(c: SlurmConfig, rule: Callable[[bool, str, str], None]) -> None
         "launch.time",
         "no time limit. Write minutes, HH:MM:SS or D-HH:MM:SS",
     )
-    rule(c.cpus_per_proc is None or c.cpus_per_proc >= 1, "launch.cpus_per_proc", "a process has a CPU. Use 1 or more")
+    rule(
+        c.cpus_per_proc is None or c.cpus_per_proc >= 1, "launch.cpus_per_proc", "it must be at least 1. Use 1 or more"
+    )
     rule(len(set(c.seeds)) == len(c.seeds), "launch.seeds", "a seed is given twice, and would be one run twice")
     rule(
         all(_VARIABLE.fullmatch(name) for name in c.env),

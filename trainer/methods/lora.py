@@ -40,8 +40,8 @@ class LoraConfig(MethodConfig):
     usual_rate = (5e-4, 0.781)
 
     def check(self, rule: Rule) -> None:
-        rule(self.rank >= 1, "method.rank", "a rank is at least 1. Common values are 8 to 64")
-        rule(0.0 <= self.dropout < 1.0, "method.dropout", "a dropout rate lies in [0, 1). Use e.g. 0.05")
+        rule(self.rank >= 1, "method.rank", "it must be at least 1. Common values are 8 to 64")
+        rule(0.0 <= self.dropout < 1.0, "method.dropout", "it must be at least 0 and below 1. Use e.g. 0.05")
         rule(self.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
         rule(bool(self.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
 

@@ -51,7 +51,7 @@ def startup() -> dict[str, float]:
 
 
 def launch_time() -> float:
-    """When the launcher of this process, or it itself where there is none, was started, in seconds since 1970."""
+    """When the launcher of this process was started, in seconds since 1970; where there is no launcher, when this process was."""
     if not Path("/proc/uptime").is_file():
         return 0.0
     launched = os.environ.get(LAUNCHED)

@@ -18,8 +18,8 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         epoch, window: the cursor: which window of which epoch comes next.
-        sources, used, left_out: of a stream: (passes, rows) read of each source before `window`, sequences of it that were taken,
-            and rows of all windows that could not be trained on.
+        sources, used, left_out: of a stream: (passes, rows) read of each source before `window`, sequences that were taken from
+            that window, and rows of all windows that could not be trained on.
         tokens, label_tokens: seen since the start, padding not counted.
         nonfinite: steps in a row whose update was refused.
         skipped: steps refused in all.
