@@ -447,7 +447,7 @@ def stopped_run(finished, tmp_path):
 
 def test_resume_with_changed_identity_names_old_and_new(tritune, stopped_run, monkeypatch):
     overrides, directory = stopped_run
-    monkeypatch.setattr("tritune.trainer.build.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("tritune.trainer.build.load", lambda *_: pytest.fail("the model was loaded"))
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     result = tritune(*overrides, "train.batch_size=16", "optim.lr=3e-3", "seed=5")
     assert result.code == EXIT_INPUT

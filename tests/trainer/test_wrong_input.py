@@ -31,7 +31,7 @@ def unloaded(monkeypatch):
     def load_model(*_):
         pytest.fail("the model was loaded before the fault was seen")
 
-    monkeypatch.setattr("tritune.trainer.build.load_model", load_model)
+    monkeypatch.setattr("tritune.trainer.build.load", load_model)
 
 
 @pytest.fixture
@@ -569,7 +569,7 @@ def test_run_dir_in_use(tritune, tiny, tmp_path, monkeypatch):
         job.signal(signal.SIGSTOP)  # so that every file is still: whatever changes was changed by the second run
         time.sleep(0.1)
         before = contents(directory)
-        monkeypatch.setattr("tritune.trainer.build.load_model", lambda *_: pytest.fail("the model was loaded"))
+        monkeypatch.setattr("tritune.trainer.build.load", lambda *_: pytest.fail("the model was loaded"))
         for overrides in (long_run, [*long_run, "seed=3"]):
             result = tritune(*overrides)
             assert result.code == EXIT_INPUT
