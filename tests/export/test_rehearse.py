@@ -91,8 +91,8 @@ def test_a_tokenizer_that_comes_back_as_another_is_refused_or_insisted_on(run, t
 
 
 def test_names_that_no_reader_expects_are_refused(run, monkeypatch):
-    shapes = rehearse._shapes
-    monkeypatch.setattr(rehearse, "_shapes", lambda model: {n: s for n, s in shapes(model).items() if "layers.1.mlp" not in n}
+    shapes = rehearse.shapes_of
+    monkeypatch.setattr(rehearse, "shapes_of", lambda model: {n: s for n, s in shapes(model).items() if "layers.1.mlp" not in n}
                         if model.device.type == "meta" else shapes(model))  # fmt: skip
     result = run()
     assert result.code == 2
