@@ -231,7 +231,7 @@ def stream(rows: str, tokenizer_path: str, count: str) -> dict[str, Any]:
     config = _config(rows, tokenizer_path, "unused", 2048, "sft")
     config.data.streaming = True
     tokenizer = load_tokenizer(config.model)
-    opened, _ = open_stream(config, tokenizer, stop_token_ids(tokenizer))
+    opened, _ = open_stream(config.data, config.objective, config.seed, tokenizer, stop_token_ids(tokenizer))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     at, tokens, number, began = [(0, 0)], 0, 0, time.perf_counter()
     while at[0][0] == 0 and number * opened.window < int(count):

@@ -47,6 +47,7 @@ class Placed(Exception):
 def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, Any]:
     """In a rank: load as `build` does, and return how memory rose."""
     from tritune.trainer import build
+    from tritune.trainer.backends import shards_parameters
     from tritune.trainer.config.compose import load_config
     from tritune.trainer.methods.apply import apply_method
     from tritune.trainer.model.load import load_architecture, storage_dtype, widen_masters
@@ -71,7 +72,16 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
     world.gather(None)  # all begin together
     placed.start()
     prepared.start()
-    model, weights = build._load(config, architecture, tokenizer, None, storage_dtype(config), print)
+    model, weights = load(
+        config.model,
+        architecture,
+        tokenizer,
+        None,
+        config.seed,
+        storage_dtype(config.model.dtype, config.method),
+        shards_parameters(config.backend),
+        print,
+    )
     keys = apply_method(config.method, model, [], config.seed)
     widen_masters(model)
     if weights is not None:

@@ -116,7 +116,7 @@ def mentions(paths: list[Path], pattern: re.Pattern[str]) -> dict[str, int]:
 def keys() -> list[str]:
     """Every key of the configuration, as CLASS.FIELD: fields of its dataclasses that are no group themselves."""
     classes = {}
-    for path in filter(is_config, files("trainer")):
+    for path in [p for p in files("trainer") if is_config(p) or {"objectives", "methods"} & set(p.parts)]:
         for node in parsed(path).body:
             if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
                 classes[node.name] = node
@@ -134,6 +134,7 @@ def _bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.Cla
 
 def _fields(node: ast.ClassDef) -> list[tuple[str, str]]:
     annotated = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    annotated = [n for n in annotated if not ast.unparse(n.annotation).startswith("ClassVar")]
     return [(n.target.id, ast.unparse(n.annotation)) for n in annotated]  # type: ignore[union-attr]
 
 

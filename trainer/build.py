@@ -91,7 +91,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         require_sources(config.data)
         require_trackers(config.tracking)
         if config.export.enabled:
-            require_replaceable(export_path(config.export.dir, directory.path), config, directory.path)
+            require_replaceable(export_path(config.export.dir, directory.path), config.model.path, directory.path)
         identity = identity_of(config)
         if world.rank == 0:
             check_resume(config.run.resume, identity, directory)
@@ -106,7 +106,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         tokenizer = load_tokenizer(config.model)
         config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, say))
         architecture = load_architecture(config.model, len(tokenizer))
-        require_length(config, context_length(architecture))
+        require_length(config.data, context_length(architecture))
         stops = model_stop_ids(config.model, architecture)
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
@@ -135,7 +135,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if world.rank == 0:
             base = require_same_base(config.model, config.method, identity, directory, say)
         heads = heads_of(config.objective)
-        labels, dtype = splits.labels if heads else None, storage_dtype(config)
+        labels, dtype = splits.labels if heads else None, storage_dtype(config.model.dtype, config.method)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
         sharded = shards_parameters(config.backend)
         model, weights = load(config.model, architecture, tokenizer, labels, config.seed, dtype, sharded, say)

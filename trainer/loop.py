@@ -13,6 +13,7 @@ from tritune.trainer.backends import Backend
 from tritune.trainer.checkpoint.store import CheckpointStore
 from tritune.trainer.config import Config
 from tritune.trainer.config.check import metrics_of
+from tritune.trainer.config.identity import identity_of
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.loader import Loader
 from tritune.trainer.errors import NonFiniteError, StopRequested
@@ -26,7 +27,7 @@ from tritune.trainer.model.scorer import TokenScorer
 from tritune.trainer.objectives.loss import Objective, StepContext, means_by_source, scaled, window_weights
 from tritune.trainer.parallel.distributed import World, generator_digest, seed_forward
 from tritune.trainer.run.directory import RunDir
-from tritune.trainer.run.identity import run_identity
+from tritune.trainer.run.identity import placeless
 from tritune.trainer.run.pulse import Pulse
 from tritune.trainer.run.state import Due, TrainState
 from tritune.trainer.run.stop import Stop
@@ -89,7 +90,7 @@ def fit(run: Run) -> str | None:
         validate(run)  # the run was stopped before it came to this
         if (stopping := run.stop.agreed(run.world)) is not None:
             return stopping
-    if out_of_patience(config, state):  # this run had stopped early before it was started again
+    if out_of_patience(config.train.patience, state):  # this run had stopped early before it was started again
         return None
     run.model.train()
     run.meter.start()
@@ -131,7 +132,7 @@ def fit(run: Run) -> str | None:
             run.progress.pause(paused)
             began += paused
         state.train_seconds = time.perf_counter() - began
-        ending = bool(stopping) or out_of_patience(config, state)
+        ending = bool(stopping) or out_of_patience(config.train.patience, state)
         if run.due.save(state.step) or improved or ending:
             save(run)
         run.pulse.step(state.step)
@@ -227,15 +228,15 @@ def score(run: Run, objective: Objective, split: str) -> dict[str, float]:
                     run.loader.dealer.pad_id, run.choices.get(split), lambda: run.stop.heed(run.world))  # fmt: skip
 
 
-def out_of_patience(config: Config, state: TrainState) -> bool:
-    return config.train.patience is not None and state.stale >= config.train.patience
+def out_of_patience(patience: int | None, state: TrainState) -> bool:
+    return patience is not None and state.stale >= patience
 
 
 def save(run: Run) -> None:
     run.pulse.phase("save")
     with run.world.raise_on_all("writing the logs"):
         run.directory.sync_logs()
-    saved = {"train": run.state.to_json(), "data": run.loader.digest, "run": run_identity(run.config)}
+    saved = {"train": run.state.to_json(), "data": run.loader.digest, "run": placeless(identity_of(run.config))}
     run.store.save(run.state.step, run.backend.tensors(), saved, run.state.best_step)
     run.directory.save_seconds = run.store.seconds
     warn_of_slow_save(run)

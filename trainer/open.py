@@ -16,7 +16,7 @@ from tritune.trainer.checkpoint.manifest import is_flat
 from tritune.trainer.checkpoint.names import newest_step, saved_steps
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
-from tritune.trainer.config import Config, ModelConfig
+from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config.axes import Head, Learns
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.data import DataConfig
@@ -162,7 +162,7 @@ def _open_plain(config: Config, as_trained: bool, sharded: bool = False) -> Open
     if config.model.path:
         settings = load_architecture(config.model, 0)
         carried = of_config(settings, f"model.path={config.model.path}", labels)
-        config = _as_trained(config, carried, as_trained)
+        config = replace(config, **_as_trained(config.objective, config.data, carried, as_trained))
         labels = config.data.labels
         kinds = settings.architectures or []
         classifier = any("SequenceClassification" in kind for kind in kinds)
@@ -177,20 +177,19 @@ def _open_plain(config: Config, as_trained: bool, sharded: bool = False) -> Open
     return _assemble(config, labels, str(config.model.path or config.model.config), carried, sharded=sharded)
 
 
-def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
-    """With what the export carries of a classifier, where the config has the defaults: where texts are cut; of one by token its
-    labels and its prompt as well.
+def _as_trained(objective: ObjectiveConfig, data: DataConfig, carried: Carried, insist: bool) -> dict[str, Any]:
+    """`objective` and `data` with what the export carries of a classifier, where the config has the defaults: where texts are cut; of
+    one by token its labels and its prompt as well.
 
     Raises:
         InputError: its prompt held a secret, and the config gives none.
     """
-    objective = config.objective
     if objective.head is Head.classes:
-        return replace(config, data=_cut_as_trained(config.data, carried))
+        return {"objective": objective, "data": _cut_as_trained(data, carried)}
     says = objective.label_prompt is not None
     asked = says or (insist and objective.learns is Learns.answers)
     if not carried.token_ids or not asked:
-        return config
+        return {"objective": objective, "data": data}
     usual = type(objective)() if says else saying_labels()
     given = says and objective.label_prompt != usual.label_prompt
     if not given and carried.prompt is None:
@@ -198,8 +197,7 @@ def _as_trained(config: Config, carried: Carried, insist: bool) -> Config:
         remedy = f"Give it: objective={usual.name} 'objective.prompt=\"... {{text}} ...\"'"
         raise InputError("objective.prompt", rule, remedy)
     chosen = objective if given else usual.with_label_prompt(carried.prompt or usual.label_prompt or "")
-    data = replace(_cut_as_trained(config.data, carried), labels=carried.labels)
-    return replace(config, objective=chosen, data=data)
+    return {"objective": chosen, "data": replace(_cut_as_trained(data, carried), labels=carried.labels)}
 
 
 def _cut_as_trained(data: DataConfig, carried: Carried) -> DataConfig:
@@ -214,7 +212,7 @@ def _cut_as_trained(data: DataConfig, carried: Carried) -> DataConfig:
 
 def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
     store = CheckpointStore(run / "checkpoints", 1, world, lambda text: None)
-    step, saved = _choose_step(config, store), saved_steps(run / "checkpoints")
+    step, saved = _choose_step(config.checkpoint.step, config.train.use_best, store), saved_steps(run / "checkpoints")
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
@@ -243,10 +241,10 @@ def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
     return opened
 
 
-def _choose_step(config: Config, store: CheckpointStore) -> int | None:
+def _choose_step(step: int | None, use_best: bool, store: CheckpointStore) -> int | None:
     """`checkpoint.step`, or the best one where the run is to end with it; None for the newest."""
-    if config.checkpoint.step is not None or not config.train.use_best:
-        return config.checkpoint.step
+    if step is not None or not use_best:
+        return step
     newest = store.at(newest_step(store.root))
     if newest is None:
         return None
@@ -290,9 +288,10 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     carried = of_adapter(source, f"model.path={source}", config.data.labels)
     if settings["task_type"] == "SEQ_CLS":
         labels = carried.labels
-        config = _as_trained(replace(config, objective=with_class_head()), carried, as_trained) if labels else config
+        if labels:
+            config = replace(config, **_as_trained(with_class_head(), config.data, carried, as_trained))
     else:
-        config = _as_trained(config, carried, as_trained)
+        config = replace(config, **_as_trained(config.objective, config.data, carried, as_trained))
         labels = config.data.labels if config.objective.label_prompt is not None else []
     try:
         opened = _assemble(replace(config, model=model), labels, str(name), carried)
@@ -324,7 +323,7 @@ def _assemble(
     if heads and len(labels) < 2:
         remedy = "Give data.labels=[...] in the order of the outputs, or a model that names them"
         raise InputError("data.labels", "a classifier's classes are not known", remedy)
-    dtype = storage_dtype(config) if trained else getattr(torch, config.model.dtype.value)
+    dtype = storage_dtype(config.model.dtype, config.method) if trained else getattr(torch, config.model.dtype.value)
     args = (config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
     model, weights = load(*args, sharded, Watch().say)
     if trained:

@@ -123,7 +123,7 @@ def evaluate(config: Config, run: Path | None) -> None:
     if not given:
         rule = f"none of the splits {', '.join(config.evaluation.splits)} is given"
         raise InputError("evaluation.splits", rule, "Give data.test=<file>, or another of them")
-    require_length(config, context)
+    require_length(config.data, context)
     with world.raise_on_all("reading the rows", patiently=lambda: None):
         splits = read_splits(config, tokenizer, context, opened.stops, config.evaluation.splits)
     choices = lay_out_choices(config.evaluation, splits, tokenizer)

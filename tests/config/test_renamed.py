@@ -9,7 +9,7 @@ from tritune.trainer.config.compose import compose_partly, load_config, to_dict
 from tritune.trainer.config.identity import identity_of
 from tritune.trainer.errors import ConfigFaults, InputError
 from tritune.trainer.run.directory import RunDir
-from tritune.trainer.run.identity import check_resume, require_same_run, run_identity
+from tritune.trainer.run.identity import check_resume, placeless, require_same_run
 
 MINIMAL = ["model=tiny", "data.train=rows.jsonl", "train.max_steps=1"]
 OLD, NEW = "optim.max_norm", "optim.max_grad_norm"
@@ -94,7 +94,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_an_older_version(config)))
-    saved = run_identity(config)
+    saved = placeless(identity_of(config))
     saved |= {OLD: saved.pop(NEW), "data.unsupervised": "refuse"}
     ours, others = identity_of(config), identity_of(other)
     check_resume(config.run.resume, ours, RunDir(tmp_path))

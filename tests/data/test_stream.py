@@ -54,7 +54,7 @@ def config(named, window=16, packing=Packing.best_fit) -> Config:
 
 def loader(named, rank=0, ranks=1, steps=25, state=None, batch=4, **settings) -> StreamLoader:
     made, tokenizer = config(named, **settings), byte_tokenizer()
-    stream, digest = open_stream(made, tokenizer, stop_token_ids(tokenizer))
+    stream, digest = open_stream(made.data, made.objective, made.seed, tokenizer, stop_token_ids(tokenizer))
     return StreamLoader(
         stream, state or TrainState(), Dealer(batch, None, 0, rank, ranks, CPU), steps, digest, told.append
     )
@@ -146,7 +146,9 @@ def test_bad_rows_are_refused_or_counted(tmp_path):
         run(train)
     made = config({"one": SourceConfig(str(path))}, packing=Packing.none)
     made.data.bad_rows = BadRows.skip
-    stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    stream, digest = open_stream(
+        made.data, made.objective, made.seed, byte_tokenizer(), stop_token_ids(byte_tokenizer())
+    )
     first = stream.get(0, [(0, 0)])
     second = stream.get(1, first.after)
     assert second.examples.report.bad == 1
@@ -183,7 +185,7 @@ def test_columns_that_no_row_has_are_refused(tmp_path):
     write(tmp_path / "rows.jsonl", range(30))
     made = config({"one": SourceConfig(str(tmp_path / "rows.jsonl"))})
     made.data.columns = {"input": "nowhere"}
-    stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    stream, _ = open_stream(made.data, made.objective, made.seed, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
     with pytest.raises(InputError, match="has the column nowhere"):
         stream.get(0, [(0, 0)])
 
@@ -199,7 +201,9 @@ def test_a_source_that_the_first_window_does_not_draw_from(tmp_path):
     for seed in range(12):
         made = config(named)
         made.data.columns, made.seed = {"input": "more"}, seed
-        stream, _ = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+        stream, _ = open_stream(
+            made.data, made.objective, made.seed, byte_tokenizer(), stop_token_ids(byte_tokenizer())
+        )
         drawn.add(len(np.unique(stream.get(0, [(0, 0), (0, 0)]).examples.sources)))
         stream.close()
     assert drawn == {1, 2}
@@ -215,7 +219,9 @@ def test_windows_of_which_no_row_is_left(tmp_path, window):
     made.data.bad_rows = BadRows.skip
 
     def train(state, steps):
-        stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+        stream, digest = open_stream(
+            made.data, made.objective, made.seed, byte_tokenizer(), stop_token_ids(byte_tokenizer())
+        )
         return StreamLoader(stream, state, Dealer(2, None, 0, 0, 1, CPU), steps, digest, told.append)
 
     first = train(TrainState(), 9)
@@ -236,7 +242,9 @@ def test_sources_of_which_no_row_can_be_trained_on(tmp_path):
     made = config({"one": SourceConfig(str(path))}, packing=Packing.none, window=2)
     made.data.bad_rows, made.data.max_length = BadRows.skip, 4
     made.data.overlong = Overlong.drop
-    stream, digest = open_stream(made, byte_tokenizer(), stop_token_ids(byte_tokenizer()))
+    stream, digest = open_stream(
+        made.data, made.objective, made.seed, byte_tokenizer(), stop_token_ids(byte_tokenizer())
+    )
     train = StreamLoader(stream, TrainState(), Dealer(2, None, 0, 0, 1, CPU), 9, digest, told.append)
     with pytest.raises(InputError, match="in a whole pass no row can be trained on"):
         train.longest()

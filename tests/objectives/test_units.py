@@ -113,7 +113,7 @@ def test_a_row_of_which_one_document_is_left_out_goes_whole(contrast):
     tokenizer = byte_tokenizer()
     rows = [("q", "one two"), ("q", "same"), ("q", "x " * 40 + "y"), ("q", "three four five"), ("q", "")]
     records = [Record(f"f:{i}", prompt=p, response=r) for i, (p, r) in enumerate(rows, 1)]
-    encoder, _ = encoder_of(config, tokenizer, [])
+    encoder, _ = encoder_of(config.data, config.objective, tokenizer, [])
     piece = encode_records(records, source_of("f", "data.train", config.data, contrast, encoder).encoder)
     assert piece.batch["place"].to_pylist() == ["f:1", "f:1", "f:4", "f:4"]
     said = [tokenizer.decode(ids).rpartition("assistant\n")[2] for ids in piece.batch["ids"].to_pylist()]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from tritune.trainer.config import Config
+from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config.choices import Packing
-from tritune.trainer.config.data import training_sources
+from tritune.trainer.config.data import DataConfig, training_sources
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
@@ -41,7 +41,7 @@ def make_loader(
     data, train = config.data, config.train
     if data.streaming:
         assert train.max_steps is not None, "config.check() requires it"
-        stream, digest = open_stream(config, tokenizer, stops)
+        stream, digest = open_stream(data, config.objective, config.seed, tokenizer, stops)
         return StreamLoader(stream, state, dealer, train.max_steps, digest, say)
     examples = splits.examples["train"]
     draws = None
@@ -53,12 +53,13 @@ def make_loader(
     return TrainLoader(order, state, dealer, train.epochs, train.max_steps)
 
 
-def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> tuple[Stream, str]:
+def open_stream(
+    data: DataConfig, objective: ObjectiveConfig, seed: int, tokenizer: PreTrainedTokenizerBase, stops: list[int]
+) -> tuple[Stream, str]:
     """The stream of the training rows, and a hash of what decides its tokens but for the content of the files."""
-    data = config.data
-    encoder, _ = encoder_of(config, tokenizer, stops)
+    encoder, _ = encoder_of(data, objective, tokenizer, stops)
     named = training_sources(data)
-    sources = [source_of(path, key, data, config.objective, encoder) for path, key in named.values()]
+    sources = [source_of(path, key, data, objective, encoder) for path, key in named.values()]
     for source in sources:
         source.settle()
     weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)
@@ -66,7 +67,7 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, stops: list[
     mapped = [s.data.columns for s in sources]
     digest = key_of([files, tokenizer_key(tokenizer), mapped, {name: str(getattr(data, name)) for name in DECIDES}])
     shares = (weights / weights.sum()).tolist()
-    return Stream(sources, shares, data.labels, config.seed, data.pack_window), digest
+    return Stream(sources, shares, data.labels, seed, data.pack_window), digest
 
 
 def _versions(path: str, key: str) -> list[list[str | int]]:

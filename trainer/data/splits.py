@@ -75,11 +75,11 @@ class Watch:
     say: Callable[[str], None] = lambda text: print(shown(text), file=sys.stderr, flush=True)
 
 
-def require_length(config: Config, context: int | None) -> None:
+def require_length(data: DataConfig, context: int | None) -> None:
     """Refuse rows longer than the model's context."""
-    if context is not None and config.data.max_length > context:
+    if context is not None and data.max_length > context:
         rule = f"the model has a context of {context} tokens"
-        raise InputError(f"data.max_length={config.data.max_length}", rule, f"Use {context} or less")
+        raise InputError(f"data.max_length={data.max_length}", rule, f"Use {context} or less")
 
 
 def read_splits(
@@ -104,7 +104,7 @@ def read_splits(
     reader = Reader(
         config, tokenizer, stop_token_ids(tokenizer, list(model_stops)), watch or Watch(), tokenizer_key(tokenizer)
     )
-    encoder, block = encoder_of(config, tokenizer, reader.stops)
+    encoder, block = encoder_of(data, objective, tokenizer, reader.stops)
     shares = {n: s for n, s in (("validation", data.validation_share), ("test", data.test_share)) if s}
     sources = training_sources(data)
     found: dict[str, list[Entry]] = {}
@@ -115,7 +115,7 @@ def read_splits(
     for name, (path, key) in held_out_sources(data).items():
         if name in names:
             found[name] = [reader.entries(path, key, data_of(data, key), objective, encoder, {}, block)["train"]]
-    labels = _labels(config, found.get("train"))
+    labels = _labels(data, objective, found.get("train"))
     _say_target(found.get("train", []), labels, reader.watch)
     examples: dict[str, Examples] = {
         n: _examples(found[n], labels, objective.documents)
@@ -247,17 +247,19 @@ def _more(source: Source, name: str, shares: dict[str, float]) -> str:
     return "Give more rows, another share, or data.held_out=contiguous, which holds out the end of each file"
 
 
-def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> tuple[Encoder, int | None]:
+def encoder_of(
+    data: DataConfig, objective: ObjectiveConfig, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> tuple[Encoder, int | None]:
     """The encoder of the objective, and the length of the blocks that its text is cut into."""
-    keep = config.data.special_tokens is SpecialTokens.keep
-    match config.objective.learns:
+    keep = data.special_tokens is SpecialTokens.keep
+    match objective.learns:
         case Learns.labels:
-            return Labelled(tokenizer, config.data, config.objective), None
+            return Labelled(tokenizer, data, objective), None
         case Learns.text:
-            return Documents(tokenizer, separate=True, keep=keep), config.data.max_length
+            return Documents(tokenizer, separate=True, keep=keep), data.max_length
         case Learns.answers:
-            data = replace(config.data, last_turn_only=True) if config.objective.documents > 1 else config.data
-            return Conversations(tokenizer, data, stops), None
+            asked = replace(data, last_turn_only=True) if objective.documents > 1 else data
+            return Conversations(tokenizer, asked, stops), None
 
 
 def source_of(path: str, key: str, data: DataConfig, objective: ObjectiveConfig, encoder: Encoder) -> Source:
@@ -290,14 +292,14 @@ def _examples(entries: list[Entry], labels: list[str], unit: int = 1) -> Example
     return examples
 
 
-def _labels(config: Config, train: list[Entry] | None) -> list[str]:
+def _labels(data: DataConfig, objective: ObjectiveConfig, train: list[Entry] | None) -> list[str]:
     """The label set: as given, or what occurs in the training rows, sorted."""
-    if config.objective.learns is not Learns.labels:
+    if objective.learns is not Learns.labels:
         return []
-    if not config.data.labels and train is None:
+    if not data.labels and train is None:
         raise InputError("data.labels", "the classes are not known without training rows", "Give data.labels=[...]")
     found = {label for e in train or [] for label in pc.unique(e.table["label"]).to_pylist() if label is not None}
-    labels = config.data.labels or sorted(found)
+    labels = data.labels or sorted(found)
     if len(set(labels)) != len(labels):
         raise InputError(f"data.labels={labels}", "a label stands twice", "Name each once")
     if len(labels) < 2:

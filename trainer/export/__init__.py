@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
@@ -47,7 +46,7 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
         ExportError: what was written does not compute what was trained.
     """
     run = source.config.run.dir
-    require_replaceable(directory, source.config, Path(run) if run else None)
+    require_replaceable(directory, source.config.model.path, Path(run) if run else None)
     form = choose_form(source, say)
     try:
         return _export(source, form, directory, say)
@@ -59,7 +58,7 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
         return _export(source, Form.merged, directory, say)
 
 
-def require_replaceable(directory: Path, config: Config, run: Path | None) -> None:
+def require_replaceable(directory: Path, base: str | None, run: Path | None) -> None:
     """Refuse to write an export where anything but an earlier export stands.
 
     Raises:
@@ -67,7 +66,7 @@ def require_replaceable(directory: Path, config: Config, run: Path | None) -> No
     """
     target, value = directory.resolve(), f"export.dir={directory}"
     remedy = "Give a folder of its own"
-    for path, name in ((config.model.path, "the base model"), (run, "the run")):
+    for path, name in ((base, "the base model"), (run, "the run")):
         if path and Path(path).exists() and (target == Path(path).resolve() or target in Path(path).resolve().parents):
             raise InputError(value, f"{name} is there, and an export replaces what it finds", remedy)
     if not directory.exists():

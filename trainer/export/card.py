@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from tritune.trainer import __version__
-from tritune.trainer.config import Config
+from tritune.trainer.config import ModelConfig
 from tritune.trainer.config.choices import Form
 from tritune.trainer.export.card_labels import asking, labels_part
 from tritune.trainer.model.load import auto_class
@@ -25,14 +25,14 @@ def write_card(directory: Path, source: Source, form: Form, agreement: Agreement
     parts = [
         "---\n" + yaml.safe_dump(_metadata(source, form, name), sort_keys=False, allow_unicode=True) + "---",
         f"# {name}",
-        _what(config, form),
+        _what(source, form),
         "## Load",
         "```python\n" + _snippet(source, form) + "\n```",
         *labels_part(source, form),
         "## Scores",
         _scores(source.facts.get("eval") or {}),
         "## Training",
-        _training(config, source.facts),
+        _training(source),
         f"Written by Tritune {__version__}. Reloaded with {agreement.reader}, {_verdict(agreement)}: {agreement.line()}.",
     ]
     (directory / "README.md").write_text(redact("\n\n".join(p for p in parts if p)) + "\n")
@@ -52,7 +52,7 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
         "tags": ["tritune", config.objective.name, *config.method.tags],
     }
     if config.model.path:
-        metadata["base_model"] = _base_name(config)
+        metadata["base_model"] = _base_name(config.model)
         metadata["base_model_relation"] = {"adapter": "adapter", "merged": "merge"}.get(form.value, "finetune")
     task = {"type": metadata["pipeline_tag"]}
     results = []
@@ -64,15 +64,16 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     return metadata
 
 
-def _what(config: Config, form: Form) -> str:
+def _what(source: Source, form: Form) -> str:
+    config = source.config
     made = config.method.made.get(form, f"Trained by {config.method.name}, from")
-    base = f"`{_base_name(config)}`" if config.model.path else "a model with random weights"
+    base = f"`{_base_name(config.model)}`" if config.model.path else "a model with random weights"
     question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
     return f"{made} {base}; objective `{config.objective.name}`.{question}"
 
 
-def _base_name(config: Config) -> str:
-    path = str(config.model.path)
+def _base_name(model: ModelConfig) -> str:
+    path = str(model.path)
     return Path(path).name if Path(path).is_dir() else path
 
 
@@ -85,7 +86,7 @@ def _snippet(source: Source, form: Form) -> str:
     options = f", num_labels={len(source.labels)}" if source.heads else ""
     lines[0:1] = [*(["import json", ""] if asked else []), "from peft import PeftModel", lines[0]]
     lines += ['tokenizer = AutoTokenizer.from_pretrained(".")']
-    lines += [f'base = {auto}.from_pretrained("{_base_name(source.config)}"{options})']
+    lines += [f'base = {auto}.from_pretrained("{_base_name(source.config.model)}"{options})']
     if source.config.model.add_tokens or source.config.model.chat_template == "chatml":
         lines += ["base.resize_token_embeddings(len(tokenizer))"]
     return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")', *asked])
@@ -101,7 +102,8 @@ def _scores(results: dict[str, Any]) -> str:
     return head + "\n".join(rows) if rows else "None were computed."
 
 
-def _training(config: Config, facts: dict[str, Any]) -> str:
+def _training(source: Source) -> str:
+    config, facts = source.config, source.facts
     rows: list[tuple[str, Any]] = [("method", config.method.name), *config.method.facts()]
     rows += [
         ("data", Path(config.data.train).name if config.data.train else None),

@@ -79,7 +79,10 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     """
     trained = source.logits(ids).float().cpu()
     computes = getattr(torch, source.config.model.dtype.value)
-    exact = computes in (torch.float32, torch.float64) and export_dtype(source.config) in (torch.float32, torch.float64)
+    exact = computes in (torch.float32, torch.float64) and export_dtype(source.config.export, source.config.model) in (
+        torch.float32,
+        torch.float64,
+    )
     try:
         model, reader = _reload(directory, source, form, torch.float32)
         reloaded = model(input_ids=ids.to(model.device)).logits.float().cpu()

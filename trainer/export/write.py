@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.hub import cached_file
-from tritune.trainer.config import Config
+from tritune.trainer.config import ModelConfig
+from tritune.trainer.config.schema import ExportConfig
 from tritune.trainer.export.carried import in_config, write_beside
 from tritune.trainer.methods.adapter_io import save_adapter
 
@@ -44,7 +45,7 @@ def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -
 def write_whole(directory: Path, source: Source, say: Callable[[str], None]) -> int:
     """Write the whole model, updates merged in where there are any; return the size of its weights in bytes."""
     config, model = source.config, source.model
-    dtype = export_dtype(config)
+    dtype = export_dtype(config.export, config.model)
     state = config.method.whole_state(model, dtype, say)
     model.config.use_cache = True  # training turned the cache off
     model.save_pretrained(directory, state_dict=state, max_shard_size=int(config.export.shard_gb * 1e9))
@@ -72,5 +73,5 @@ def _copy_processors(directory: Path, source: Source, say: Callable[[str], None]
         say(f"export    {config.path} has no {PROCESSORS[0]}, and so the export has none: it will be read for text")
 
 
-def export_dtype(config: Config) -> torch.dtype:
-    return getattr(torch, (config.export.dtype or config.model.dtype).value)
+def export_dtype(export: ExportConfig, model: ModelConfig) -> torch.dtype:
+    return getattr(torch, (export.dtype or model.dtype).value)

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import logging as hf_logging
-from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
+from tritune.trainer.config import MethodConfig, ModelConfig, ObjectiveConfig
 from tritune.trainer.config.axes import Head
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.registry import saying_labels, with_class_head
@@ -195,11 +195,11 @@ def auto_class(architecture: PreTrainedConfig, classifier: bool) -> Any:
     return AutoModelForImageTextToText if seeing not in (None, causal) and whole else AutoModelForCausalLM
 
 
-def storage_dtype(config: Config) -> torch.dtype:
+def storage_dtype(dtype: Dtype, method: MethodConfig) -> torch.dtype:
     """What parameters are held in: float32 masters where everything trains; a base that stays frozen, as it computes."""
-    if config.model.dtype is Dtype.float64:
+    if dtype is Dtype.float64:
         return torch.float64
-    return torch.bfloat16 if config.model.dtype is Dtype.bfloat16 and config.method.freezes_base else torch.float32
+    return torch.bfloat16 if dtype is Dtype.bfloat16 and method.freezes_base else torch.float32
 
 
 def widen_masters(model: nn.Module) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tritune.trainer.checkpoint.names import saved_steps
-from tritune.trainer.config import Config, MethodConfig, ModelConfig
+from tritune.trainer.config import MethodConfig, ModelConfig
 from tritune.trainer.config.choices import Resume
 from tritune.trainer.config.data import DataConfig
-from tritune.trainer.config.identity import Identity, compared, identity_in, identity_of
+from tritune.trainer.config.identity import Identity, compared, identity_in
 from tritune.trainer.errors import InputError
 from tritune.trainer.model.fingerprint import difference, fingerprint
 from tritune.trainer.redact import redact_tree
@@ -148,13 +148,9 @@ def _said(changes: list[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
-def run_identity(config: Config) -> Identity:
-    """What a checkpoint is known by: `identity_of` without the keys that name a place."""
-    return _placeless(identity_of(config))
-
-
-def _placeless(identity: Identity) -> Identity:
-    """Where something lies says nothing of what it is: that, the digests of `content.json` and of the rows say."""
+def placeless(identity: Identity) -> Identity:
+    """What a checkpoint is known by. Where something lies says nothing of what it is: that, the digests of `content.json` and of
+    the rows say."""
     return {k: v for k, v in identity.items() if _PLACES.fullmatch(k) is None}
 
 
@@ -162,12 +158,12 @@ def require_same_run(saved: Any, identity: Identity, checkpoint: Path) -> None:
     """Refuse a checkpoint of another run.
 
     Args:
-        saved: what `run_identity` gave when it was written.
+        saved: what `placeless` gave when it was written.
 
     Raises:
         InputError: values differ; it names them.
     """
-    now = _placeless(identity)
+    now = placeless(identity)
     before = compared(saved) if isinstance(saved, dict) else {}
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
