@@ -178,8 +178,8 @@ def _open_plain(config: Config, as_trained: bool, sharded: bool = False) -> Open
 
 
 def _as_trained(objective: ObjectiveConfig, data: DataConfig, carried: Carried, insist: bool) -> dict[str, Any]:
-    """`objective` and `data` with what the export carries of a classifier, where the config has the defaults: where texts are cut; of
-    one by token its labels and its prompt as well.
+    """`objective` and `data` with what the export says of a classifier, where the config has the defaults: where texts are cut;
+    of one by token its labels and its prompt as well.
 
     Raises:
         InputError: its prompt held a secret, and the config gives none.
