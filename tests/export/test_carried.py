@@ -119,12 +119,12 @@ def test_the_cards_part(form):
 def test_texts_are_cut_as_in_training(objective):
     """Of a classifier by token and by a head; what the config gives otherwise stays."""
     read = Carried(LABELS, TOKEN.prompt, [1, 2, 3], None, 96, Overlong.cut_prompt_middle)
-    data = _as_trained(Config(objective=objective), read, False).data
+    data = _as_trained(objective, DataConfig(), read, False)["data"]
     assert (data.max_length, data.overlong) == (96, Overlong.cut_prompt_middle)
     given = DataConfig(max_length=64, overlong=Overlong.drop)
-    data = _as_trained(Config(objective=objective, data=given), read, False).data
+    data = _as_trained(objective, given, read, False)["data"]
     assert (data.max_length, data.overlong) == (64, Overlong.drop)
-    data = _as_trained(Config(objective=objective), Carried(LABELS, TOKEN.prompt, [1, 2, 3]), False).data
+    data = _as_trained(objective, DataConfig(), Carried(LABELS, TOKEN.prompt, [1, 2, 3]), False)["data"]
     assert (data.max_length, data.overlong) == (512, Overlong.cut)
 
 
@@ -132,13 +132,13 @@ def test_a_prompt_with_a_secret_is_given_by_whoever_asks(tmp_path):
     write_beside(tmp_path, source(SECRET, LABELS))
     read = of_adapter(tmp_path, "x", [])
     assert (read.prompt, len(read.token_ids)) == (None, 3)
-    asked = _as_trained(Config(objective=SECRET), read, True)
-    assert (asked.objective, asked.data.labels) == (SECRET, LABELS)
+    asked = _as_trained(SECRET, DataConfig(), read, True)
+    assert (asked["objective"], asked["data"].labels) == (SECRET, LABELS)
     for objective, insist in ((ClassifyTokenConfig(), False), (SftConfig(), True)):
         with pytest.raises(InputError, match=r"objective=classify_token 'objective\.prompt="):
-            _as_trained(Config(objective=objective), read, insist)
-    words = Config(objective=SftConfig())
-    assert _as_trained(words, read, False) == words
+            _as_trained(objective, DataConfig(), read, insist)
+    words = {"objective": SftConfig(), "data": DataConfig()}
+    assert _as_trained(**words, carried=read, insist=False) == words
 
 
 def test_asterisks_that_were_given_are_no_secret():
