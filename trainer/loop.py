@@ -180,7 +180,7 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
     if state.left_out:
         row["left_out"] = state.left_out
-    row |= run.meter.figures
+    row |= {name: value for name, value in run.meter.figures.items() if name not in row}
     if run.meter.by_source is not None:
         row |= means_by_source(run.objective.sources.names, run.meter.by_source)
     if run.world.rank == 0:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tritune.trainer.config.compose import load_config, split_argv
 from tritune.trainer.config.identity import identity_of
 from tritune.trainer.config.overrides import value_of
+from tritune.trainer.config.registry import AXES
 from tritune.trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -62,6 +63,10 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
         given = {o.partition("=")[0] for o in overrides}
         _require_no_blanks(read, given)
+        if (
+            verb is report and kept is not None
+        ):  # nothing of these is asked, and a file of the user's would have to be named
+            kept = {group: value for group, value in kept.items() if group not in ("plugins", *AXES)}
         config = load_config(overrides, config_dir, kept=kept, training=False)
         if verb in (evaluate, generate) and config.evaluation.abstain is not None and "evaluation.abstain" in given:
             rule = "a threshold is chosen in training, and a model that is read takes its own or the one given"

@@ -51,11 +51,11 @@ def test_without_its_file_the_option_is_unknown():
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    (None, "it is no Python file"),
+    (None, "the file does not exist"),
     ("raise RuntimeError('no')", "it does not import: RuntimeError: no"),
-    ("x = 1", "it holds no dataclass that is a subclass of ObjectiveConfig or MethodConfig"),
+    ("x = 1", "it holds no dataclass with a name that is a subclass of ObjectiveConfig or MethodConfig"),
     ("from dataclasses import dataclass\nfrom tritune.trainer.config.axes import ObjectiveConfig\n"
-     "@dataclass\nclass Mine(ObjectiveConfig):\n    name: str = 'sft'\n", "there is a objective=sft already"),
+     "@dataclass\nclass Mine(ObjectiveConfig):\n    name: str = 'sft'\n", "there is an option objective=sft already"),
 ])  # fmt: skip
 def test_a_file_that_gives_no_option_is_refused(tmp_path, text, said):
     path = tmp_path / "mine_of_a_test.py"
@@ -63,6 +63,30 @@ def test_a_file_that_gives_no_option_is_refused(tmp_path, text, said):
         path.write_text(text)
     (fault,) = faults("model=tiny", f"plugins=[{path}]")
     assert fault.startswith(f"plugins={path}: {said}")
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("my.own.py", "", "a module has no such name"),
+    ("ends_a_process.py", "import sys; sys.exit(3)", "it does not import: SystemExit"),
+    ("plain_class.py", "from tritune.trainer.config.axes import ObjectiveConfig\n"
+     "class Mine(ObjectiveConfig):\n    name: str = 'mine'\n", "it holds no dataclass with a name"),
+    ("odd_key.py", "from dataclasses import dataclass\nfrom tritune.trainer.config.axes import ObjectiveConfig\n"
+     "@dataclass\nclass Mine(ObjectiveConfig):\n    name: str = 'mine'\n    what: object = None\n", "its keys cannot be read"),
+])  # fmt: skip
+def test_a_file_that_is_wrong_in_a_way_of_its_own_is_refused(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_text(text)
+    (fault,) = faults("model=tiny", f"plugins=[{path}]")
+    assert fault.startswith(f"plugins={path}: {said}")
+    sys.modules.pop(path.stem, None)
+
+
+def test_the_code_and_the_keys_of_a_user_s_option_are_part_of_what_is_cached():
+    option = load_config(["model=tiny", *WORDS], training=False).objective
+    other = load_config(["model=tiny", *WORDS, "objective.beta=0.3"], training=False).objective
+    assert registry.code_of(option)[0] == registry.code_of(other)[0]
+    assert registry.code_of(option) != registry.code_of(other)
+    assert registry.code_of(registry.default_option("objective")) == []
 
 
 def test_a_file_that_is_called_as_a_module_is_refused(tmp_path):
@@ -79,8 +103,9 @@ def test_only_the_command_line_names_code(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\nplugins: [{code}]\n")
     (fault,) = faults("model=tiny", "experiment=mine", config_dir=str(tmp_path))
     assert "only the command line names Python files that are run" in fault
-    (fault,) = faults(kept={"plugins": [str(code)], "objective": {"name": "sft"}})
-    assert fault.startswith(f"plugins=['{code}'] in config.yaml of the run: only the command line")
+    (fault,) = faults(kept={"plugins": [str(code)], "objective": {"name": "mine"}})
+    assert fault.startswith("objective=mine in config.yaml of the run: no option that is loaded is called so.")
+    assert str(code) in fault
     assert not (tmp_path / "ran").exists()
 
 
@@ -98,7 +123,7 @@ def test_it_trains_and_is_read_again(tiny, sft_file, tmp_path, tritune, capfd):
     again = [f"run.dir={run}", f"data.test={sft_file}", "evaluation.splits=[test]"]
     capfd.readouterr()
     assert cli.main(["evaluate", *again]) == 2
-    assert "in config.yaml of the run: only the command line" in capfd.readouterr().err
+    assert "only the command line names Python files that are run" in capfd.readouterr().err
     assert cli.main(["evaluate", *again, WORDS[0]]) == 0
     assert set(json.loads((run / "evaluation.json").read_text())["eval"]["test"]) == {"loss", "pairs_right"}
 

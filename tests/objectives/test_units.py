@@ -6,6 +6,7 @@ import importlib
 import itertools
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritune.trainer.config import Config
+from tritune.trainer.config.choices import Duplicates
+from tritune.trainer.config.compose import load_config
 from tritune.trainer.data.examples import Columns, Examples
+from tritune.trainer.data.feed import make_loader
 from tritune.trainer.data.kinds import Record
 from tritune.trainer.data.loader import Dealer, TrainLoader, collate, evaluation_batches
 from tritune.trainer.data.order import Order
-from tritune.trainer.data.pipeline import encode_records
-from tritune.trainer.data.splits import encoder_of, source_of
+from tritune.trainer.data.pipeline import Piece, encode_records
+from tritune.trainer.data.splits import Splits, encoder_of, source_of
+from tritune.trainer.data.tables import Divider
 from tritune.trainer.model.tokenizer import byte_tokenizer
 from tritune.trainer.run.state import TrainState
 
@@ -46,6 +51,11 @@ def whole(rows: np.ndarray, unit: int) -> bool:
     """Whether rows are units, each from its first document to its last."""
     units = np.asarray(rows).reshape(-1, unit)
     return bool((units == units[:, :1] + np.arange(unit)).all() and (units[:, 0] % unit == 0).all())
+
+
+def encoded(config: Config, records: list[Record]) -> Piece:
+    encoder, _ = encoder_of(config.data, config.objective, byte_tokenizer(), [])
+    return encode_records(records, source_of("f", "data.train", config.data, config.objective, encoder).encoder)
 
 
 @settings(max_examples=60)
@@ -112,11 +122,41 @@ def test_a_row_of_which_one_document_is_left_out_goes_whole(contrast):
     config.data.max_length, config.data.overlong = 40, type(config.data.overlong)("drop")
     tokenizer = byte_tokenizer()
     rows = [("q", "one two"), ("q", "same"), ("q", "x " * 40 + "y"), ("q", "three four five"), ("q", "")]
-    records = [Record(f"f:{i}", prompt=p, response=r) for i, (p, r) in enumerate(rows, 1)]
-    encoder, _ = encoder_of(config.data, config.objective, tokenizer, [])
-    piece = encode_records(records, source_of("f", "data.train", config.data, contrast, encoder).encoder)
-    assert piece.batch["place"].to_pylist() == ["f:1", "f:1", "f:4", "f:4"]
+    piece = encoded(config, [Record(f"f (2).jsonl:{i}", prompt=p, response=r) for i, (p, r) in enumerate(rows, 1)])
+    assert [place[-1] for place in piece.batch["place"].to_pylist()] == ["1", "1", "4", "4"]
     said = [tokenizer.decode(ids).rpartition("assistant\n")[2] for ids in piece.batch["ids"].to_pylist()]
     assert said[:2] == ["one two<|im_end|>\n", "two one<|im_end|>\n"]
     assert (len(piece.points), piece.points[0] == piece.points[1]) == (4, True)
-    assert ([e.value for e in piece.bad], piece.too_long) == (["f:2", "f:5"], ["f:3"])
+    assert ([e.value[-1] for e in piece.bad], [p[-1] for p in piece.too_long]) == (["2", "5"], ["3"])
+    config.data.max_length, config.data.overlong = 36, type(config.data.overlong)("cut")
+    (record,) = [Record("f (2).jsonl:1", prompt="q " * 30, response="one two")]
+    assert encoded(config, [record]).dropped == ["f (2).jsonl:1 (its answer lies beyond the cut)"]
+
+
+def test_rows_that_share_one_document_are_no_repetition(contrast):
+    """Several worse answers to one better answer are the usual shape of preferences."""
+    config = Config(objective=contrast)
+    config.data.duplicates = Duplicates.drop
+    records = [Record(f"f:{i}", prompt="q", response=r) for i, r in enumerate(["a b", "a b", "c d"])]
+    contrast.documents_of = lambda record: [replace(record, response="good"), record]
+    kept: list[str] = []
+    divider = Divider({}, config.data, None, lambda _, batch: kept.extend(batch["place"].to_pylist()), lambda *_: None)
+    divider.take(encoded(config, records))
+    assert kept == ["f:0", "f:0", "f:2", "f:2"]
+
+
+def test_a_unit_has_as_many_documents_as_the_objective_says(contrast):
+    contrast.documents_of = lambda record: [record] * (1 if record.place == "f:1" else 2)
+    config = Config(objective=contrast)
+    piece = encoded(config, [Record(f"f:{i}", prompt="q", response="a b") for i in range(2)])
+    (fault,) = piece.bad
+    assert str(fault).startswith("f:1: the objective makes 1 documents of it, and a unit has 2")
+
+
+def test_each_pair_comes_once_an_epoch_of_several_sources():
+    tables = [examples([3] * 10, 2).table for _ in range(2)]
+    data = Examples(tables, unit=2)
+    config = load_config(["model=tiny", "data.sources.a.path=a.jsonl", "data.sources.b.path=b.jsonl", "train.epochs=1"])
+    dealer = Dealer(4, None, 0, 0, 1, CPU, packed=False)
+    loader = make_loader(config, Splits({"train": data}), byte_tokenizer(), [], TrainState(), dealer, print)
+    assert sorted(loader.order.rows(0).tolist()) == list(range(20))

@@ -89,7 +89,7 @@ REMEDIES = {
     Check.same_prompt: "Settle which answer is wanted",
     Check.unknown_labels: "Mend the rows, or give data.labels",
     Check.label_balance: "Collect more of the rare labels, and judge by macro F1",
-    Check.personal: "Remove the personal data of people who did not agree that a model learns them",
+    Check.personal: "Remove the personal data of people who did not agree to its being learnt",
     Check.unread: "Map the column in data.columns, or name it in data.ignore",
     Check.similar_labels: "Spell each label in one way",
     Check.credentials: "Remove them, and change those that are in use",

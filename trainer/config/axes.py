@@ -2,8 +2,8 @@
 
 An option of `objective` or `method` is one dataclass, in a file of its own in `trainer/objectives/` or `trainer/methods/`: its
 fields are the option's keys, and its other attributes and methods answer for it. Nobody else spells an option's name; whoever
-wants to know something asks the object, `config.objective` or `config.method`. Such a file imports PyTorch only inside its
-methods, since the launcher and `tritune check` read it, too.
+wants to know something asks the object, `config.objective` or `config.method`. A file of the package imports PyTorch
+only inside its methods, since the launcher and `tritune config` read it, too.
 """
 
 from __future__ import annotations

@@ -59,6 +59,11 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     check_data(c, rule, faults)
     c.method.check(rule)
     c.objective.check(rule)
+    rule(
+        c.objective.learns is not Learns.text or c.objective.documents == 1,
+        "objective.name",
+        "text is joined and cut into blocks, which no unit of several documents would survive. Let it learn answers or labels",
+    )
     rate = c.optim.lr
     rule(
         rate is None or 0 < rate < math.inf,

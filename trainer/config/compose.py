@@ -21,7 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tritune.trainer.config.check import check
 from tritune.trainer.config.data import SourceConfig
-from tritune.trainer.config.registry import AXES, load_plugins
+from tritune.trainer.config.registry import AXES, axis_options, load_plugins
 from tritune.trainer.config.renamed import RENAMED, is_old, renamed_override, renamed_tree, settle_old_names
 from tritune.trainer.config.schema import GROUPS, Config, register
 from tritune.trainer.config.yaml_faults import conversion, key_types, nearest, one_line, options, yaml_faults
@@ -163,13 +163,18 @@ def _load_plugins(overrides: list[str], kept: dict[str, Any] | None) -> str | No
             given = [str(name) for name in value] if isinstance(value, list) else []
             if not given and value != []:
                 return f"{text}: it is a list of Python files. Write plugins=[FILE,...]"
-    missing = [name for name in (kept or {}).get("plugins") or [] if name not in given]
-    if missing:
-        return f"plugins={missing} in config.yaml of the run: {_BY_HAND}, where you trust them"
     try:
         load_plugins(given)
     except InputError as error:
         return str(error)
+    for axis in AXES:
+        group = (kept or {}).get(axis)
+        name = group.get("name") if isinstance(group, dict) else None
+        if name is not None and name not in axis_options(axis):
+            said = f"{axis}={name} in config.yaml of the run"
+            if not (kept or {}).get("plugins"):
+                return f"{said}: there is no such {axis}. It was written by another version"
+            return f"{said}: no option that is loaded is called so. It was in {kept['plugins']}: {_BY_HAND}, where you trust it"  # type: ignore[index]
     return None
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from typing import Any
 
 import tritune.conf
 import yaml
+from omegaconf import OmegaConf
 from tritune.trainer.config.axes import Head, Learns, MethodConfig, ObjectiveConfig
 from tritune.trainer.errors import InputError, reason
 
@@ -27,6 +29,7 @@ AXES: dict[str, tuple[str, type[Any]]] = {
 }
 _CONF = Path(tritune.conf.__file__).parent
 _PLUGINS: dict[str, dict[str, type[Any]]] = {axis: {} for axis in AXES}
+_CODE: dict[type, str] = {}  # of plugins' classes, a hash of their files
 _LOADED: list[Path] = []
 
 
@@ -80,11 +83,12 @@ def saying_labels() -> ObjectiveConfig:
 
 
 def code_of(option: Any) -> list[str]:
-    """A hash of the file of a user's option, whose code may change under the same name; nothing of one of the package."""
-    if type(option) not in {kind for kinds in _PLUGINS.values() for kind in kinds.values()}:
-        return []
-    path = Path(sys.modules[type(option).__module__].__file__ or "")
-    return [hashlib.sha256(path.read_bytes()).hexdigest()]
+    """What decides the documents that a user's option makes: a hash of its file as it was read, and its keys.
+
+    Nothing of an option of the package, whose code changes with the version alone.
+    """
+    code = _CODE.get(type(option))
+    return [] if code is None else [code, *(f"{f.name}={getattr(option, f.name)!r}" for f in fields(option))]
 
 
 def load_plugins(files: list[str]) -> None:
@@ -96,8 +100,9 @@ def load_plugins(files: list[str]) -> None:
     for name in files:
         path = Path(name).resolve()
         if path not in _LOADED:
+            code = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             for axis, kind in _found(path):
-                _PLUGINS[axis][kind().name] = kind
+                _PLUGINS[axis][kind().name], _CODE[kind] = kind, code
             _LOADED.append(path)
 
 
@@ -105,27 +110,37 @@ def _found(path: Path) -> list[tuple[str, type[Any]]]:
     """The options in a file, each with its axis."""
     value = f"plugins={path}"
     if path.suffix != ".py" or not path.is_file():
-        raise InputError(value, "it is no Python file", "Give the file of an objective or a method of yours")
+        rule = "it is no Python file" if path.exists() else "the file does not exist"
+        raise InputError(value, rule, "Give the file of an objective or a method of yours")
+    if not path.stem.isidentifier():
+        raise InputError(value, "a module has no such name", "Name the file with letters, digits and _ alone")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last, and not a finder of its own: worker processes take this list over
     try:
         module = importlib.import_module(path.stem)
-    except Exception as error:  # noqa: BLE001  whatever a user's file raises
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a user's file raises
         raise InputError(value, f"it does not import: {reason(error)}", "Mend the file") from None
     if module.__file__ is None or Path(module.__file__).resolve() != path:
         rule = f"another module is called {path.stem}: {module.__file__ or 'one that is built in'}"
         raise InputError(value, rule, "Give the file another name")
-    found = [(axis, kind) for axis, (_, base) in AXES.items() for kind in _classes(module, base)]
+    try:
+        found = [(axis, kind) for axis, (_, base) in AXES.items() for kind in _classes(module, base) if kind().name]
+        for _, kind in found:
+            OmegaConf.structured(kind)
+    except Exception as error:  # noqa: BLE001  a field without a default, or of a type that no key can have
+        raise InputError(
+            value, f"its keys cannot be read: {reason(error)}", "Give each a plain type and a default"
+        ) from None
     if not found:
-        rule = "it holds no dataclass that is a subclass of ObjectiveConfig or MethodConfig"
+        rule = "it holds no dataclass with a name that is a subclass of ObjectiveConfig or MethodConfig"
         raise InputError(value, rule, "Write one; trainer/README.md has an example")
     for axis, kind in found:
         if kind().name in axis_options(axis):
-            raise InputError(value, f"there is a {axis}={kind().name} already", "Give it another name")
+            raise InputError(value, f"there is an option {axis}={kind().name} already", "Give it another name")
     return found
 
 
 def _classes(module: ModuleType, base: type) -> list[type[Any]]:
-    """The subclasses of `base` that a module defines itself."""
+    """The dataclasses that a module defines itself as subclasses of `base`."""
     kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, base)]
-    return [k for k in kinds if k.__module__ == module.__name__]
+    return [k for k in kinds if k.__module__ == module.__name__ and "__dataclass_fields__" in vars(k)]

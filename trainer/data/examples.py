@@ -148,10 +148,10 @@ class Columns:
     def places(self) -> list[str]:
         return self._columns["place"]
 
-    def copy(self, other: Columns, row: int) -> None:
-        """Append a row of another."""
+    def copy(self, other: Columns, row: int, digest: bytes) -> None:
+        """Append a row of another, with a digest of its own."""
         for name, values in self._columns.items():
-            values.append(other._columns[name][row])
+            values.append(digest if name == "digest" else other._columns[name][row])
 
     def batch(self) -> pa.RecordBatch:
         arrays = [pa.array(self._columns[field.name], field.type) for field in SCHEMA]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tritune.trainer.config import Config, ObjectiveConfig
 from tritune.trainer.config.choices import Packing
 from tritune.trainer.config.data import DataConfig, training_sources
+from tritune.trainer.config.registry import code_of
 from tritune.trainer.data.cache import key_of
 from tritune.trainer.data.files import source_files
 from tritune.trainer.data.loader import Dealer, Loader, TrainLoader
@@ -46,7 +47,7 @@ def make_loader(
     examples = splits.examples["train"]
     draws = None
     if data.sources:
-        counts = np.bincount(examples.sources, minlength=len(data.sources)).tolist()
+        counts = (np.bincount(examples.sources, minlength=len(data.sources)) // examples.unit).tolist()
         draws = draws_of(counts, list(data.sources.values()), data.temperature)
     capacity = data.max_length * examples.unit if data.packing is Packing.best_fit else None
     order = Order(examples, config.seed, draws, capacity, data.pack_window)
@@ -65,7 +66,8 @@ def open_stream(
     weights = softened([s.weight or 1.0 for s in data.sources.values()] or [1.0], data.temperature)
     files = [_versions(path, key) for path, key in named.values()]
     mapped = [s.data.columns for s in sources]
-    digest = key_of([files, tokenizer_key(tokenizer), mapped, {name: str(getattr(data, name)) for name in DECIDES}])
+    decides = {name: str(getattr(data, name)) for name in DECIDES}
+    digest = key_of([files, tokenizer_key(tokenizer), mapped, decides, *code_of(objective)])
     shares = (weights / weights.sum()).tolist()
     return Stream(sources, shares, data.labels, seed, data.pack_window), digest
 

@@ -265,7 +265,7 @@ def encoder_of(
 def source_of(path: str, key: str, data: DataConfig, objective: ObjectiveConfig, encoder: Encoder) -> Source:
     """A source with its encoder, and with what finds out which keys of messages are rendered."""
     template = encoder.template if isinstance(encoder, Conversations) else None
-    encoder = Units(encoder, objective.documents_of) if objective.documents > 1 else encoder
+    encoder = Units(encoder, objective.documents_of, objective.documents) if objective.documents > 1 else encoder
     return Source(path, key, data, objective, encoder, keys=None if template is None else KeyReader(template))
 
 

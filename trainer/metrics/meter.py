@@ -20,6 +20,8 @@ class Meter:
         by_source: float64 [2, sources], the last step's loss sums and counts over all ranks; None where there is one source.
         figures: the objective's own metrics of the last step, and the mean of each term where it has several.
 
+    Where an objective makes several updates of a step's window, all of these are of the last update.
+
     The loss of a row is that of its step, not a mean since the last row: a run resumed between two rows logs the same.
     """
 

@@ -123,19 +123,23 @@ def scaled(objective: Objective, loss: Loss, weights: Tensor, dp_size: int) -> T
     """What is differentiated of a micro-batch: gradients are averaged over `dp_size` ranks.
 
     Args:
-        weights: float64 [terms], of the whole update over all ranks. A term without any weight counts nothing: 0 / 0 is NaN.
+        weights: float64 [terms], of the whole update over all ranks. A term without any weight counts nothing.
     """
     parts = []
     for weight, (term, coefficient) in zip(weights.unbind(), objective.coefficients.items(), strict=True):
-        factor = torch.where(weight > 0, coefficient * (dp_size / weight), 0.0)
+        factor = torch.where(weight == 0, 0.0, coefficient * (dp_size / weight))
         parts.append(loss.terms[term] * factor.to(loss.terms[term].dtype))
     return torch.stack(parts).sum()
 
 
 def mean_loss(objective: Objective, sums: Tensor, weights: Tensor) -> Tensor:
-    """The loss of an update from the sums and weights of its terms over all ranks, float64 []."""
+    """The loss of an update from the sums and weights of its terms over all ranks, float64 [].
+
+    NaN where no term has any weight, so that the update is refused.
+    """
     coefficients = torch.tensor(list(objective.coefficients.values()), dtype=torch.float64, device=sums.device)
-    return torch.where(weights > 0, coefficients * sums / weights, 0.0).sum()
+    total = torch.where(weights == 0, 0.0, coefficients * sums / weights).sum()
+    return torch.where((weights == 0).all(), torch.nan, total)
 
 
 ONE_SOURCE = Sources()
