@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from tritune.trainer.config.compose import load_config, split_argv
 from tritune.trainer.config.identity import identity_of
-from tritune.trainer.config.overrides import value_of
 from tritune.trainer.config.registry import AXES
 from tritune.trainer.errors import (
     EXIT_DONE,
@@ -31,8 +30,8 @@ from tritune.trainer.errors import (
     of_panic,
     of_surroundings,
 )
-from tritune.trainer.redact import MARK
 from tritune.trainer.run.files import read_config, read_json
+from tritune.trainer.run.read_back import require_no_blanks, run_named
 from tritune.trainer.shown import shown
 
 if TYPE_CHECKING:
@@ -58,14 +57,12 @@ def run_verb(verb: Callable[..., None], argv: list[str], **arguments: Any) -> in
     config_dir, overrides = split_argv(argv)
 
     def call() -> None:
-        run = _run_directory(overrides)
+        run = run_named(overrides)
         kept = read_config(run) if run else None
         read = {group: value for group, value in (kept or {}).items() if group in READS[verb.__name__]}
         given = {o.partition("=")[0] for o in overrides}
-        _require_no_blanks(read, given)
-        if (
-            verb is report and kept is not None
-        ):  # nothing of these is asked, and a file of the user's would have to be named
+        require_no_blanks(read, given)
+        if verb is report and kept is not None:  # it asks nothing of these, and a user's file would have to be named
             kept = {group: value for group, value in kept.items() if group not in ("plugins", *AXES)}
         config = load_config(overrides, config_dir, kept=kept, training=False)
         if verb in (evaluate, generate) and config.evaluation.abstain is not None and "evaluation.abstain" in given:
@@ -86,12 +83,12 @@ def exit_status(call: Callable[[], None]) -> int:
     except INPUT_ERRORS as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    except PeerError as error:  # another rank's error, which it could not say: rank 0 speaks for all
+    except (CheckpointError, ExportError, LostConnectionError, PeerError) as error:
         print(f"tritune: {shown(str(error))}", file=sys.stderr)
-        return EXIT_INPUT if f"{InputError.__name__}: " in str(error) else EXIT_FAILED
-    except (CheckpointError, ExportError, LostConnectionError) as error:
-        print(f"tritune: {shown(str(error))}", file=sys.stderr)
-        return EXIT_FAILED
+        users = isinstance(error, PeerError) and f"{InputError.__name__}: " in str(
+            error
+        )  # rank 0 speaks for the one that failed
+        return EXIT_INPUT if users else EXIT_FAILED
     except Exception as error:  # noqa: BLE001  shown like any other, without secrets
         said = of_surroundings(error)
         print(shown(f"tritune: {said}\n" if said else traceback.format_exc()), end="", file=sys.stderr)
@@ -311,40 +308,6 @@ def _require_its_base(model: ModelConfig, method: MethodConfig, identity: Identi
     from tritune.trainer.run.identity import require_same_base
 
     require_same_base(model, method, identity, RunDir(run), _say, reading=True)
-
-
-def _run_directory(overrides: list[str]) -> Path | None:
-    """The run that `run.dir=` names; None without it.
-
-    Raises:
-        InputError: there is no run, or an adapter is named beside it.
-    """
-    given = {k: value_of(f"{k}={v}") or v for k, eq, v in (o.partition("=") for o in overrides) if eq}
-    if "run.dir" not in given:
-        return None
-    run = Path(given["run.dir"])
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"run.dir={run}", "it holds no run", "Give a run's directory, or model.path alone")
-    if "model.adapter" in given:
-        rule = f"run.dir={run} names what is read as well"
-        raise InputError(
-            f"model.adapter={given['model.adapter']}", rule, "Give model.path=<its base> in place of run.dir"
-        )
-    return run
-
-
-def _require_no_blanks(kept: Any, given: set[str], key: str = "") -> None:
-    """Refuse a run's configuration from which a secret was kept out, unless it is given anew.
-
-    Raises:
-        InputError: it names the key.
-    """
-    if isinstance(kept, dict):
-        for name, value in kept.items():
-            _require_no_blanks(value, given, f"{key}.{name}" if key else str(name))
-    elif MARK in str(kept) and key not in given:
-        rule = f"{MARK} stands where the run's value held a secret, which was not written down, or {MARK} itself"
-        raise InputError(f"{key}={kept}", rule, f"Give it again: {key}=...")
 
 
 def _say(text: str) -> None:
