@@ -91,7 +91,7 @@ def paced(tmp_path) -> dict[str, str]:
 
 def submit(found: Cluster, arguments: list[str], **variables: str) -> str:
     command = [sys.executable, "-m", "tritune.launch.cli", "submit", *arguments, "launch=slurm", "launch.nodes=2"]
-    done = subprocess.run(command, env={**found.env, **variables}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**found.env, **variables}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return re.search(r"submitted job (\d+)", done.stdout)[1]
 
