@@ -122,6 +122,8 @@ def test_it_trains_and_is_read_again(tiny, sft_file, tmp_path, tritune, capfd):
     assert "answers against their words in reverse" in (run / "report.html").read_text()
     again = [f"run.dir={run}", f"data.test={sft_file}", "evaluation.splits=[test]"]
     capfd.readouterr()
+    registry._PLUGINS["objective"].clear()  # as in another process
+    registry._LOADED.clear()
     assert cli.main(["evaluate", *again]) == 2
     assert "only the command line names Python files that are run" in capfd.readouterr().err
     assert cli.main(["evaluate", *again, WORDS[0]]) == 0
