@@ -163,7 +163,7 @@ def test_a_working_directory_that_cannot_stand_in_a_directive_is_refused(tmp_pat
         (["launch.mounts=['/a:/b']"], "launch.mounts"),
         (["launch.seeds=[1,1]"], "launch.seeds"),
         (["run.dir='/tmp/a b'"], "run.dir='/tmp/a b'"),
-        (["launch.grace_seconds=inf"], "launch.grace_seconds=inf: seconds, at least one"),
+        (["launch.grace_seconds=inf"], "launch.grace_seconds=inf: it must be at least 1 second"),
         (["launch.partitoin=x"], "launch.partition"),
         (["launch=local"], "launch=local: there is no scheduler"),
         (["backend=single"], "2 processes were started"),
