@@ -86,7 +86,8 @@ def summing_rank(number: int, store: str) -> None:
 
 
 def test_sums_run_over_the_axes_that_are_named(tmp_path):
-    torch.multiprocessing.start_processes(summing_rank, (str(tmp_path / "store"),), nprocs=4, start_method="fork")
+    # A fork of this process would have its process group, where another test left one.
+    torch.multiprocessing.start_processes(summing_rank, (str(tmp_path / "store"),), nprocs=4, start_method="forkserver")
 
 
 # -- whole runs
