@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +30,7 @@ PRELOAD = [
     "tritune.launch.warm",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
+PORTS = range(10_000, 20_000)  # below those of connections and of Slurm jobs (`slurm.sh.j2`)
 
 
 @dataclass
@@ -97,9 +100,16 @@ def start(cells: list[list[str]], logs: Path, processes: int, env: dict[str, str
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on.
+
+    It is used some time later, so it lies below those that the system gives to connections: one of these, taken by another run's
+    connection meanwhile, once ended a proof of thirteen runs.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {PORTS.start} to {PORTS.stop} is free")
 
 
 def _rank(cells: list[list[str]], ports: list[int], variables: dict[str, str], log: str) -> None:
