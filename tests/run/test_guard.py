@@ -15,7 +15,7 @@ from tritune.launch import processes
 
 # Where the main thread is held, as the module that calls it knows the function.
 HELD = {
-    "model": "tritune.trainer.build:_load",
+    "model": "tritune.trainer.build:load",
     "export rehearsal": "tritune.trainer.build:rehearse",
     "dry run": "tritune.trainer.build:dry_run",
     "base": "tritune.trainer.finish:_sample",
