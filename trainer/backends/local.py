@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from tritune.trainer.model.optim import make_state
+from tritune.trainer.model.optim import make_state, set_rate
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.mesh import DATA, Mesh
 from tritune.trainer.parallel.shard import Shard, shard_of
@@ -67,8 +67,7 @@ class Local:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm) and not refuse:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dp_size == 1)
         return norm
