@@ -119,13 +119,13 @@ def uninstall(done: Installed) -> None:
 
 
 def _not_fused(modules: list[nn.Module]) -> list[str]:
-    """Layers with a low-rank update that no kernel computes, by kind: another base, or more than an update."""
+    """Layers with a low-rank update that no kernel computes, by kind: they have another base, or do more than update it."""
     kinds = Counter(
         f"{type(module).__name__} on {type(module.base_layer).__name__}"
         for module in modules
         if hasattr(module, "lora_A") and not is_adapted(module)
     )
-    return [f"{count} x {kind}, which is more than a Linear and its update" for kind, count in kinds.items()]
+    return [f"{count} x {kind}, which no kernel computes" for kind, count in kinds.items()]
 
 
 def _patch(

@@ -181,7 +181,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:
         compile_layers(scorer)
-    wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim, rate_factor=config.method.rate_factor), weights)
+    wrapped = backend.prepare(
+        scorer, partial(make_optimizer, config.optim, rate_factor=config.method.rate_factor), weights
+    )
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
     with world.raise_on_all("laying out the training rows"):

@@ -36,10 +36,10 @@ class LoraConfig(MethodConfig):
     dora: bool = False  # learn the length of each row of the updated weight as well (DoRA, arXiv 2402.09353)
     lora_plus_ratio: float = 1.0  # B, biases and lengths learn at so many times the rate (LoRA+, arXiv 2402.12354)
     dropout: float = 0.0  # share of the adapted layers' inputs that the update does not see
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # suffixes, globs, or re:EXPRESSION
-    exclude: list[str] = field(
-        default_factory=list
-    )  # layers that `targets` names and that stay as they are, in the same words
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # ends of layers' names, globs, or `re:` and a regular expression for whole names (PEFT's target_modules as a text)
+    exclude: list[str] = field(default_factory=list)  # of `targets`, in the same words, what stays as it is
     bias: Bias = Bias.none
     modules_to_save: list[str] = field(default_factory=list)  # trained whole and saved with the adapter
 
@@ -53,7 +53,7 @@ class LoraConfig(MethodConfig):
     def check(self, rule: Rule) -> None:
         rule(self.rank >= 1, "method.rank", "it must be at least 1. Common values are 8 to 64")
         rule(0.0 <= self.dropout < 1.0, "method.dropout", "it must be at least 0 and below 1. Use e.g. 0.05")
-        rule(self.alpha > 0, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
+        rule(0 < self.alpha < math.inf, "method.alpha", "the update is scaled by alpha / rank. Use a positive value")
         rule(bool(self.targets), "method.targets", "no layer is named. Use [all-linear] or name patterns")
         for key in ("targets", "exclude", "modules_to_save"):
             wrong = [p for p in getattr(self, key) if p.startswith(REGEX) and not _compiles(p.removeprefix(REGEX))]
@@ -94,7 +94,9 @@ class LoraConfig(MethodConfig):
 
     def facts(self) -> list[tuple[str, str]]:
         rows = [("rank, alpha, dropout", f"{self.rank}, {self.alpha}, {self.dropout}")]
-        rows += [(f"other {k}s", str(dict(p))) for k, p in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)) if p]
+        rows += [
+            (f"other {k}s", str(dict(p))) for k, p in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)) if p
+        ]
         return rows + ([("kind", self._kind())] if self._kind() != "LoRA" else [])
 
     def describe(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
