@@ -117,6 +117,23 @@ class MethodConfig:
         1.5,
     )  # the learning rate at 2,000 features, and how it falls with these
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a base's weights are part of what it trains, so that this is read on no other base."""
+        return self.freezes_base
+
+    def what_trains(self) -> str:
+        """In a report; empty where there is no other word than its name."""
+        return self.title
+
+    def made_as(self, form: Form) -> str:
+        """On a model's card, before the base's name."""
+        return self.made.get(form, f"Trained by {self.name}, from")
+
+    def embeddings_remedy(self) -> str:
+        """How new tokens get embeddings that train, where `attach` left them frozen."""
+        return "Use tokens that the model has"
+
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
 
@@ -135,6 +152,10 @@ class MethodConfig:
 
     def facts(self) -> list[tuple[str, str]]:
         """Rows of the table on a model's card: what its keys were."""
+        return []
+
+    def remarks(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+        """For the log: what is to be said of what trains and what does not; after `attach`."""
         return []
 
     def idle_layers(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:

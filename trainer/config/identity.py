@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tritune.trainer.config.compose import to_dict
+from tritune.trainer.config.registry import AXES, axis_options
 from tritune.trainer.config.renamed import renamed_keys
 from tritune.trainer.config.schema import IDENTITY, Config
 from tritune.trainer.redact import redact_tree
@@ -27,8 +28,14 @@ def identity_in(tree: Any) -> Identity:
 
 
 def compared(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value under today's names, without the keys that the rows tell of."""
-    return {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    """Dotted key -> value under today's names, without the keys that the rows tell of, and with those that an option has got
+    since: a run from before them goes on, since their defaults do what it did."""
+    found = {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    for axis in AXES:
+        kind = axis_options(axis).get(found.get(f"{axis}.name"))
+        if kind is not None:
+            found = _flat(to_dict(kind()), f"{axis}.") | found
+    return found
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
 
 def _what(source: Source, form: Form) -> str:
     config = source.config
-    made = config.method.made.get(form, f"Trained by {config.method.name}, from")
+    made = config.method.made_as(form)
     base = f"`{_base_name(config.model)}`" if config.model.path else "a model with random weights"
     question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
     return f"{made} {base}; objective `{config.objective.name}`.{question}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Collection
 
@@ -13,6 +12,7 @@ from tritune.kernels.lora import lora_update_reference
 from tritune.trainer.config.choices import Bias
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.patterns import matches
 from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
 
@@ -102,7 +102,7 @@ def target_names(
     idle = {n for n in linears if f"{n}.weight" in unused}
     chosen: set[str] = set()
     for pattern in config.targets:
-        found = {n for n in linears if (pattern == "all-linear" and n not in output) or _matches(n, pattern)}
+        found = {n for n in linears if (pattern == "all-linear" and n not in output) or matches(n, pattern)}
         if not found:
             kinds = sorted({n.rpartition(".")[2] for n in linears})
             remedy = f"The model has {', '.join(kinds)}" if kinds else "It has none at all: use method=full"
@@ -112,7 +112,7 @@ def target_names(
             kinds = sorted({n.rpartition(".")[2] for n in linears if n not in idle | output})
             raise InputError(f"method.targets={pattern}", rule, f"Take it out; these take part: {', '.join(kinds)}")
         chosen |= found - idle
-    chosen = {n for n in chosen if not any(_matches(n, e) for e in config.exclude)}
+    chosen = {n for n in chosen if not any(matches(n, e) for e in config.exclude)}
     if not chosen:
         raise InputError(f"method.exclude={config.exclude}", "no layer is left to adapt", "Exclude less")
     return [n for n in linears if n in chosen]
@@ -121,8 +121,8 @@ def target_names(
 def unused_targets(config: LoraConfig, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
     """Layers that the targets name and that get no update, since they take no part in the loss; before `add_lora`."""
     idle = [n for n in _linears(model, []) if f"{n}.weight" in unused]
-    named = [n for n in idle if any(t == "all-linear" or _matches(n, t) for t in config.targets)]
-    return [n for n in named if not any(_matches(n, e) for e in config.exclude)]
+    named = [n for n in idle if any(t == "all-linear" or matches(n, t) for t in config.targets)]
+    return [n for n in named if not any(matches(n, e) for e in config.exclude)]
 
 
 def saved_modules(
@@ -132,7 +132,7 @@ def saved_modules(
     names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
     result = list(heads)
     for pattern in config.modules_to_save:
-        found = [n for n in names if _matches(n, pattern)]
+        found = [n for n in names if matches(n, pattern)]
         if not found:
             remedy = f"It has {', '.join(n for n in names if '.' not in n)} and what lies in them"
             raise InputError(f"method.modules_to_save={pattern}", "the model has no module of this name", remedy)
@@ -154,10 +154,6 @@ def saved_modules(
 def _is_idle(model: nn.Module, name: str, unused: Collection[str]) -> bool:
     parameters = model.get_submodule(name).named_parameters(remove_duplicate=False)
     return all(f"{name}.{key}" in unused for key, _ in parameters)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -209,6 +209,13 @@ def widen_masters(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def narrow_frozen(model: nn.Module, dtype: Dtype) -> None:
+    """Hold what is frozen as it computes: in bfloat16 no master of it is needed."""
+    for parameter in model.parameters() if dtype is Dtype.bfloat16 else ():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters in place, and no buffer: in bfloat16 a rotary frequency puts far positions elsewhere."""
     for parameter in model.parameters():
