@@ -111,7 +111,9 @@ class MethodConfig:
     freezes_base: ClassVar[bool] = (
         False  # few parameters train beside it, and are merged into it or written apart from it
     )
-    writes_adapter: ClassVar[bool] = False  # in PEFT's layout: `adapter_tensors` and `adapter_settings`
+    writes_adapter: ClassVar[bool] = False  # a file beside the base: `adapter_tensors` and `adapter_settings`
+    in_peft: ClassVar[bool] = True  # PEFT has the method, and its layout is written; of others, one of our own
+    merges: ClassVar[bool] = True  # into the base's weights
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
@@ -182,11 +184,11 @@ class MethodConfig:
         raise NotImplementedError
 
     def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
-        """What an adapter's file holds, under PEFT's names."""
+        """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model."""
         raise NotImplementedError
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
-        """What `adapter_config.json` says of the method."""
+        """What `adapter_config.json` says of the method; of one that PEFT has not, the values of its keys."""
         raise NotImplementedError
 
     def needs_peft(self, heads: list[str]) -> bool:

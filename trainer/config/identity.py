@@ -32,7 +32,7 @@ def compared(flat: dict[str, Any]) -> dict[str, Any]:
     since: a run from before them goes on, since their defaults do what it did."""
     found = {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
     for axis in AXES:
-        kind = axis_options(axis).get(found.get(f"{axis}.name"))
+        kind = axis_options(axis).get(str(found.get(f"{axis}.name")))
         if kind is not None:
             found = _flat(to_dict(kind()), f"{axis}.") | found
     return found
