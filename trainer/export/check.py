@@ -116,7 +116,8 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
     if rows > _num_embeddings(base):
         base.resize_token_embeddings(rows, mean_resizing=False)
     if not source.config.method.in_peft:
-        return add_own_adapter(directory, base).to(device, dtype).eval(), "Tritune"
+        own: Any = add_own_adapter(directory, base)
+        return own.to(device, dtype).eval(), "Tritune"
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ PLACES = {
     "attention": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
     "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe"),
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: nn.functional.relu,
     Activation.gelu: nn.functional.gelu,
     Activation.silu: nn.functional.silu,
@@ -54,11 +54,12 @@ class AdaptedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.parallel:
             return self._add(self.base_layer(*args, **kwargs), None)
-        # One node of the graph for both uses of x: their gradients are added before those of other layers, as ZeRO-3's hooks
-        # around the block make it. In bf16 another order of these sums is another rounding.
+        # A node of the graph for both uses of x, and one for those within the block: gradients are added block by block, as
+        # ZeRO-3's hooks make it. In bf16 another order of these sums is another rounding.
         x = args[0] if args else kwargs["hidden_states"]
         x = x.view_as(x)
-        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        inner = x.view_as(x)
+        args, kwargs = ((inner, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": inner})
         return self._add(self.base_layer(*args, **kwargs), x)
 
     def _add(self, output: Any, x: Tensor | None) -> Any:
