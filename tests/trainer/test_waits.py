@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from torch.overrides import TorchFunctionMode
 from tritune.trainer.build import build
 from tritune.trainer.config.compose import load_config
