@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from tritune.trainer.model.optim import make_state
+from tritune.trainer.model.optim import make_state, set_rate
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.mesh import DATA, SHARD, Mesh
 from tritune.trainer.parallel.shard import Shard, shard_of
@@ -75,8 +75,7 @@ class Local:
             factor = max_grad_norm / (norm + 1e-6)
             if factor < 1.0:
                 torch._foreach_mul_(self._gradients(), factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dp_size == 1)
         return norm

@@ -27,6 +27,7 @@ from tritune.trainer.backends.zero_engine import (
 )
 from tritune.trainer.config.backends import Offload, ZeroConfig
 from tritune.trainer.config.choices import Dtype
+from tritune.trainer.model.optim import set_rate
 from tritune.trainer.model.weights import Weights
 from tritune.trainer.parallel.distributed import ensure_group
 from tritune.trainer.parallel.mesh import DATA, Mesh
@@ -82,8 +83,7 @@ class Zero:
             self.forget()
             return math.inf
         self.engine.optimizer.clip_grad = max_grad_norm
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.engine.optimizer, lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 

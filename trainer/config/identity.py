@@ -14,6 +14,9 @@ Identity = dict[str, Any]  # dotted key -> a JSON value without secrets
 # goes on.
 _OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
 
+# Keys with the value at which they change nothing: a run of before there were such keys goes on with it.
+_AS_BEFORE = {"method.rslora": False, "method.dora": False, "method.lora_plus_ratio": 1.0}
+
 
 def identity_of(config: Config) -> Identity:
     """Of every key that decides what the loss curve is, its value as `config.yaml` has it."""
@@ -27,8 +30,9 @@ def identity_in(tree: Any) -> Identity:
 
 
 def compared(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value under today's names, without the keys that the rows tell of."""
-    return {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    """Dotted key -> value under today's names, without what the rows tell of and what changes nothing."""
+    found = {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    return {k: v for k, v in found.items() if k not in _AS_BEFORE or v != _AS_BEFORE[k]}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
