@@ -36,6 +36,7 @@ from tritune.trainer.model.load import (
     cast_parameters,
     heads_of,
     load_architecture,
+    narrow_frozen,
     storage_dtype,
     widen_masters,
 )
@@ -329,6 +330,7 @@ def _assemble(
     if trained:
         apply_method(config.method, model, heads, config.seed, find_unused(model, heads) if weights is None else ())
         widen_masters(model)
+        narrow_frozen(model, config.model.dtype)
     if weights is not None:
         weights.take(model)
     if not heads:

@@ -111,11 +111,30 @@ class MethodConfig:
     freezes_base: ClassVar[bool] = (
         False  # few parameters train beside it, and are merged into it or written apart from it
     )
-    writes_adapter: ClassVar[bool] = False  # in PEFT's layout: `adapter_tensors` and `adapter_settings`
+    writes_adapter: ClassVar[bool] = False  # a file beside the base: `adapter_tensors` and `adapter_settings`
+    in_peft: ClassVar[bool] = True  # PEFT has the method, and its layout is written; of others, one of our own
+    merges: ClassVar[bool] = True  # into the base's weights
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
     )  # the learning rate at 2,000 features, and how it falls with these
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a base's weights are part of what it trains, so that this is read on no other base."""
+        return self.freezes_base
+
+    def what_trains(self) -> str:
+        """In a report; empty where there is no other word than its name."""
+        return self.title
+
+    def made_as(self, form: Form) -> str:
+        """On a model's card, before the base's name."""
+        return self.made.get(form, f"Trained by {self.name}, from")
+
+    def embeddings_remedy(self) -> str:
+        """How new tokens get embeddings that train, where `attach` left them frozen."""
+        return "Use tokens that the model has"
 
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
@@ -169,11 +188,11 @@ class MethodConfig:
         raise NotImplementedError
 
     def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
-        """What an adapter's file holds, under PEFT's names."""
+        """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model."""
         raise NotImplementedError
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
-        """What `adapter_config.json` says of the method."""
+        """What `adapter_config.json` says of the method; of one that PEFT has not, the values of its keys."""
         raise NotImplementedError
 
     def needs_peft(self, heads: list[str]) -> bool:

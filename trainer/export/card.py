@@ -27,7 +27,7 @@ def write_card(directory: Path, source: Source, form: Form, agreement: Agreement
         f"# {name}",
         _what(source, form),
         "## Load",
-        "```python\n" + _snippet(source, form) + "\n```",
+        _load(source, form),
         *labels_part(source, form),
         "## Scores",
         _scores(source.facts.get("eval") or {}),
@@ -47,13 +47,13 @@ def _verdict(agreement: Agreement) -> str:
 def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     config = source.config
     metadata: dict[str, Any] = {
-        "library_name": "peft" if form is Form.adapter else "transformers",
+        "library_name": _library(source, form),
         "pipeline_tag": "text-classification" if source.heads else "text-generation",
         "tags": ["tritune", config.objective.name, *config.method.tags],
     }
     if config.model.path:
         metadata["base_model"] = _base_name(config.model)
-        metadata["base_model_relation"] = {"adapter": "adapter", "merged": "merge"}.get(form.value, "finetune")
+        metadata["base_model_relation"] = {Form.adapter: form.value, Form.merged: "merge"}.get(form, "finetune")
     task = {"type": metadata["pipeline_tag"]}
     results = []
     for split, pair in (source.facts.get("eval") or {}).items():
@@ -64,9 +64,15 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     return metadata
 
 
+def _library(source: Source, form: Form) -> str:
+    if form is not Form.adapter:
+        return "transformers"
+    return "peft" if source.config.method.in_peft else "tritune"
+
+
 def _what(source: Source, form: Form) -> str:
     config = source.config
-    made = config.method.made.get(form, f"Trained by {config.method.name}, from")
+    made = config.method.made_as(form)
     base = f"`{_base_name(config.model)}`" if config.model.path else "a model with random weights"
     question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
     return f"{made} {base}; objective `{config.objective.name}`.{question}"
@@ -75,6 +81,13 @@ def _what(source: Source, form: Form) -> str:
 def _base_name(model: ModelConfig) -> str:
     path = str(model.path)
     return Path(path).name if Path(path).is_dir() else path
+
+
+def _load(source: Source, form: Form) -> str:
+    if _library(source, form) != "tritune":
+        return f"```python\n{_snippet(source, form)}\n```"
+    asked = "generate.file=rows.jsonl generate.out=answers.jsonl"
+    return f"PEFT has no such method; Tritune puts the adapter on its base:\n\n```sh\ntritune generate model.path=. {asked}\n```"
 
 
 def _snippet(source: Source, form: Form) -> str:

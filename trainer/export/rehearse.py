@@ -88,6 +88,8 @@ def _try_config(partial: Path, source: Source, say: Callable[[str], None]) -> No
 def _try_weights(partial: Path, source: Source, form: Form, say: Callable[[str], None]) -> None:
     if form is not Form.adapter:
         return _try_whole(partial, source)
+    if not source.config.method.in_peft:
+        return _try_own(partial, source)
     if _plain(source):
         return None
     try:
@@ -122,6 +124,16 @@ def _try_adapter(partial: Path, source: Source) -> None:
     expected = {n: list(t.shape) for n, t in config.method.adapter_tensors(source.model, source.heads).items()}
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, {n: list(t.shape) for n, t in found.items()}, source)
+
+
+def _try_own(partial: Path, source: Source) -> None:
+    """The names that will be written are those of the method's layers on a fresh base."""
+    method, heads = source.config.method, source.heads
+    fresh = _empty_model(source, partial)
+    with init_empty_weights(include_buffers=False):
+        method.attach(fresh, heads, 0, ())
+    written, read = (method.adapter_tensors(m, heads) for m in (source.model, fresh))
+    _compare(*({n: list(t.shape) for n, t in tensors.items()} for tensors in (written, read)), source)
 
 
 def _empty_model(source: Source, partial: Path) -> PreTrainedModel:

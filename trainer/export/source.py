@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
+from tritune.trainer.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,19 @@ class Source:
 
 
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:
-    """`export.form`, settled where it is `auto`."""
+    """`export.form`, settled where it is `auto`.
+
+    Raises:
+        InputError: there is no form in which this model could be written.
+    """
     wanted = source.config.export.form
     if not source.config.method.freezes_base:
         return Form.full
     if not source.config.method.writes_adapter:
         return Form.merged
+    if source.config.model.path is None and not source.config.method.merges:
+        rule = f"method={source.config.method.name} is written beside its base, and random weights are nowhere to be loaded"
+        raise InputError("model.path=null", rule, "Train on a model that is somewhere: model.path=<folder or hub id>")
     if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
         if wanted is Form.auto:
             say("export    merged, since the base has random weights and an adapter would have nothing to go on")

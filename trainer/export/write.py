@@ -37,6 +37,9 @@ def write_adapter(directory: Path, source: Source, say: Callable[[str], None]) -
         base = str(Path(base).resolve())  # a relative path would depend on where the reader stands
     size = save_adapter(directory, config.method, source.model, source.heads, base, config.model.revision)
     write_beside(directory, source)
+    if not config.method.in_peft:
+        say(f"export    PEFT has no method={config.method.name}: the adapter is in a layout of our own, which evaluate and "
+            "generate read (model.path=<its folder>)")  # fmt: skip
     if not source.heads:
         source.model.generation_config.save_pretrained(directory)
     return size

@@ -92,6 +92,9 @@ class LoraConfig(MethodConfig):
 
         return add_lora(self, model, heads, seed, unused)
 
+    def embeddings_remedy(self) -> str:
+        return "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
+
     def facts(self) -> list[tuple[str, str]]:
         rows = [("rank, alpha, dropout", f"{self.rank}, {self.alpha}, {self.dropout}")]
         rows += [

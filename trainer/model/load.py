@@ -28,7 +28,7 @@ from tritune.trainer.config.axes import Head
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.registry import saying_labels, with_class_head
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.model.files import ADAPTER_CONFIG, find_file, weight_files
+from tritune.trainer.model.files import find_adapter_config, weight_files
 from tritune.trainer.model.finite import require_finite
 from tritune.trainer.model.folder import require_computable, require_sound
 
@@ -64,9 +64,9 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
             raise InputError(f"model.config={config.config}", reason(error), "Give it the values it takes") from None
     assert config.path is not None, "config.check() requires one of the two"
     require_sound(config.path, f"model.path={config.path}")
-    if find_file(config.path, ADAPTER_CONFIG, config.revision) is not None:
-        rule = f"it is an adapter, or a model with one in it ({ADAPTER_CONFIG}), and a whole model is read here"
-        remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {ADAPTER_CONFIG}"
+    if (adapter := find_adapter_config(config.path, config.revision)) is not None:
+        rule = f"it is an adapter, or a model with one in it ({adapter.name}), and a whole model is read here"
+        remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {adapter.name}"
         raise InputError(f"model.path={config.path}", rule, remedy)  # transformers would add the adapter without a word
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
@@ -207,6 +207,13 @@ def widen_masters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype is torch.bfloat16:
             parameter.data = parameter.data.float()
+
+
+def narrow_frozen(model: nn.Module, dtype: Dtype) -> None:
+    """Hold what is frozen as it computes: in bfloat16 no master of it is needed."""
+    for parameter in model.parameters() if dtype is Dtype.bfloat16 else ():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
