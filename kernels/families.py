@@ -163,8 +163,9 @@ def lora_group(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """Whether `layer` is a linear layer with a LoRA update: base_layer, lora_A, lora_B, scaling, layer_id, p, keys."""
-    return hasattr(layer, "lora_A") and isinstance(getattr(layer, "base_layer", None), nn.Linear)
+    """Whether `layer` is a linear layer with a LoRA update and nothing else, which it says by `update_only`: base_layer, lora_A,
+    lora_B, scaling, layer_id, p, keys. DoRA's lengths, say, no kernel computes."""
+    return getattr(layer, "update_only", False) and isinstance(getattr(layer, "base_layer", None), nn.Linear)
 
 
 def fusable(layers: list[nn.Module]) -> bool:

@@ -103,6 +103,7 @@ def install(model: nn.Module, choices: Mapping[str, Choice], idle: Collection[nn
             if is_adapted(module) and module not in grouped:
                 _patch(done, module, lora_forward, [module.base_layer])  # type: ignore[list-item]
                 done.counts["lora layer"] += 1
+        done.left += _not_fused(modules)
     if "linear_cross_entropy" in on:
         _install_head(model, config, done)
     done.counts = +done.counts
@@ -115,6 +116,16 @@ def uninstall(done: Installed) -> None:
         vars(module).pop("forward", None)
         vars(module).pop("computes", None)
     done.modules, done.blocks, done.head, done.counts = [], [], False, Counter()
+
+
+def _not_fused(modules: list[nn.Module]) -> list[str]:
+    """Layers with a low-rank update that no kernel computes, by kind: they have another base, or do more than update it."""
+    kinds = Counter(
+        f"{type(module).__name__} on {type(module.base_layer).__name__}"
+        for module in modules
+        if hasattr(module, "lora_A") and not is_adapted(module)
+    )
+    return [f"{count} x {kind}, which no kernel computes" for kind, count in kinds.items()]
 
 
 def _patch(

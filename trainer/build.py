@@ -147,12 +147,12 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         for line in describe_unused(model, unused, config.method):
             say(f"model     {line}")
         keys = apply_method(config.method, model, heads, config.seed, unused)
+        for line in config.method.describe(model, unused):
+            say(f"method    {line}")
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:
             require_trained_embeddings(model, added, config.method)
-        for line in config.method.remarks(model, unused):
-            say(f"model     {line}")
         widen_masters(model)
         narrow_frozen(model, config.model.dtype)
         if weights is not None:
@@ -183,7 +183,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
     checkpoint_activations(scorer, config.train, keys)
     if config.train.compile:
         compile_layers(scorer)
-    wrapped = backend.prepare(scorer, partial(make_optimizer, config.optim), weights)
+    wrapped = backend.prepare(
+        scorer, partial(make_optimizer, config.optim, rate_factor=config.method.rate_factor), weights
+    )
     say(f"backend   {backend.name}: {world.size} x {world.device.type}")
     state = TrainState()
     with world.raise_on_all("laying out the training rows"):

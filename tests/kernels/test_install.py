@@ -140,6 +140,23 @@ def test_adapters_on_fused_projections_of_phi3():
     require_as_exact(forward_and_gradients(model), plain, exact)
 
 
+def test_dora_keeps_its_own_code_and_the_rest_gets_kernels():
+    """The kernels of LoRA know no lengths: a model that computes with them anyway would be another."""
+    model = build("qwen2", "sdpa")
+    adapt(model, dora=True, dropout=0.1, targets=["q_proj", "down_proj"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            nn.init.normal_(parameter, std=0.3)
+    plain, exact = forward_and_gradients(model), exact_of(model)
+    assert sizes_of(model).lora == ()
+    done = install(model, ALL)
+    assert not [c for c in done.counts if c.startswith("lora")]
+    assert done.counts["glu"] == 2
+    assert done.left == ["4 x DoraLinear on Linear, which no kernel computes"]
+    require_as_exact(forward_and_gradients(model), plain, exact)
+    assert plain["model.layers.0.mlp.down_proj.magnitude_change"].any()
+
+
 def test_an_unknown_family_gets_what_fits_and_is_told_so():
     model = build("granite", logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5)
     plain, exact = forward_and_gradients(model), exact_of(model)

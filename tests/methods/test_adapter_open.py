@@ -127,6 +127,8 @@ OTHERS = {
     "exclude": {"exclude_modules": r".*layers\.2.*"},
     "untied": {"modules_to_save": BOTH},
     "fan out of the rank": {"rank_pattern": {"q_proj": 2}, "lora_bias": True, "bias": "none"},
+    "dora": {"use_dora": True, "bias": "all"},
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 9}},
     "trained tokens": {"trainable_token_indices": [7, 8, 97]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "one saved, both tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},

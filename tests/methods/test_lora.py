@@ -15,7 +15,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.full import FullConfig
 from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import LoRALinear, lora_layers
+from tritune.trainer.methods.lora_layers import LoRALinear, lora_layers, reset
 from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.load import count_parameters, is_tied
 from tritune.trainer.model.scorer import TokenScorer
@@ -116,11 +116,22 @@ def test_excluding_everything_is_refused():
         apply_method(lora(targets=["q_proj"], exclude=["*"]), make(), [], 0)
 
 
-def test_a_model_without_linear_layers_is_refused():
-    """GPT-2's layers are Conv1D."""
+def test_a_conv1d_is_a_linear_layer():
+    """GPT-2's layers; `all-linear` takes each of them."""
     config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32)
-    with pytest.raises(InputError, match=r"method\.targets"):
-        apply_method(lora(), AutoModelForCausalLM.from_config(config), [], 0)
+    model = AutoModelForCausalLM.from_config(config)
+    apply_method(lora(), model, [], 0)
+    assert adapted(model) == {f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "c_attn.lora" in n}
+    assert set(shapes.values()) == {(2, 16), (48, 2)}
+
+
+def test_a_model_without_linear_layers_is_refused():
+    model = make()
+    model.model.layers, model.lm_head = nn.ModuleList(), nn.Identity()
+    with pytest.raises(InputError, match="no linear layer") as error:
+        apply_method(lora(), model, [], 0)
+    assert "method=full" in error.value.remedy
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -232,8 +243,8 @@ def test_the_update_starts_at_zero_and_a_is_not():
 
 def test_a_starts_uniform():
     """Kaiming-uniform with a = sqrt(5), PEFT's and the paper's: U(-1/sqrt(K), 1/sqrt(K)), by its first two moments."""
-    layer = LoRALinear(nn.Linear(64, 8), lora(rank=256), 77, None)
-    layer.reset(1)
+    layer = LoRALinear(nn.Linear(64, 8), lora(rank=256), "layer", None)
+    reset(layer, 1)
     n, bound = layer.lora_A.numel(), 64**-0.5
     unit = (layer.lora_A.double() / bound).flatten()
     assert abs(unit.mean()) < 6 * (1 / 3 / n) ** 0.5  # six sigma of a mean of n uniforms
@@ -304,8 +315,8 @@ def test_mean_over_dropout_masks_is_the_undropped_update():
     """E[drop(x)] = x: the mean over 4,000 samples is within six standard errors in every output."""
     keys = TokenKeys()
     keys.set(token_keys(0, 1, torch.arange(4000), 1))
-    layer = LoRALinear(nn.Linear(12, 3, dtype=torch.float64), lora(rank=2, dropout=0.3), 5, keys)
-    layer.reset(0)
+    layer = LoRALinear(nn.Linear(12, 3, dtype=torch.float64), lora(rank=2, dropout=0.3), "layer", keys)
+    reset(layer, 0)
     with torch.no_grad():
         layer.lora_B.copy_(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
         x = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

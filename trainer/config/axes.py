@@ -152,12 +152,16 @@ class MethodConfig:
         """
         raise NotImplementedError
 
+    def rate_factor(self, name: str, shape: Sequence[int]) -> float:
+        """By what a parameter's learning rate is multiplied: its name, which ends as in the Hugging Face model, and its shape."""
+        return 1.0
+
     def facts(self) -> list[tuple[str, str]]:
         """Rows of the table on a model's card: what its keys were."""
         return []
 
-    def remarks(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
-        """For the log: what is to be said of what trains and what does not; after `attach`."""
+    def describe(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+        """For the log, after `attach`: what is adapted, and what one might think is and is not."""
         return []
 
     def idle_layers(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:

@@ -67,7 +67,7 @@ class AdapterConfig(MethodConfig):
 
         return add_bottlenecks(self, model, heads, seed, unused)
 
-    def remarks(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+    def describe(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
         from tritune.trainer.methods.adapter_layers import describe_bottlenecks
 
         return describe_bottlenecks(model)

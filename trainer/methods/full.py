@@ -54,7 +54,7 @@ class FullConfig(MethodConfig):
 
         mark_parts(self, model, heads, unused)
 
-    def remarks(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+    def describe(self, model: PreTrainedModel, unused: Collection[str]) -> list[str]:
         from tritune.trainer.methods.parts import describe_parts
 
         return describe_parts(model, unused)

@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from tritune.trainer.config.choices import Bias
 from tritune.trainer.methods.adapter_open import PREFIX
 from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import lora_layers, saved_modules
+from tritune.trainer.methods.lora_layers import lora_layers
+from tritune.trainer.methods.targets import saved_modules
 
 
 def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
     """What an adapter's file holds, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.saved().items()}
     for name in _saved_whole(config, model, heads):
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = value
@@ -41,13 +42,15 @@ def adapter_settings(config: LoraConfig, model: PreTrainedModel, heads: list[str
         "peft_type": "LORA",
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "lora_dropout": config.dropout,
         "bias": config.bias.value,
         "target_modules": _short_targets(model, list(lora_layers(model))),
         "modules_to_save": _saved_whole(config, model, heads) or None,
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in lora_layers(model).values()),
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
     }
 
 

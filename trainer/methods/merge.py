@@ -1,4 +1,4 @@
-"""LoRA merged into the weights it adapts: W + alpha / rank * B A; refused where the result would not be the model trained."""
+"""LoRA merged into the weights it adapts, W + s B A or DoRA's of other lengths; refused where it would be another model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError
+from tritune.trainer.methods.linear import oriented
 from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.methods.states import shapes_of, whole
 from tritune.trainer.model.load import is_tied
@@ -28,7 +29,7 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str]
     lost, total, worst = 0.0, 0.0, ("", 0.0)
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
-        if owner in layers and leaf in ("lora_A", "lora_B"):
+        if owner in layers and leaf in layers[owner].own:
             continue
         layer = layers.get(owner.removesuffix(".base_layer"))
         if layer is None or not owner.endswith(".base_layer") or leaf != "weight":
@@ -37,14 +38,14 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str]
             merged[name.replace(".base_layer.", ".") if layer is not None else name] = kept
             continue
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        update = layer.scaling * (whole(layer.lora_B).to(wide) @ whole(layer.lora_A).to(wide))
-        exact = whole(tensor).to(wide) + update
-        result = exact.to(dtype)
+        before = oriented(layer.base_layer, whole(tensor).to(wide))
+        exact = layer.merged(before)
+        result, update = exact.to(dtype), exact - before
         error, size = float((result.to(wide) - exact).square().sum()), float(update.square().sum())
         lost, total = lost + error, total + size
         if size and error / size > worst[1]:
             worst = (name, error / size)
-        merged[f"{owner.removesuffix('.base_layer')}.weight"] = result
+        merged[f"{owner.removesuffix('.base_layer')}.weight"] = oriented(layer.base_layer, result).contiguous()
     share = (lost / total) ** 0.5 if total else 0.0
     if share > MAX_LOST:
         rule = f"rounding the merged weights to it takes {share:.0%} of the update (by norm; most in {worst[0]})"
@@ -84,6 +85,6 @@ def merged_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for name, shape in shapes_of(model).items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in layers or leaf not in ("lora_A", "lora_B"):
+        if owner not in layers or leaf not in layers[owner].own:
             shapes[name.replace(".base_layer.", ".") if owner.removesuffix(".base_layer") in layers else name] = shape
     return shapes

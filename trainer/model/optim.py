@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,23 +12,40 @@ from tritune.trainer.config import OptimConfig
 from tritune.trainer.config.choices import Schedule
 
 
-def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """AdamW over what trains; biases, norms and embeddings (also a head tied to one) do not decay."""
+def make_optimizer(
+    config: OptimConfig, model: nn.Module, rate_factor: Callable[[str, Sequence[int]], float] = lambda name, shape: 1.0
+) -> Optimizer:
+    """AdamW over what trains; biases, norms and embeddings (also a head tied to one) do not decay.
+
+    Args:
+        rate_factor: name and shape of a parameter -> by what its rate is multiplied. Each group keeps its own as `factor`, for
+            whoever sets its rate; there is one pair of groups a factor, in the model's order.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}  # (factor, whether they decay)
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(
-                parameter, "ds_shape", parameter.shape
-            )  # ZeRO-3 keeps a partitioned parameter flat and empty
-            (keep if len(shape) < 2 or id(parameter) in embeddings else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    fused = all(p.device.type in ("cuda", "cpu") and torch.is_floating_point(p) for p in decay + keep)
-    return AdamW(
-        [g for g in groups if g["params"]], lr=peak_rate(config), betas=(config.betas[0], config.betas[1]), eps=config.eps,
-        fused=fused,
-    )  # fmt: skip
+            # ZeRO-3 keeps a partitioned parameter flat and empty.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            factor, decays = rate_factor(name, shape), len(shape) >= 2 and id(parameter) not in embeddings
+            for kind in (True, False):  # what decays comes first
+                groups.setdefault((factor, kind), [])
+            groups[factor, decays].append(parameter)
+    made = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor}
+        for (factor, decays), parameters in groups.items()
+        if parameters
+    ]
+    fused = all(
+        p.device.type in ("cuda", "cpu") and torch.is_floating_point(p) for found in groups.values() for p in found
+    )
+    return AdamW(made, lr=peak_rate(config), betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+
+
+def set_rate(optimizer: Optimizer, lr: float) -> None:
+    """Let the groups of `make_optimizer` learn at `lr`, each times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def make_state(optimizer: Optimizer) -> None:

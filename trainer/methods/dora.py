@@ -1,0 +1,100 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA that also learns how long each row of the updated weight is.
+
+    Y = X V^T m / |V| + b        V = W + s B A, |V| the norm of each row, a constant of the step (the paper's section 4.3)
+
+What trains is m - |W|, which starts at zero, and not m itself: the steps of AdamW are the same, since m does not decay, but
+in bfloat16 m would move in steps of 1/256 of itself, and a start would have to be read off weights that no rank holds
+whole. The factor applied is 1 + (m - |V|) / |V| for the same reason.
+
+|V| costs no matrix of W's size: |V|^2 = |W|^2 + 2 s W A^T . B + s^2 (B A A^T) . B, row by row, where W A^T is as much
+work as R more tokens. W is read once more for |W|.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+from tritune.trainer.errors import InputError
+from tritune.trainer.methods.linear import features, oriented
+from tritune.trainer.methods.states import whole
+from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
+
+if TYPE_CHECKING:
+    from tritune.trainer.methods.lora import LoraConfig
+
+
+class DoraLinear(nn.Module):
+    """A frozen linear layer with a low-rank update, and a learnt length for each row of their sum.
+
+    With dropout it computes what PEFT does: the base's part sees all of x, only the change of length sees drop(x).
+
+    Args:
+        As of `LoRALinear`.
+
+    Raises:
+        InputError: a row of the base's weight is zero, and has no direction.
+    """
+
+    own = ("lora_A", "lora_B", "magnitude_change")
+
+    def __init__(self, base_layer: nn.Linear | Conv1D, config: LoraConfig, name: str, keys: TokenKeys) -> None:
+        super().__init__()
+        dtype, (inputs, outputs) = torch.promote_types(base_layer.weight.dtype, torch.float32), features(base_layer)
+        self.base_layer = base_layer
+        self.lora_A = nn.Parameter(torch.empty(config.rank_of(name), inputs, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, config.rank_of(name), dtype=dtype))
+        self.magnitude_change = nn.Parameter(torch.zeros(outputs, dtype=dtype))
+        self.scaling, self.p, self.layer_id = config.scaling_of(name), config.dropout, layer_id_of(name)
+        self.keys = keys
+        # The base's own forward never runs: ZeRO-3 gathers its weight in this module's hooks, where the norm needs it.
+        self.computes = [base_layer]
+        if base_layer.weight.device.type != "meta" and not _norms(self._weight()).all():
+            rule = f"a row of {name} is zero, and DoRA learns by how much its length changes"
+            raise InputError("method.dora=true", rule, f"Add {name} to method.exclude, or use method.dora=false")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view_as(x)  # as in LoRALinear
+        weight, bias = self._weight(), self.base_layer.bias
+        change = self._change(weight).to(x.dtype)
+        drops = self.p and self.training
+        seen = self.keys.dropout(x, self.layer_id, self.p) if drops else x
+        y, added = linear(x, weight, bias), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
+        if drops:
+            along = linear(seen, weight)
+        else:
+            along = y if bias is None else y - bias
+        return y + added + change * (along + added)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight that alone computes what this layer does: [N, K] from [N, K], in its dtype."""
+        a, b, changed = (whole(p).to(weight.dtype) for p in (self.lora_A, self.lora_B, self.magnitude_change))
+        updated = weight + self.scaling * (b @ a)
+        return updated * ((_norms(weight) + changed) / _norms(updated))[:, None]
+
+    def saved(self) -> dict[str, Tensor]:
+        """What an adapter's file holds of this layer, by PEFT's names."""
+        norms = _norms(oriented(self.base_layer, whole(self.base_layer.weight)))
+        magnitude = norms + whole(self.magnitude_change).to(norms.device)
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": magnitude}
+
+    def _weight(self) -> Tensor:
+        return oriented(self.base_layer, self.base_layer.weight)
+
+    def _change(self, weight: Tensor) -> Tensor:
+        """(m - |V|) / |V|, [N] in float32 or wider; the gradient is that of m alone."""
+        with torch.no_grad():
+            base = _norms(weight)
+            a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
+            across = linear(self.lora_A.to(weight.dtype), weight).t().to(base.dtype)  # W A^T, [N, R]
+            square = base.square() + ((2.0 * across + self.scaling * (b @ (a @ a.t()))) * (self.scaling * b)).sum(dim=1)
+            norms = square.sqrt()
+        return (self.magnitude_change + (base - norms)) / norms
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """The length of each row of [N, K], in float32 or wider; no copy of a narrower weight is made."""
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
