@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -94,11 +94,13 @@ def add_own_adapter(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
         absent = next((h for h in heads if h not in modules), None)
         if absent is not None:
             raise InputError(f"heads={absent}", "the base has no such module", "")
-        with init_empty_weights():  # a file that says a size of a billion takes no memory, and nothing is drawn
+        with torch.device("meta"):  # a file that says a size of a billion takes no memory, and nothing is drawn
             method.attach(model, heads, 0, ())
         expected = method.adapter_tensors(model, heads)
     except InputError as error:
         raise InputError(value, f"it does not fit its base: {error.value}: {error.rule}", "Check its base") from None
+    except (RuntimeError, OverflowError, TypeError) as error:  # a size that no tensor has
+        raise InputError(value, f"it does not fit its base ({reason(error)})", _REMEDY) from None
     differ = sorted(n for n in {*weights, *expected} if n not in weights or _shape(weights, n) != _shape(expected, n))
     if differ:
         name = differ[0]
