@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -26,10 +26,12 @@ class FullConfig(MethodConfig):
     def attach(self, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str]) -> None:
         model.requires_grad_(True)
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        from tritune.trainer.methods.states import cast_state
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        from tritune.trainer.methods.states import cast_tensors
 
-        return cast_state(model, dtype)
+        return cast_tensors(model, dtype, read)
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
         from tritune.trainer.methods.states import shapes_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -63,10 +63,12 @@ class LoraConfig(MethodConfig):
 
         require_mergeable(model)
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        from tritune.trainer.methods.merge import merged_state
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        from tritune.trainer.methods.merge import merged_tensors
 
-        return merged_state(model, dtype, say)
+        return merged_tensors(model, dtype, read, say)
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
         from tritune.trainer.methods.merge import merged_shapes

@@ -19,7 +19,7 @@ def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
     for name in _saved_whole(config, model, heads):
-        for key, value in model.get_submodule(name).state_dict().items():
+        for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     for name, parameter in model.named_parameters():
         # As with PEFT, `all` writes those too that did not train because they take no part in the loss.
