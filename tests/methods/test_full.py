@@ -88,17 +88,17 @@ def test_one_tensor_under_two_names_has_one_answer_and_it_is_said(keys, trains):
     model = make(tied=True)
     both = {"lm_head.weight", "model.embed_tokens.weight"}
     assert trained(model, **keys) & both == (both if trains else set())
-    said = FullConfig(**keys).remarks(model, ())
+    said = FullConfig(**keys).describe(model, ())
     how = "trains" if trains else "is frozen"
     assert said[-1] == f"model.embed_tokens.weight and lm_head.weight are one tensor, which {how} under all its names"
 
 
 def test_what_is_frozen_is_said():
     model = make()
-    assert FullConfig().remarks(model, ()) == []
+    assert FullConfig().describe(model, ()) == []
     trained(model, train=["layers.2", "lm_head"])
     count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert FullConfig().remarks(model, ()) == [
+    assert FullConfig().describe(model, ()) == [
         f"{count:,} parameters in 24 tensors are frozen, without gradients and optimizer state: model.embed_tokens, "
         "model.layers.0, model.layers.1, model.norm"
     ]
