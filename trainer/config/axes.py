@@ -194,7 +194,9 @@ class MethodConfig:
         """Names and shapes of `whole_tensors`, from a model without values."""
         raise NotImplementedError
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model.
 
         Args:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config.choices import Form
+from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
 from tritune.trainer.methods.own_adapter import add_own_adapter
-from tritune.trainer.model.load import auto_class, cast_parameters
+from tritune.trainer.model.load import auto_class, cast_parameters, storage_dtype
+from tritune.trainer.model.quantized import round_trip
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
@@ -115,15 +116,17 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
         try:
             return auto.from_pretrained(directory, dtype=dtype, device_map=where).eval(), "transformers"
         except ValueError:  # the files hold other tensors than the model, as those of experts: they are made in memory
-            return auto.from_pretrained(directory, dtype=dtype).to(device).eval(), "transformers"
+            return auto.from_pretrained(directory, dtype=dtype, device_map={"": device}).eval(), "transformers"
     options = {"num_labels": len(source.labels)} if source.heads else {}
     base = auto.from_pretrained(source.config.model.path, revision=source.config.model.revision, dtype=dtype, **options)
     base.config.pad_token_id = source.tokenizer.pad_token_id
     rows = _num_embeddings(source.model)
     if rows > _num_embeddings(base):
         base.resize_token_embeddings(rows, mean_resizing=False)
+    if source.config.model.storage is Storage.nf4:
+        round_trip(base, source.heads, storage_dtype(source.config.model.dtype, source.config.method))
     if not source.config.method.in_peft:
-        return add_own_adapter(directory, base).to(device, dtype).eval(), "Tritune"
+        return add_own_adapter(directory, base).to(device, dtype).eval(), "Tritune"  # type: ignore[arg-type]
     from peft import PeftModel
 
     with warnings.catch_warnings():

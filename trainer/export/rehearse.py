@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import InputError, reason
@@ -121,9 +122,8 @@ def _try_adapter(partial: Path, source: Source) -> None:
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared in the end
         model = get_peft_model(_empty_model(source, partial), PeftConfig.from_pretrained(str(partial)))
-    expected = {n: list(t.shape) for n, t in config.method.adapter_tensors(source.model, source.heads, as_it_is).items()}
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _compare(expected, {n: list(t.shape) for n, t in found.items()}, source)
+    expected = _shapes(config.method.adapter_tensors(source.model, source.heads, as_it_is))
+    _compare(expected, _shapes(get_peft_model_state_dict(model, save_embedding_layers=False)), source)
 
 
 def _try_own(partial: Path, source: Source) -> None:
@@ -132,8 +132,8 @@ def _try_own(partial: Path, source: Source) -> None:
     fresh = _empty_model(source, partial)
     with init_empty_weights(include_buffers=False):
         method.attach(fresh, heads, 0, ())
-    written, read = (method.adapter_tensors(m, heads, as_it_is) for m in (source.model, fresh))
-    _compare(*({n: list(t.shape) for n, t in tensors.items()} for tensors in (written, read)), source)
+    written, read = (_shapes(method.adapter_tensors(m, heads, as_it_is)) for m in (source.model, fresh))
+    _compare(written, read, source)
 
 
 def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
@@ -141,6 +141,10 @@ def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
     auto = auto_class(source.model.config, bool(source.heads))
     with init_empty_weights(include_buffers=False):
         return auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _compare(written: Shapes, read: Shapes, source: Source) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ PLACES = {
     "attention": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
     "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe"),
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: nn.functional.relu,
     Activation.gelu: nn.functional.gelu,
     Activation.silu: nn.functional.silu,

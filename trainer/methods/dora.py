@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.linear import features, oriented
+from tritune.trainer.methods.linear import features, oriented, read_weight
 from tritune.trainer.methods.states import Read
 from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
@@ -77,9 +77,13 @@ class DoraLinear(nn.Module):
 
     def saved(self, read: Read) -> dict[str, Tensor]:
         """What an adapter's file holds of this layer, by PEFT's names."""
-        norms = _norms(oriented(self.base_layer, read(self.base_layer.weight)))
+        norms = _norms(oriented(self.base_layer, read_weight(self.base_layer, read)))
         magnitude = norms + read(self.magnitude_change).to(norms.device)
-        return {"lora_A.weight": read(self.lora_A), "lora_B.weight": read(self.lora_B), "lora_magnitude_vector": magnitude}
+        return {
+            "lora_A.weight": read(self.lora_A),
+            "lora_B.weight": read(self.lora_B),
+            "lora_magnitude_vector": magnitude,
+        }
 
     def _weight(self) -> Tensor:
         return oriented(self.base_layer, self.base_layer.weight)

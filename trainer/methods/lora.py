@@ -138,7 +138,9 @@ class LoraConfig(MethodConfig):
 
         return merged_shapes(model)
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         from tritune.trainer.methods.lora_files import adapter_tensors
 
         return adapter_tensors(self, model, heads, read)

@@ -88,7 +88,7 @@ def add_lora(
     keys = TokenKeys()
     kind = DoraLinear if config.dora else LoRALinear
     for name in names:
-        layer = kind(linears[name], config, name, keys)
+        layer: Adapted = kind(linears[name], config, name, keys)  # type: ignore[arg-type]  # of the kinds in `LINEAR`
         reset(layer, seed)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

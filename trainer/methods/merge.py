@@ -12,6 +12,7 @@ from tritune.trainer.methods.linear import oriented
 from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.methods.states import Read, shapes_of
 from tritune.trainer.model.load import is_tied
+from tritune.trainer.model.quantized import NF4, quantized_layers
 
 MAX_LOST = 0.5  # share of an update, by norm, that rounding the merged weights may take
 
@@ -26,16 +27,21 @@ def merged_tensors(
             update.
     """
     require_mergeable(model)
-    layers, rounding = lora_layers(model), Rounding()
+    layers, packed, rounding = lora_layers(model), quantized_layers(model), Rounding()
+    if packed:
+        say(f"export    merged into what nf4 left of {len(packed)} layers' weights, made dense again")
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
+        values = read(tensor)
+        if leaf == NF4:
+            name, leaf, values = f"{owner}.weight", "weight", packed[owner].dense(values)
         if owner in layers and leaf in layers[owner].own:
             continue
         layer = layers.get(owner.removesuffix(".base_layer"))
         if layer is None or not owner.endswith(".base_layer") or leaf != "weight":
-            yield name.replace(".base_layer.", ".") if layer is not None else name, read(tensor).to(dtype)
+            yield name.replace(".base_layer.", ".") if layer is not None else name, values.to(dtype)
             continue
-        before = oriented(layer.base_layer, read(tensor).to(torch.promote_types(tensor.dtype, torch.float32)))
+        before = oriented(layer.base_layer, values.to(torch.promote_types(values.dtype, torch.float32)))
         result = rounding.add(name, before, layer.merged(before, read), dtype)
         yield f"{owner.removesuffix('.base_layer')}.weight", oriented(layer.base_layer, result).contiguous()
     rounding.settle(dtype, say)
@@ -48,8 +54,8 @@ class Rounding:
         self.lost, self.total, self.worst = 0.0, 0.0, ("", 0.0)
 
     def add(self, name: str, before: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `exact` in `dtype`; both weights are in float32 or wider, and the one from before is used up."""
-        size = float(before.sub_(exact).square_().sum())
+        """Return `exact` in `dtype`, which is used up; both weights are in float32 or wider, `before` perhaps the model's own."""
+        size = float(torch.linalg.vector_norm(exact - before)) ** 2
         result = exact.to(dtype)
         error = float(exact.sub_(result).square_().sum()) if dtype is not exact.dtype else 0.0
         self.lost, self.total = self.lost + error, self.total + size
@@ -91,7 +97,7 @@ def require_mergeable(model: PreTrainedModel) -> None:
         raise InputError("export.form=merged", rule, "Use export.form=adapter")
     weights: dict[int, str] = {}
     for name, layer in layers.items():
-        first = weights.setdefault(id(layer.base_layer.weight), name)
+        first = weights.setdefault(id(next(layer.base_layer.parameters())), name)
         if first != name:
             rule = f"{first} and {name} share one matrix and have an update each"
             raise InputError("export.form=merged", rule, "Use export.form=adapter")
@@ -101,8 +107,11 @@ def merged_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     """Names and shapes of `merged_tensors`, from a model without values."""
     layers = lora_layers(model)
     shapes: dict[str, list[int]] = {}
+    packed = quantized_layers(model)
     for name, shape in shapes_of(model).items():
         owner, _, leaf = name.rpartition(".")
+        if leaf == NF4:
+            name, shape = f"{owner}.weight", list(packed[owner].shape)
         if owner not in layers or leaf not in layers[owner].own:
             shapes[name.replace(".base_layer.", ".") if owner.removesuffix(".base_layer") in layers else name] = shape
     return shapes
