@@ -21,6 +21,7 @@ from tritune.trainer.errors import ConfigFaults, InputError
 from tritune.trainer.methods.adapter import Activation, AdapterConfig, Placement
 from tritune.trainer.methods.adapter_layers import AdaptedBlock, block_names
 from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.states import as_it_is
 from tritune.trainer.model.scorer import KeepFloat64, TokenScorer
 from tritune.trainer.open import open_model
 from tritune.trainer.parallel.distributed import start
@@ -143,7 +144,7 @@ def test_a_new_head_trains_and_is_part_of_the_adapter():
     model = make(auto=AutoModelForSequenceClassification, num_labels=3)
     config = adapted(model)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trains == set(config.adapter_tensors(model, ["score"])) > {"score.weight"}
+    assert trains == set(config.adapter_tensors(model, ["score"], as_it_is)) > {"score.weight"}
 
 
 @pytest.mark.parametrize(("where", "said"), [

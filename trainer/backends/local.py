@@ -74,7 +74,7 @@ class Local:
         if math.isfinite(norm) and not refuse:
             factor = max_grad_norm / (norm + 1e-6)
             if factor < 1.0:
-                torch._foreach_mul_(self._gradients(), factor)
+                torch.ops.aten._foreach_mul_.Scalar(self._gradients(), factor)
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dp_size == 1)

@@ -8,7 +8,7 @@ only inside its methods, since the launcher and `tritune config` read it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -169,26 +169,39 @@ class MethodConfig:
         return []
 
     def require_mergeable(self, model: PreTrainedModel) -> None:
-        """Refuse what `whole_state` would write wrongly.
+        """Refuse what `whole_tensors` would write wrongly.
 
         Raises:
             InputError: with the other form of export.
         """
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        """The state dict in `dtype` under the base model's names, what trained beside it merged in.
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The state dict in `dtype` under the base model's names, what trained beside it merged in: one tensor at a time, in
+        the order of `whole_shapes`, each made when it is asked for and let go before the next is. A tied matrix comes under
+        each of its names, and whoever writes takes one.
+
+        Args:
+            read: the values, whole, of a parameter or buffer of `model`, whose own may be meta tensors or shards.
 
         Raises:
-            InputError: as `require_mergeable`, or rounding would take most of what was trained.
+            InputError: as `require_mergeable`; or, once all have come, that rounding would take most of what was trained.
         """
         raise NotImplementedError
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
-        """Names and shapes of `whole_state`, from a model without values."""
+        """Names and shapes of `whole_tensors`, from a model without values."""
         raise NotImplementedError
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
-        """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model."""
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model.
+
+        Args:
+            read: as of `whole_tensors`.
+        """
         raise NotImplementedError
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, MethodConfig, Metric
 from tritune.trainer.config.backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config.check_data import check_data
-from tritune.trainer.config.choices import Activations, Dtype, Form
+from tritune.trainer.config.choices import Activations, Dtype, Form, Storage
 from tritune.trainer.config.launch import check_launch
 from tritune.trainer.config.registry import saying_labels
 from tritune.trainer.config.schema import SPLITS, Config, TrainConfig, names, schemas
@@ -58,6 +58,17 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
     check_data(c, rule, faults)
     c.method.check(rule)
+    packed = c.model.storage is not Storage.plain
+    rule(
+        not training or not packed or c.method.freezes_base,
+        "model.storage",
+        f"4 bits hold weights that stay as they are, and method={c.method.name} trains them. Use method=lora, or plain",
+    )
+    rule(
+        not packed or not c.train.compile,
+        "model.storage",
+        "torch.compile does not see into NF4. Use train.compile=false",
+    )
     c.objective.check(rule)
     rule(
         c.objective.learns is not Learns.text or c.objective.documents == 1,

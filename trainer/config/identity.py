@@ -14,6 +14,8 @@ Identity = dict[str, Any]  # dotted key -> a JSON value without secrets
 # Keys of which the rows alone tell what they did, and these are compared by their digests: a run of before there were such keys
 # goes on.
 _OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
+# Keys of a group without options that came later, with what runs did before.
+_SINCE: dict[str, Any] = {"model.storage": "plain"}
 
 
 def identity_of(config: Config) -> Identity:
@@ -30,7 +32,7 @@ def identity_in(tree: Any) -> Identity:
 def compared(flat: dict[str, Any]) -> dict[str, Any]:
     """Dotted key -> value under today's names, without the keys that the rows tell of, and with those that an option has got
     since: a run from before them goes on, since their defaults do what it did."""
-    found = {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    found = _SINCE | {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
     for axis in AXES:
         kind = axis_options(axis).get(str(found.get(f"{axis}.name")))
         if kind is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tritune.trainer import __version__
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.config.choices import Form
+from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.export.card_labels import asking, labels_part
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.redact import redact
@@ -125,6 +125,7 @@ def _training(source: Source) -> str:
         ("tokens", facts.get("tokens")),
         ("optimizer", f"{config.optim.name}, lr {config.optim.lr}, {config.optim.schedule.value}"),
         ("precision", config.model.dtype.value),
+        ("storage of the base", None if config.model.storage is Storage.plain else config.model.storage.value),
         ("seed", config.seed),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)

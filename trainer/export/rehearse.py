@@ -20,7 +20,7 @@ from tritune.trainer.export.source import Source, choose_form
 from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
 from tritune.trainer.methods.adapter_io import save_settings
-from tritune.trainer.methods.states import shapes_of
+from tritune.trainer.methods.states import as_it_is, shapes_of
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.model.scorer import TESTED_FAMILIES
 
@@ -122,9 +122,8 @@ def _try_adapter(partial: Path, source: Source) -> None:
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared in the end
         model = get_peft_model(_empty_model(source, partial), PeftConfig.from_pretrained(str(partial)))
-    expected = _shapes(config.method.adapter_tensors(source.model, source.heads))
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _compare(expected, _shapes(found), source)
+    expected = _shapes(config.method.adapter_tensors(source.model, source.heads, as_it_is))
+    _compare(expected, _shapes(get_peft_model_state_dict(model, save_embedding_layers=False)), source)
 
 
 def _try_own(partial: Path, source: Source) -> None:
@@ -133,7 +132,7 @@ def _try_own(partial: Path, source: Source) -> None:
     fresh = _empty_model(source, partial)
     with init_empty_weights(include_buffers=False):
         method.attach(fresh, heads, 0, ())
-    written, read = (_shapes(method.adapter_tensors(model, heads)) for model in (source.model, fresh))
+    written, read = (_shapes(method.adapter_tensors(m, heads, as_it_is)) for m in (source.model, fresh))
     _compare(written, read, source)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import InputError
+from tritune.trainer.methods.states import Read, whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Source:
         logits: input ids -> logits, as the model computed them in training.
         heads: modules that are new; labels: of a classifier.
         facts: of the run, for the model card: step, tokens, scores, abstention.
+        read: the values of one of the model's tensors, which may be meta tensors.
         read_back: `objective.prompt` comes from the run's `config.yaml`, where `***` may stand for a secret.
     """
 
@@ -33,6 +35,7 @@ class Source:
     labels: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
     read_back: bool = False
+    read: Read = whole
 
     @property
     def abstain_below(self) -> float | None:

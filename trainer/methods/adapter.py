@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -76,10 +76,12 @@ class AdapterConfig(MethodConfig):
         bottleneck = f"{self.size}, {self.placement.value}, {self.activation.value}, scale {self.scale}"
         return [("bottleneck", bottleneck), ("at", ", ".join(self.where)), ("dropout", str(self.dropout))]
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         from tritune.trainer.methods.adapter_layers import bottleneck_tensors
 
-        return bottleneck_tensors(model, heads)
+        return bottleneck_tensors(model, heads, read)
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from tritune.trainer.config import MethodConfig
 from tritune.trainer.methods.own_adapter import own_settings
-from tritune.trainer.methods.states import whole
+from tritune.trainer.methods.states import Read, whole
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 
 LABELS = "labels.json"  # beside an adapter for a classifier: PEFT's layout has no place for names
@@ -23,17 +23,19 @@ def save_adapter(
     heads: list[str],
     base: str | None,
     revision: str | None = None,
+    read: Read = whole,
 ) -> int:
     """Write the adapter; return the size of its weights in bytes.
 
     Args:
         heads: modules that are new and belong to the adapter (a classification head).
         base, revision: hub id or folder of the base model, so that PEFT finds it.
+        read: the values of a tensor of `model`.
     """
-    tensors = method.adapter_tensors(model, heads)
+    tensors = method.adapter_tensors(model, heads, read)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ADAPTER_WEIGHTS
-    save_file({n: whole(t).cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({n: t.cpu().clone().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
     save_settings(directory, method, model, heads, base, revision)
     return path.stat().st_size
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.adapter import Activation, AdapterConfig, Placement
 from tritune.trainer.methods.patterns import kinds, matches
+from tritune.trainer.methods.states import Read
 from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 from tritune.trainer.model.layers import decoder_layers
 
@@ -139,8 +140,8 @@ def describe_bottlenecks(model: PreTrainedModel) -> list[str]:
     return [f"bottlenecks on {', '.join(f'{count} x {name}' for name, count in counts.items())}"]
 
 
-def bottleneck_tensors(model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+def bottleneck_tensors(model: PreTrainedModel, heads: list[str], read: Read) -> dict[str, Tensor]:
     """The parameters of the bottlenecks, and those of the new heads, under their names in the adapted model."""
     within = [n for n, m in model.named_modules() if isinstance(m, AdaptedBlock)]
     ours = tuple(f"{n}.adapter_{part}." for n in within for part in ("down", "up")) + tuple(f"{h}." for h in heads)
-    return {n: p for n, p in model.named_parameters() if n.startswith(ours)}
+    return {n: read(p) for n, p in model.named_parameters() if n.startswith(ours)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -63,10 +63,12 @@ class FullConfig(MethodConfig):
         given = {"trained": self.train, "last layers trained": self.last_layers, "frozen": self.freeze}
         return [(what, str(value)) for what, value in given.items() if value not in ([], None)]
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        from tritune.trainer.methods.states import cast_state
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        from tritune.trainer.methods.states import cast_tensors
 
-        return cast_state(model, dtype)
+        return cast_tensors(model, dtype, read)
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
         from tritune.trainer.methods.states import shapes_of

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tritune.trainer.config.axes import MethodConfig
 from tritune.trainer.config.registry import axis_options
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.methods.states import as_it_is
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 from tritune.trainer.model.folder import read_settings_file
 from tritune.trainer.shown import bounded
@@ -96,7 +97,7 @@ def add_own_adapter(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
             raise InputError(f"heads={absent}", "the base has no such module", "")
         with torch.device("meta"):  # a file that says a size of a billion takes no memory, and nothing is drawn
             method.attach(model, heads, 0, ())
-        expected = method.adapter_tensors(model, heads)
+        expected = method.adapter_tensors(model, heads, as_it_is)
     except InputError as error:
         raise InputError(value, f"it does not fit its base: {error.value}: {error.rule}", "Check its base") from None
     except (RuntimeError, OverflowError, TypeError) as error:  # a size that no tensor has

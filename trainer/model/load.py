@@ -31,6 +31,7 @@ from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model.files import find_adapter_config, weight_files
 from tritune.trainer.model.finite import require_finite
 from tritune.trainer.model.folder import require_computable, require_sound
+from tritune.trainer.model.quantized import quantized_layers
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -212,14 +213,15 @@ def widen_masters(model: nn.Module) -> None:
 def narrow_frozen(model: nn.Module, dtype: Dtype) -> None:
     """Hold what is frozen as it computes: in bfloat16 no master of it is needed."""
     for parameter in model.parameters() if dtype is Dtype.bfloat16 else ():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters in place, and no buffer: in bfloat16 a rotary frequency puts far positions elsewhere."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -232,4 +234,5 @@ def is_tied(model: PreTrainedModel) -> bool:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; shared ones count once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    packed = sum(layer.shape.numel() - layer.nf4.numel() for layer in quantized_layers(model).values())
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + packed
