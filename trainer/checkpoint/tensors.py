@@ -114,18 +114,7 @@ def load_tensors(
         CheckpointError: names, shapes or dtypes are not the run's, or values such as no run has. DCP would ignore extra names
             and cast dtypes.
     """
-    missing, extra = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
-    if missing or extra:
-        raise CheckpointError(
-            f"{directory}: it holds other tensors than this run: {len(missing)} missing {missing[:2]}, "
-            f"{len(extra)} unknown {extra[:2]}"
-        )
-    for name, value in tensors.items():
-        shape, dtype = expected[name]["shape"], expected[name]["dtype"]
-        if list(value.shape) != shape or str(value.dtype) != dtype:
-            raise CheckpointError(
-                f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
-            )
+    require_same_tensors(directory, tensors, expected)
     reader, alone = HuggingFaceStorageReader(str(directory)), world.size == 1
     places = {name: shard.flattened() for name, shard in tensors.items()} if flat else dict(tensors)
     with torch.no_grad(), _plain_errors():
@@ -139,10 +128,30 @@ def load_tensors(
 
     for name, shard in tensors.items():
         for part in shard.parts:
-            _require_possible(directory, name, part.values)
+            require_possible(directory, name, part.values)
 
 
-def _require_possible(directory: Path, name: str, values: Tensor) -> None:
+def require_same_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str, Any]) -> None:
+    """Compare names, shapes and dtypes with the manifest's; shards of meta tensors are fine.
+
+    Raises:
+        CheckpointError: they are not the run's.
+    """
+    missing, extra = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
+    if missing or extra:
+        raise CheckpointError(
+            f"{directory}: it holds other tensors than this run: {len(missing)} missing {missing[:2]}, "
+            f"{len(extra)} unknown {extra[:2]}"
+        )
+    for name, value in tensors.items():
+        shape, dtype = expected[name]["shape"], expected[name]["dtype"]
+        if list(value.shape) != shape or str(value.dtype) != dtype:
+            raise CheckpointError(
+                f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
+            )
+
+
+def require_possible(directory: Path, name: str, values: Tensor) -> None:
     """A step whose gradients are not finite is not applied, so that weights and moments stay numbers, and squares positive."""
     if not values.is_floating_point():
         return
