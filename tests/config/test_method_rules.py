@@ -37,8 +37,11 @@ def test_refused(override, said, remedy):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method=full"], "method=full trains them. Use method=lora, or plain"),
-        (["method=full", "method.freeze=[embed_tokens]"], "method=full trains them. Use method=lora, or plain"),
+        (["method=full"], "method=full trains them. Use one of the methods adapter, lora"),
+        (
+            ["method=full", "method.freeze=[embed_tokens]"],
+            "method=full trains them. Use one of the methods adapter, lora",
+        ),
         (["train.compile=true"], "torch.compile does not see into NF4. Use train.compile=false"),
     ],
 )
