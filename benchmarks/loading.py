@@ -10,7 +10,8 @@ The peak of RssFile (pages of the mapped files, in the system's cache anyway) st
 the backend is ready: with masters and moments, and what the engine imports on its way; where every parameter trains
 they are many times the model, and loading ends before them.
 
-The bound: rise <= the rank's part + 20 % of the model, in bytes of the dtype that it is held in. `ddp`, which loads the model
+The bound: rise <= the rank's part + 20 % of the model, in bytes of the dtype that it is held in; of a base in NF4 (`qlora`) the
+part + one decoder layer in bf16. `ddp`, which loads the model
 whole on each rank, stands beside it without one.
 """
 
@@ -29,10 +30,13 @@ from safetensors.torch import save_file
 from tritune.launch.processes import preload
 
 VOCAB, HIDDEN, INTERMEDIATE, HEADS = 32000, 2048, 5632, 16
+LAYER = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE  # parameters of a decoder layer
 SLACK = 0.2  # of the model's bytes
 CASES = [  # label, backend, method, model.dtype
     ("fsdp-lora-bf16", "fsdp", "lora", "bfloat16"),
     ("zero3-lora-bf16", "zero3", "lora", "bfloat16"),
+    ("fsdp-qlora-bf16", "fsdp", "lora", "bfloat16"),
+    ("zero3-qlora-bf16", "zero3", "lora", "bfloat16"),
     ("fsdp-full-fp32", "fsdp", "full", "float32"),
     ("zero3-full-fp32", "zero3", "full", "float32"),
     ("whole-lora-bf16", "ddp", "lora", "bfloat16"),
@@ -51,6 +55,7 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
     from tritune.trainer.config.compose import load_config
     from tritune.trainer.methods.apply import apply_method
     from tritune.trainer.model.load import load_architecture, storage_dtype, widen_masters
+    from tritune.trainer.model.loading import load as load_placed
     from tritune.trainer.model.optim import make_optimizer
     from tritune.trainer.model.scorer import TokenScorer
     from tritune.trainer.model.tokenizer import load_tokenizer
@@ -72,7 +77,7 @@ def load(overrides: list[str], processes: int, to_the_end: bool) -> dict[str, An
     world.gather(None)  # all begin together
     placed.start()
     prepared.start()
-    model, weights = load(
+    model, weights = load_placed(
         config.model,
         architecture,
         tokenizer,
@@ -140,6 +145,7 @@ def measure(case: tuple[str, str, str, str], ranks: int, folder: Path) -> dict[s
     overrides = [
         f"model.path={folder / 'model'}", f"data.train={folder / 'rows.txt'}", "objective=pretrain", f"backend={backend}",
         f"method={method}", f"model.dtype={dtype}", "backend.device=cpu", "data.max_length=64", "train.max_steps=1",
+        "optim.lr=1e-4", f"model.storage={'nf4' if 'qlora' in label else 'plain'}",
     ]  # fmt: skip
     found = run_ranks(load, (overrides, ranks, method == "lora"), ranks, folder / label)
     model, part = found[0]["model_bytes"], found[0]["model_bytes"] // ranks
@@ -149,7 +155,7 @@ def measure(case: tuple[str, str, str, str], ranks: int, folder: Path) -> dict[s
         "rise_anon_bytes": rises, "rise_file_bytes": [f["placed"]["file"] for f in found],
     }  # fmt: skip
     if backend != "ddp":
-        bound = round(part + SLACK * model)
+        bound = part + (2 * LAYER if "qlora" in label else round(SLACK * model))
         case_figures |= {"part_bytes": part, "bound_bytes": bound, "holds": max(rises) <= bound}
         case_figures["over_part_share_of_model"] = round((max(rises) - part) / model, 4)
     if "prepared" in found[0]:

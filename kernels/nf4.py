@@ -36,6 +36,7 @@ NF4_LEVELS = (
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SECOND_BLOCK = 256  # first-level blocks per second-level block
+AT_ONCE = 2**20  # values that are quantised at a time: their float32 copies are all that is needed beside the weight
 TINY = (
     2.0**-126
 )  # the least normal number: a smaller one may be flushed to 0; such a block keeps its `a`, codes nearer to 0
@@ -160,18 +161,8 @@ def quantize(w: Tensor, block_size: int = 64, double: bool = True) -> Nf4Weight:
         raise ValueError(
             f"a tensor {tuple(w.shape)} of {w.dtype}: NF4 takes floating-point tensors with elements. Leave it as it is"
         )
-    flat = w.detach().to(torch.float32).reshape(-1)
-    finite = torch.isfinite(flat)
-    if not finite.all():
-        first = int((~finite).to(torch.uint8).argmax())
-        raise ValueError(
-            f"w holds {w.reshape(-1)[first].item()} at flat index {first}: the largest magnitude scales a block, so each"
-            " value must be finite in float32. Repair the checkpoint, or leave this weight in its own dtype"
-        )
     levels, map_ = _tables(w.device)
-    codes_BL, absmax_B = _nearest(flat, levels, block_size)
-    codes = codes_BL.reshape(-1)[: w.numel() + w.numel() % 2]  # an odd one out is paired with a zero's code
-    packed = (codes[0::2] << 4) | codes[1::2]
+    packed, absmax_B = _packed(w.detach().reshape(-1), levels, block_size)
     if not double:
         return Nf4Weight(packed, absmax_B, None, w.shape, block_size)
     offset = absmax_B.mean()
@@ -184,6 +175,24 @@ def quantize(w: Tensor, block_size: int = 64, double: bool = True) -> Nf4Weight:
     second_codes[second_absmax == 0] = 0  # every code means 0 there; bitsandbytes writes this one
     scales = second_codes.reshape(-1)[: len(absmax_B)].contiguous()
     return Nf4Weight(packed, scales, (second_absmax, offset), w.shape, block_size)
+
+
+def _packed(flat: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return the packed codes and the absmax of `flat` [numel], of any float dtype; some blocks at a time are float32."""
+    size, parts = block_size * max(AT_ONCE // block_size, 1), []
+    for start in range(0, len(flat), size):
+        piece = flat[start : start + size].to(torch.float32)
+        codes_BL, absmax_B = _nearest(piece, levels, block_size)
+        if not torch.isfinite(absmax_B).all():
+            first = int((~torch.isfinite(piece)).to(torch.uint8).argmax())
+            raise ValueError(
+                f"w holds {flat[start + first].item()} at flat index {start + first}: the largest magnitude scales a block,"
+                " so each value must be finite in float32. Repair the checkpoint, or leave this weight in its own dtype"
+            )
+        codes = codes_BL.reshape(-1)[: len(piece) + len(piece) % 2]  # an odd one out is paired with a zero's code
+        parts.append(((codes[0::2] << 4) | codes[1::2], absmax_B))
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def _nearest(flat: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
