@@ -68,6 +68,9 @@ CASES = {
     "lora": Case({}, {}),
     "rslora": Case({"rslora": True}, {"use_rslora": True}),
     "dora": Case({"dora": True}, {"use_dora": True}),
+    "dora, head": Case(
+        {"dora": True, "targets": ["lm_head", "up_proj"]}, {"use_dora": True, "target_modules": ["lm_head", "up_proj"]}
+    ),
     "dora, rslora": Case({"dora": True, "rslora": True}, {"use_dora": True, "use_rslora": True}),
     "dora, dropout": Case({"dora": True, "dropout": 0.3}, {"use_dora": True, "lora_dropout": 0.3}),
     "dora, biases": Case({"dora": True, "bias": Bias.lora_only}, {"use_dora": True, "bias": "lora_only"}),
@@ -228,6 +231,19 @@ def test_a_row_without_a_direction_is_refused_by_its_layer():
         apply_method(LoraConfig(dora=True), copy.deepcopy(base), [], 0)
     apply_method(LoraConfig(dora=True, exclude=["model.layers.1.mlp.up_proj"]), copy.deepcopy(base), [], 0)
     apply_method(LoraConfig(), base, [], 0)
+
+
+def test_a_row_without_a_direction_that_comes_later_is_refused_in_the_first_forward():
+    """Where no rank holds the model, weights are read after the layers were made."""
+    config, name = LoraConfig(dora=True, rank=2), "model.layers.0.mlp.up_proj"
+    layer = DoraLinear(nn.Linear(4, 3, device="meta"), config, name, None).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    nn.init.zeros_(layer.base_layer.weight[1])
+    with pytest.raises(InputError, match=f"a row of {name} is zero"):
+        layer(torch.ones(2, 4))
+    nn.init.ones_(layer.base_layer.weight)
+    assert layer(torch.ones(2, 4)).isfinite().all()
 
 
 def test_only_dora_layers_learn_lengths():

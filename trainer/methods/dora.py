@@ -36,7 +36,7 @@ class DoraLinear(nn.Module):
         As of `LoRALinear`.
 
     Raises:
-        InputError: a row of the base's weight is zero, and has no direction.
+        InputError: a row of the base's weight is zero, and has no direction; in the first forward where weights come later.
     """
 
     own = ("lora_A", "lora_B", "magnitude_change")
@@ -52,9 +52,9 @@ class DoraLinear(nn.Module):
         self.keys = keys
         # The base's own forward never runs: ZeRO-3 gathers its weight in this module's hooks, where the norm needs it.
         self.computes = [base_layer]
-        if base_layer.weight.device.type != "meta" and not _norms(self._weight()).all():
-            rule = f"a row of {name} is zero, and DoRA learns by how much its length changes"
-            raise InputError("method.dora=true", rule, f"Add {name} to method.exclude, or use method.dora=false")
+        self.name, self.looked_at = name, False
+        if base_layer.weight.device.type != "meta":
+            self._require_lengths(_norms(self._weight()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view_as(x)  # as in LoRALinear
@@ -81,6 +81,13 @@ class DoraLinear(nn.Module):
         magnitude = norms + whole(self.magnitude_change).to(norms.device)
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": magnitude}
 
+    def _require_lengths(self, norms: Tensor) -> None:
+        """Refuse rows without a direction: at once where weights are here, else in the first forward."""
+        if not norms.all():
+            rule = f"a row of {self.name} is zero, and DoRA learns by how much its length changes"
+            raise InputError("method.dora=true", rule, f"Add {self.name} to method.exclude, or use method.dora=false")
+        self.looked_at = True
+
     def _weight(self) -> Tensor:
         return oriented(self.base_layer, self.base_layer.weight)
 
@@ -88,6 +95,8 @@ class DoraLinear(nn.Module):
         """(m - |V|) / |V|, [N] in float32 or wider; the gradient is that of m alone."""
         with torch.no_grad():
             base = _norms(weight)
+            if not (self.looked_at or torch.compiler.is_compiling()):
+                self._require_lengths(base)
             a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
             across = linear(self.lora_A.to(weight.dtype), weight).t().to(base.dtype)  # W A^T, [N, R]
             square = base.square() + ((2.0 * across + self.scaling * (b @ (a @ a.t()))) * (self.scaling * b)).sum(dim=1)
