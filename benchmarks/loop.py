@@ -75,6 +75,7 @@ def build_run(size: str, folder: Path, steps: int) -> Any:
     from tritune.trainer.metrics.progress import Progress
     from tritune.trainer.parallel import distributed
     from tritune.trainer.run.directory import RunDir
+    from tritune.trainer.run.pulse import Pulse
     from tritune.trainer.run.stop import Stop
 
     text = folder / "text.txt"
@@ -87,7 +88,9 @@ def build_run(size: str, folder: Path, steps: int) -> Any:
     directory = RunDir(folder / "run")
     directory.acquire()
     quiet = Progress(True, stream=open(os.devnull, "w"))  # noqa: SIM115
-    return build(config, distributed.start(config.backend, False), directory, quiet, Stop())
+    limits = config.launch
+    pulse = Pulse(0, limits.quiet_seconds, limits.hang_factor, limits.hang_seconds)
+    return build(config, distributed.start(config.backend, False), directory, quiet, Stop(), pulse)
 
 
 def fresh_model(run: Any) -> torch.nn.Module:

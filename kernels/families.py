@@ -170,8 +170,12 @@ def is_adapted(layer: nn.Module) -> bool:
 
 def fusable(layers: list[nn.Module]) -> bool:
     """Whether the layers, each adapted or plain and frozen, are a group with an update in it."""
-    frozen = all(type(base_of(m)) is nn.Linear and not base_of(m).weight.requires_grad for m in layers)
-    return frozen and any(is_adapted(layer) for layer in layers)
+    return all(map(_is_frozen_linear, layers)) and any(is_adapted(layer) for layer in layers)
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    base = base_of(layer)
+    return hasattr(base, "stored") or (type(base) is nn.Linear and not base.weight.requires_grad)
 
 
 def base_of(layer: Any) -> Any:
@@ -181,9 +185,10 @@ def base_of(layer: Any) -> Any:
 
 def projection_of(layer: Any) -> Projection:
     base = base_of(layer)
+    weight, shape = base.stored if hasattr(base, "stored") else (base.weight, None)  # in NF4: the bytes and the shape
     if not is_adapted(layer):
-        return Projection(base.weight, base.bias)
-    return Projection(base.weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.layer_id)
+        return Projection(weight, base.bias, shape=shape)
+    return Projection(weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.layer_id, shape)
 
 
 def _dropout_of(layers: list[Any]) -> tuple[Tensor | None, float]:

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from tritune.kernels.language import cdiv, require_runs, rows_of
 from tritune.kernels.lora_dropout import add_dropped_x_gradient, dropped_a_gradient, dropped_down, padded_rank
 from tritune.kernels.nf4 import Nf4Weight
+from tritune.kernels.nf4_bytes import from_bytes
 from tritune.kernels.products import accumulate
 from tritune.kernels.swiglu import glu_backward, glu_forward
 
@@ -46,11 +47,12 @@ class Projection(NamedTuple):
     """A frozen linear layer, with an update or without.
 
     Attributes:
-        weight: [N, K], dense or NF4.
+        weight: [N, K], dense or NF4; or the bytes of the latter (`nf4_bytes`) with `shape`.
         bias: [N] or None; it may train.
         a, b: [R, K] and [N, R], or None.
         scaling: factor of the update.
         layer_id: the layer's number for dropout.
+        shape: of a weight that is given as bytes: [N, K].
     """
 
     weight: Tensor | Nf4Weight
@@ -59,6 +61,7 @@ class Projection(NamedTuple):
     b: Tensor | None = None
     scaling: float = 1.0
     layer_id: int = 0
+    shape: torch.Size | None = None
 
 
 def lora_linear(
@@ -103,7 +106,7 @@ def _flatten(x: Tensor, projections: Sequence[Projection], keys: Tensor | None, 
     tensors: list[Tensor | None] = []
     statics = []
     for projection in projections:
-        nf4 = projection.weight if isinstance(projection.weight, Nf4Weight) else None
+        nf4 = projection.weight if isinstance(projection.weight, Nf4Weight) else projection.shape
         dense = projection.weight if isinstance(projection.weight, Tensor) else None
         if dense is not None and dense.requires_grad:
             raise ValueError(
@@ -114,13 +117,20 @@ def _flatten(x: Tensor, projections: Sequence[Projection], keys: Tensor | None, 
     return tensors, tuple(statics)
 
 
+def _weight(nf4: Nf4Weight | torch.Size | None, tensor: Tensor | None) -> Any:
+    """What a group multiplies by. Bytes are looked into anew in backward: an engine may have gathered them again."""
+    if isinstance(nf4, torch.Size) and tensor is not None:
+        return from_bytes(tensor, nf4)
+    return tensor if nf4 is None else nf4
+
+
 class _Group:
     """The arithmetic of projections that share an input, outside of autograd."""
 
     def __init__(
         self, statics: Sequence[Any], tensors: Sequence[Tensor | None], keys: Tensor | None, p: float, dtype
     ) -> None:
-        self.weights = [s[0] if s[0] is not None else tensors[4 * i] for i, s in enumerate(statics)]
+        self.weights = [_weight(s[0], tensors[4 * i]) for i, s in enumerate(statics)]
         self.biases = [tensors[4 * i + 1] for i in range(len(statics))]
         self.dtype, self.p, self.keys = dtype, p, None if keys is None else keys.reshape(-1)
         factors = [(tensors[4 * i + 2], tensors[4 * i + 3]) for i in range(len(statics))]

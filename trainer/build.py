@@ -16,7 +16,7 @@ from tritune.trainer.audit.cheap import cheap_findings
 from tritune.trainer.audit.findings import Severity, blocking
 from tritune.trainer.backends import Backend, make_backend, shards_parameters
 from tritune.trainer.checkpoint.store import CheckpointStore, read_state
-from tritune.trainer.config import Config, ObjectiveConfig, TrainConfig
+from tritune.trainer.config import Config, MethodConfig, ObjectiveConfig, TrainConfig
 from tritune.trainer.config.choices import Form, Packing
 from tritune.trainer.config.compose import to_dict
 from tritune.trainer.config.data import Check, DataConfig, training_sources
@@ -47,6 +47,7 @@ from tritune.trainer.model.load import (
     heads_of,
     is_tied,
     load_architecture,
+    narrow_frozen,
     storage_dtype,
     widen_masters,
 )
@@ -151,8 +152,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:
-            require_trained_embeddings(model, added, config.method.name)
+            require_trained_embeddings(model, added, config.method)
         widen_masters(model)
+        narrow_frozen(model, config.model.dtype)
         if weights is not None:
             weights.take(model)
     if config.export.enabled:
@@ -238,12 +240,13 @@ def lay_out_choices(
     return {n: lay_out(e, settings.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
 
 
-def require_trained_embeddings(model: PreTrainedModel, added: int, method: str) -> None:
+def require_trained_embeddings(model: PreTrainedModel, added: int, method: MethodConfig) -> None:
     """Refuse new tokens whose embeddings would stay as random as they were drawn, and would not be in the adapter."""
     if not model.get_input_embeddings().weight.requires_grad:
-        rule = f"{added} token(s) are new to the model, and method={method} keeps their embeddings frozen and random"
-        remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
-        raise InputError("model.add_tokens", rule, remedy)
+        rule = (
+            f"{added} token(s) are new to the model, and method={method.name} keeps their embeddings frozen and random"
+        )
+        raise InputError("model.add_tokens", rule, method.embeddings_remedy())
 
 
 def _resume_or_start(run: Run, written: dict[str, Any], base: dict[str, dict[str, str]] | None) -> None:

@@ -19,11 +19,11 @@ from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run, score
 from tritune.trainer.model.load import context_length
 from tritune.trainer.objectives.loss import Objective, text_loss
-from tritune.trainer.open import source_of
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import export_path, now
 from tritune.trainer.run.files import read_json
 from tritune.trainer.tracking import under
+from tritune.trainer.trained import source_of
 
 Scores = dict[str, dict[str, float]]
 
@@ -139,7 +139,7 @@ def _try_export(run: Run, facts: dict[str, Any]) -> tuple[dict[str, Any], Export
 
 
 def _export(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """On rank 0. Where no rank has the masters, they are read from the checkpoint, whole, into host memory."""
+    """On rank 0. Where no rank has the masters, they are read from the checkpoint, one tensor at a time."""
     run.model.eval()
     if run.backend.whole:
         source = Source(run.config, run.core, run.scorer.logits, run.tokenizer, run.heads, run.labels, facts)

@@ -109,10 +109,10 @@ def fit(run: Run) -> str | None:
                     loss = objective(run.model, batch)
                     backend.backward(scaled(objective, loss, weights, backend.dp_size))
                 run.meter.add(loss, batch)
-            update_loss, tokens, label_tokens = run.meter.step(objective, weights)
-            norm = backend.step(config.optim.max_grad_norm, lr, refuse=not math.isfinite(update_loss))
-            updates.append((update_loss, float(norm)))
-            state.tokens, state.label_tokens = state.tokens + tokens, state.label_tokens + label_tokens
+            found = run.meter.step(objective, weights, backend.grad_norm())  # the one wait for the device
+            norm = backend.step(config.optim.max_grad_norm, lr, found.norm, refuse=not math.isfinite(found.loss))
+            updates.append((found.loss, norm))
+            state.tokens, state.label_tokens = state.tokens + found.tokens, state.label_tokens + found.label_tokens
         run.loader.advance()
         mean_loss, grad_norm = (sum(values) / len(values) for values in zip(*updates, strict=True))
         count_nonfinite(run, mean_loss, grad_norm, window)
@@ -178,6 +178,7 @@ def log_step(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     state = run.state
     row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": state.tokens}
     row |= {"label_tokens": state.label_tokens, "epoch": state.epoch, **run.meter.rate()}
+    row["data_seconds"] = round(run.loader.waited(), 6)  # of the seconds since the last row
     if state.left_out:
         row["left_out"] = state.left_out
     row |= {name: value for name, value in run.meter.figures.items() if name not in row}

@@ -18,14 +18,12 @@ from tritune.trainer.checkpoint.store import CheckpointStore, read_state
 from tritune.trainer.checkpoint.tensors import load_tensors
 from tritune.trainer.config import Config, ModelConfig, ObjectiveConfig
 from tritune.trainer.config.axes import Head, Learns
-from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.data import DataConfig
 from tritune.trainer.config.registry import default_option, saying_labels, with_class_head
 from tritune.trainer.data.plain_chat import settle_template
 from tritune.trainer.data.prompts import name_rendering
 from tritune.trainer.data.splits import Watch
 from tritune.trainer.errors import InputError
-from tritune.trainer.export import Source
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.methods.apply import apply_method
@@ -36,6 +34,7 @@ from tritune.trainer.model.load import (
     cast_parameters,
     heads_of,
     load_architecture,
+    narrow_frozen,
     storage_dtype,
     widen_masters,
 )
@@ -65,6 +64,7 @@ class Opened:
         below: the probability below which a classifier abstains, where an export says so.
         weights: where a model of meta tensors has its values; None where it is whole.
         restore: reads what the run trained into the model, once it is sharded; None where that is done.
+        saved: of a run, the checkpoint's folder and manifest.
     """
 
     config: Config
@@ -78,6 +78,7 @@ class Opened:
     below: float | None = None
     weights: Weights | None = None
     restore: Callable[[], None] | None = None
+    saved: tuple[Path, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,24 +138,6 @@ def place(opened: Opened, world: World, say: Callable[[str], None]) -> Placed:
     if opened.restore is not None:
         opened.restore()
     return Placed(scorer.eval(), backend)
-
-
-def source_of(config: Config, run: Path, world: World, facts: dict[str, Any], read_back: bool = False) -> Source:
-    """What a run trained, to be exported: masters are written, and what they must compute is asked of the model as
-    training ran it.
-
-    Args:
-        facts: of the run's summary; left out where its scores are another step's.
-        read_back: the run's own prompt is used, from its `config.yaml`.
-    """
-    opened = open_model(config, run, world, settle=False)
-    computes = opened.model
-    if config.model.dtype is Dtype.bfloat16:
-        computes = open_model(config, run, world).model
-    if facts and facts.get("tested_step") != opened.step:
-        facts = {"step": opened.step}
-    logits = TokenScorer(computes, None, config.seed, 1).logits
-    return Source(opened.config, opened.model, logits, opened.tokenizer, opened.heads, opened.labels, facts, read_back)
 
 
 def _open_plain(config: Config, as_trained: bool, sharded: bool = False) -> Opened:
@@ -235,7 +218,8 @@ def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
         tensors = {f"model.{n}": shard_of(p) for n, p in opened.model.named_parameters() if p.requires_grad}
         load_tensors(path, tensors, expected, world, is_flat(manifest))
 
-    opened = replace(opened, step=step, what=f"{run}, step {step}", restore=restore if opened.weights else None)
+    later = restore if opened.weights else None
+    opened = replace(opened, step=step, what=f"{run}, step {step}", restore=later, saved=found)
     if opened.restore is None:
         restore()
     return opened
@@ -329,6 +313,7 @@ def _assemble(
     if trained:
         apply_method(config.method, model, heads, config.seed, find_unused(model, heads) if weights is None else ())
         widen_masters(model)
+        narrow_frozen(model, config.model.dtype)
     if weights is not None:
         weights.take(model)
     if not heads:

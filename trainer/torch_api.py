@@ -81,8 +81,7 @@ USES: dict[str, tuple[Use, ...]] = {  # by our file
             "2.13 deprecates `broadcast_buffers` for a name that 2.11 does not know"),
         Use("torch.nn.parallel.DistributedDataParallel.no_sync", "self", _NEW),
         Use("torch.nn.utils.get_total_norm", "tensors", _NEW),
-        Use("torch.nn.utils.clip_grads_with_norm_", "parameters, max_norm, total_norm", _NEW),
-        Use("torch.distributed.tensor.DTensor.full_tensor", "self", _NEW),
+        Use("torch.ops.aten._foreach_mul_.Scalar", None, "private: the public way to clip goes through each DTensor"),
     ),
     "trainer/backends/fsdp.py": (
         Use(f"{_FSDP}.fully_shard", "module, mesh=, mp_policy=, offload_policy=, reshard_after_forward=", _NEW),

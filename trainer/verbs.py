@@ -245,9 +245,9 @@ def export(config: Config, run: Path | None, own_prompt: bool = True) -> None:
         own_prompt: `objective.prompt` is the run's own, and not given anew.
     """
     from tritune.trainer.export import export as write
-    from tritune.trainer.open import source_of
     from tritune.trainer.parallel import distributed
     from tritune.trainer.run.directory import export_path
+    from tritune.trainer.trained import source_of
 
     if run is None:
         raise InputError("run.dir=None", "an export is made from a run", "Give run.dir=<the run's directory>")

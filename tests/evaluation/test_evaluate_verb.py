@@ -69,6 +69,8 @@ def kinds(sft_file, label_file, tmp_path) -> dict[str, list[str]]:
         "sft lora": [*sft, "method=lora", "method.rank=4", "method.bias=all", "data.retention=" + str(other)],
         "sft bfloat16": [*sft, "model.dtype=bfloat16"],
         "sft lora bfloat16": [*sft, "model.dtype=bfloat16", "method=lora", "method.rank=4"],
+        "sft part bfloat16": [*sft, "model.dtype=bfloat16", "method.last_layers=1"],
+        "classify adapter": [*labels, "objective=classify", "method=adapter", "method.size=8"],
         "classify full": [*abstains, "objective=classify"],
         "classify lora": [*labels, "objective=classify", "method=lora", "method.rank=4"],
         "classify_token": [*abstains, "objective=classify_token", "objective.prompt='Is it {text}? It is'"],
@@ -199,7 +201,17 @@ def require_the_same_labels(ask, run: Path, kind: str) -> None:
 
 
 FAST = ["sft lora", "classify_token lora"]
-SLOW = ["classify_token", "sft full", "classify full", "sft bfloat16", "sft lora bfloat16", "classify lora", "pretrain"]
+SLOW = [
+    "classify_token",
+    "sft full",
+    "classify full",
+    "sft bfloat16",
+    "sft lora bfloat16",
+    "classify lora",
+    "pretrain",
+    "sft part bfloat16",
+    "classify adapter",
+]
 
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])

@@ -10,13 +10,14 @@ import harness
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from tritune.launch.cli import main as cli
 from tritune.trainer.errors import InputError
 from tritune.trainer.export import write
 from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.merge import merged_state
+from tritune.trainer.methods.merge import merged_tensors
+from tritune.trainer.methods.states import whole
 
 LORA = ["method=lora", "method.rank=4"]
 
@@ -114,10 +115,10 @@ def test_merging_into_a_quantised_base(base):
     model = AutoModelForCausalLM.from_pretrained(base)
     apply_method(LoraConfig(rank=2), model, [], 0)
     said: list[str] = []
-    assert merged_state(model, torch.float32, said.append)
+    assert dict(merged_tensors(model, torch.float32, whole, said.append))
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(InputError, match="quantised"):
-        merged_state(model, torch.float32, said.append)
+        dict(merged_tensors(model, torch.float32, whole, said.append))
 
 
 @pytest.mark.parametrize("where", ["export", pytest.param("model", marks=pytest.mark.slow)])
@@ -144,20 +145,21 @@ def perturb(file: Path, name_part: str) -> None:
 @pytest.fixture
 def corrupt(monkeypatch):
     """Return a function: from now on, one tensor of what is written is 1e-3 off."""
-    adapter, whole = write.save_adapter, PreTrainedModel.save_pretrained
+    adapter, stream = write.save_adapter, write.write_tensors
 
     def bad_adapter(directory, *rest):
         size = adapter(directory, *rest)
         perturb(directory / "adapter_model.safetensors", "q_proj.lora_B")
         return size
 
-    def bad_whole(self, directory, **options):
-        whole(self, directory, **options)
-        perturb(Path(directory) / "model.safetensors", "layers.1.mlp.down_proj")
+    def bad_whole(directory, *rest):
+        size = stream(directory, *rest)
+        perturb(directory / "model.safetensors", "layers.1.mlp.down_proj")
+        return size
 
     def begin():
         monkeypatch.setattr(write, "save_adapter", bad_adapter)
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", bad_whole)
+        monkeypatch.setattr(write, "write_tensors", bad_whole)
 
     return begin
 

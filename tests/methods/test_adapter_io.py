@@ -358,7 +358,7 @@ def test_an_adapter_with_added_tokens_is_whole_or_refused(shared, tmp_path):
     torch.manual_seed(0)
     try:
         model, tokenizer, keys = loaded(config)
-        require_trained_embeddings(model, 1, "lora")
+        require_trained_embeddings(model, 1, config.method)
         train(model, keys, 513)
         write(tmp_path / "out", config, model, tokenizer)
     except InputError:

@@ -23,7 +23,8 @@ from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.dora import DoraLinear
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.methods.lora_layers import lora_layers
-from tritune.trainer.methods.merge import merged_state
+from tritune.trainer.methods.merge import merged_tensors
+from tritune.trainer.methods.states import whole
 from tritune.trainer.model.optim import make_optimizer, set_rate
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(7))
@@ -126,7 +127,7 @@ def pair(case: Case):
         if config.dora:
             layer.magnitude_change.copy_(torch.randn(layer.magnitude_change.shape, generator=generator) * 0.05)
         where = f"base_model.model.{name}"
-        for key, value in layer.saved().items():
+        for key, value in layer.saved(whole).items():
             theirs_key = key.removesuffix(".weight")
             named[f"{where}.{theirs_key}.default.weight"].copy_(value)
         if config.dropout:
@@ -196,7 +197,7 @@ def test_peft_reads_what_is_saved_and_merged_weights_compute_the_same(name, tmp_
         expected = ours(input_ids=IDS).logits
         torch.testing.assert_close(read(input_ids=IDS).logits, expected, **CLOSE)
         merged = copy.deepcopy(base)
-        merged.load_state_dict(merged_state(ours, torch.float32, print))
+        merged.load_state_dict(dict(merged_tensors(ours, torch.float32, whole, print)))
         # W + s B A is rounded once more: 6e-8 of weights of about 1, over a few products
         torch.testing.assert_close(merged(input_ids=IDS).logits, expected, **CLOSE)
         for key, tensor in theirs.merge_and_unload().state_dict().items():

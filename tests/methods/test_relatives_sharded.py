@@ -13,13 +13,14 @@ RELATIVES = ["method=lora", "method.dora=true", "method.rank=4", "method.dropout
              "method.rank_pattern.down_proj=2", "optim.lr=5e-3"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> list[str]:
+@pytest.fixture(scope="module", params=["plain", "nf4"])
+def words(request, tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("relatives")
     harness.write_prompts(root / "rows.jsonl", 60, seed=3)
     return [
         f"model.path={harness.save_small_llama(root / 'model', 160)}", f"data.train={root / 'rows.jsonl'}",
-        "data.max_length=160", "backend.device=cpu", "train.batch_size=12", "train.micro_batch_size=3", *RELATIVES,
+        f"model.storage={request.param}", "data.max_length=160", "backend.device=cpu",
+        "train.batch_size=12", "train.micro_batch_size=3", *RELATIVES,
     ]  # fmt: skip
 
 

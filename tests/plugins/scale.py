@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from tritune.trainer.config.axes import MethodConfig
 from tritune.trainer.config.choices import Form
-from tritune.trainer.methods.states import shapes_of, whole
+from tritune.trainer.methods.states import shapes_of
 
 
 @dataclass
@@ -35,16 +36,15 @@ class ScaleConfig(MethodConfig):
     def facts(self) -> list[tuple[str, str]]:
         return [("targets", json.dumps(self.targets))]
 
-    def whole_state(self, model, dtype, say) -> dict[str, torch.Tensor]:
-        layers, state = scaled(model), {}
-        for name, tensor in model.state_dict().items():
+    def whole_tensors(self, model, dtype, read, say) -> Iterator[tuple[str, torch.Tensor]]:
+        layers = scaled(model)
+        for name, tensor in model.state_dict(keep_vars=True).items():
             owner, _, leaf = name.rpartition(".")
             layer = layers.get(owner.removesuffix(".base_layer"))
             if layer is None:
-                state[name] = whole(tensor).to(dtype)
+                yield name, read(tensor).to(dtype)
             elif leaf == "weight":
-                state[name.replace(".base_layer.", ".")] = (whole(layer.factor)[:, None] * whole(tensor)).to(dtype)
-        return state
+                yield name.replace(".base_layer.", "."), (read(layer.factor)[:, None] * read(tensor)).to(dtype)
 
     def whole_shapes(self, model) -> dict[str, list[int]]:
         return {n.replace(".base_layer.", "."): s for n, s in shapes_of(model).items() if not n.endswith(".factor")}

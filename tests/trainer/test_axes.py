@@ -13,7 +13,7 @@ from tritune.trainer.config.registry import AXES, built_in
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"objective": "objectives", "method": "methods"}
 # Words that are another thing's name as well, by file: of what is exported, and of what a layer keeps.
-OTHERS = {("trainer/config/choices.py", "full")}
+OTHERS = {("trainer/config/choices.py", "full"), ("trainer/config/choices.py", "adapter")}
 
 
 def sources(axis: str) -> list[Path]:

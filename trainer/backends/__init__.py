@@ -48,10 +48,17 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the whole gradient, float64 [] on the device, which is not waited for; None where only `step` knows it."""
+        ...
+
+    def step(self, max_grad_norm: float, lr: float, norm: float | None, refuse: bool = False) -> float:
         """Clip, update, zero; return the gradient norm before clipping.
 
         Nothing is updated where the gradient is not finite, nor with `refuse` (the loss was not).
+
+        Args:
+            norm: what `grad_norm` gave, brought to the host with other figures in one copy.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tritune.trainer.model.optim import make_state, set_rate
 from tritune.trainer.model.weights import Weights
-from tritune.trainer.parallel.mesh import DATA, Mesh
+from tritune.trainer.parallel.mesh import DATA, SHARD, Mesh
 from tritune.trainer.parallel.shard import Shard, shard_of
 
 
@@ -57,20 +58,32 @@ class Local:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
-        parameters = list(self._trainable.values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def grad_norm(self) -> Tensor:
+        # Over local shards: a DTensor's norm is a launch and a reduction for each parameter.
+        gradients = self._gradients()
         if self.order:
             gradients = random.Random(self.order).sample(gradients, len(gradients))
-        # Gradients are the same bytes on all ranks, so each decides alike without asking the others.
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm) and not refuse:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device, torch.float64)
+        if self.mesh.size((SHARD,)) == 1:
+            return norm
+        return self.mesh.sum(norm.square(), over=(SHARD,)).sqrt()
+
+    def step(self, max_grad_norm: float, lr: float, norm: float | None, refuse: bool = False) -> float:
+        assert norm is not None, "grad_norm gave one"
+        # It is the same number on all ranks, so each decides alike without asking the others.
+        if math.isfinite(norm) and not refuse:
+            factor = max_grad_norm / (norm + 1e-6)
+            if factor < 1.0:
+                torch.ops.aten._foreach_mul_.Scalar(self._gradients(), factor)
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dp_size == 1)
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of each gradient."""
+        found = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return [g.to_local() if isinstance(g, DTensor) else g for g in found]
 
     def sum(self, x: Tensor) -> Tensor:
         return self.mesh.sum(x, over=DATA)

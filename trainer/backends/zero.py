@@ -6,6 +6,7 @@ gradient accumulation and reduction. Clipping and the refusal of a gradient that
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,14 +75,17 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, max_grad_norm: float, lr: float, refuse: bool = False) -> Tensor:
+    def grad_norm(self) -> None:
+        """The engine computes it in its step."""
+
+    def step(self, max_grad_norm: float, lr: float, norm: float | None, refuse: bool = False) -> float:
         if refuse:
             self.forget()
-            return torch.tensor(torch.inf)
+            return math.inf
         self.engine.optimizer.clip_grad = max_grad_norm
         set_rate(self.engine.optimizer, lr)
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm())
+        return float(self.engine.get_global_grad_norm())
 
     def sum(self, x: Tensor) -> Tensor:
         return self.mesh.sum(x, over=DATA)

@@ -105,7 +105,10 @@ def _partitioned(
     parameter: nn.Parameter, convert: _Partitioner, dtype: torch.dtype | None, name: str, weights: Weights | None
 ) -> nn.Parameter:
     whole = parameter.detach() if weights is None else torch.empty_like(parameter, device=convert.local_device)
-    new: Any = nn.Parameter(whole.to(dtype or whole.dtype), requires_grad=parameter.requires_grad)
+    new: Any = nn.Parameter(
+        whole.to(dtype if dtype is not None and whole.is_floating_point() else whole.dtype),
+        requires_grad=parameter.requires_grad,
+    )
     convert._convert_to_zero_parameters([new])
     if weights is not None:
         start, length = _place(new, convert.rank)

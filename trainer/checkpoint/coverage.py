@@ -55,7 +55,7 @@ def require_covered(directory: Path, files: Iterable[str], tensors: dict[str, An
     """
     boxes: dict[str, list[Box]] = defaultdict(list)
     for name in files:
-        for tensor, code, box in _held(directory / name):
+        for tensor, code, box in held(directory / name):
             if tensor not in tensors:
                 raise CheckpointError(f"{directory / name}: the manifest has no tensor {tensor}")
             if code != CODES[tensors[tensor]["dtype"].removeprefix("torch.")]:
@@ -85,7 +85,7 @@ def _require_each_once(directory: Path, tensor: str, boxes: list[Box], shape: li
     raise CheckpointError(f"{directory}: {tensor}: {elements} missing; {have}")
 
 
-def _held(path: Path) -> list[tuple[str, str, Box]]:
+def held(path: Path) -> list[tuple[str, str, Box]]:
     """Name, dtype and box of each tensor in a shard, whose values must fill the file without gap or overlap."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]

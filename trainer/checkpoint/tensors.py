@@ -114,18 +114,7 @@ def load_tensors(
         CheckpointError: names, shapes or dtypes are not the run's, or values such as no run has. DCP would ignore extra names
             and cast dtypes.
     """
-    missing, extra = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
-    if missing or extra:
-        raise CheckpointError(
-            f"{directory}: it holds other tensors than this run: {len(missing)} missing {missing[:2]}, "
-            f"{len(extra)} unknown {extra[:2]}"
-        )
-    for name, value in tensors.items():
-        shape, dtype = expected[name]["shape"], expected[name]["dtype"]
-        if list(value.shape) != shape or str(value.dtype) != dtype:
-            raise CheckpointError(
-                f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
-            )
+    require_same_tensors(directory, tensors, expected)
     reader, alone = HuggingFaceStorageReader(str(directory)), world.size == 1
     places = {name: shard.flattened() for name, shard in tensors.items()} if flat else dict(tensors)
     with torch.no_grad(), _plain_errors():
@@ -139,16 +128,37 @@ def load_tensors(
 
     for name, shard in tensors.items():
         for part in shard.parts:
-            _require_possible(directory, name, part.values)
+            require_possible(directory, name, part.values)
 
 
-def _require_possible(directory: Path, name: str, values: Tensor) -> None:
+def require_same_tensors(directory: Path, tensors: dict[str, Shard], expected: dict[str, Any]) -> None:
+    """Compare names, shapes and dtypes with the manifest's; shards of meta tensors are fine.
+
+    Raises:
+        CheckpointError: they are not the run's.
+    """
+    missing, extra = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
+    if missing or extra:
+        raise CheckpointError(
+            f"{directory}: it holds other tensors than this run: {len(missing)} missing {missing[:2]}, "
+            f"{len(extra)} unknown {extra[:2]}"
+        )
+    for name, value in tensors.items():
+        shape, dtype = expected[name]["shape"], expected[name]["dtype"]
+        if list(value.shape) != shape or str(value.dtype) != dtype:
+            raise CheckpointError(
+                f"{directory}: {name} is {dtype} {shape} there and {value.dtype} {list(value.shape)} in this run"
+            )
+
+
+def require_possible(directory: Path, name: str, values: Tensor) -> None:
     """A step whose gradients are not finite is not applied, so that weights and moments stay numbers, and squares positive."""
-    if not values.is_floating_point():
+    if not values.is_floating_point() or not values.numel():
         return
-    if not values.isfinite().all():
+    least, most = values.aminmax()  # a NaN is both; `isfinite` makes copies of the tensor on its way
+    if not (least.isfinite() and most.isfinite()):
         raise CheckpointError(f"{directory}: {name} has values that are not finite")
-    if name.endswith("exp_avg_sq") and (values < 0).any():
+    if name.endswith("exp_avg_sq") and least < 0:
         raise CheckpointError(f"{directory}: {name} is a mean of squares, and has values below 0")
 
 

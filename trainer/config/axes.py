@@ -8,7 +8,7 @@ only inside its methods, since the launcher and `tritune config` read it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -111,11 +111,30 @@ class MethodConfig:
     freezes_base: ClassVar[bool] = (
         False  # few parameters train beside it, and are merged into it or written apart from it
     )
-    writes_adapter: ClassVar[bool] = False  # in PEFT's layout: `adapter_tensors` and `adapter_settings`
+    writes_adapter: ClassVar[bool] = False  # a file beside the base: `adapter_tensors` and `adapter_settings`
+    in_peft: ClassVar[bool] = True  # PEFT has the method, and its layout is written; of others, one of our own
+    merges: ClassVar[bool] = True  # into the base's weights
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
     )  # the learning rate at 2,000 features, and how it falls with these
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a base's weights are part of what it trains, so that this is read on no other base."""
+        return self.freezes_base
+
+    def what_trains(self) -> str:
+        """In a report; empty where there is no other word than its name."""
+        return self.title
+
+    def made_as(self, form: Form) -> str:
+        """On a model's card, before the base's name."""
+        return self.made.get(form, f"Trained by {self.name}, from")
+
+    def embeddings_remedy(self) -> str:
+        """How new tokens get embeddings that train, where `attach` left them frozen."""
+        return "Use tokens that the model has"
 
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
@@ -150,30 +169,43 @@ class MethodConfig:
         return []
 
     def require_mergeable(self, model: PreTrainedModel) -> None:
-        """Refuse what `whole_state` would write wrongly.
+        """Refuse what `whole_tensors` would write wrongly.
 
         Raises:
             InputError: with the other form of export.
         """
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        """The state dict in `dtype` under the base model's names, what trained beside it merged in.
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The state dict in `dtype` under the base model's names, what trained beside it merged in: one tensor at a time, in
+        the order of `whole_shapes`, each made when it is asked for and let go before the next is. A tied matrix comes under
+        each of its names, and whoever writes takes one.
+
+        Args:
+            read: the values, whole, of a parameter or buffer of `model`, whose own may be meta tensors or shards.
 
         Raises:
-            InputError: as `require_mergeable`, or rounding would take most of what was trained.
+            InputError: as `require_mergeable`; or, once all have come, that rounding would take most of what was trained.
         """
         raise NotImplementedError
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
-        """Names and shapes of `whole_state`, from a model without values."""
+        """Names and shapes of `whole_tensors`, from a model without values."""
         raise NotImplementedError
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
-        """What an adapter's file holds, under PEFT's names."""
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """What an adapter's file holds, under PEFT's names; of a method that PEFT has not, under those in the model.
+
+        Args:
+            read: as of `whole_tensors`.
+        """
         raise NotImplementedError
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
-        """What `adapter_config.json` says of the method."""
+        """What `adapter_config.json` says of the method; of one that PEFT has not, the values of its keys."""
         raise NotImplementedError
 
     def needs_peft(self, heads: list[str]) -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, Metric
+from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, MethodConfig, Metric
 from tritune.trainer.config.backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config.check_data import check_data
+from tritune.trainer.config.check_model import check_model
 from tritune.trainer.config.choices import Activations, Dtype, Form
 from tritune.trainer.config.launch import check_launch
 from tritune.trainer.config.registry import saying_labels
@@ -33,26 +34,7 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
                 value = getattr(value, part)
             faults.append(f"{key}={value.value if isinstance(value, Enum) else value}: {text}")
 
-    rule(
-        bool(c.model.path) != bool(c.model.config),
-        "model.path",
-        "a model is either pretrained or made from a config. Give model.path=<hub id or folder>, or model=tiny",
-    )
-    rule(
-        not c.model.config or c.model.tokenizer is not None,
-        "model.tokenizer",
-        "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
-    )
-    rule(
-        not training or c.model.adapter is None,
-        "model.adapter",
-        "an adapter is evaluated and generates; a run trains one of its own, on a whole model. Leave it out",
-    )
-    rule(
-        c.model.adapter is None or bool(c.model.path),
-        "model.adapter",
-        "it goes on a base. Give model.path=<its base>, or the adapter alone as model.path",
-    )
+    check_model(c, rule, training)
     has_rows = c.data.train is not None or bool(c.data.sources)
     rule(not training or has_rows, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
@@ -207,7 +189,7 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(
         form is Form.auto or (form is Form.full) != method.freezes_base,
         "export.form",
-        f"method={method.name} trains {'an adapter: adapter or merged' if method.freezes_base else 'the whole model: full'}",
+        f"method={method.name} trains {_forms(method)}",
     )
     rule(
         form is not Form.adapter or method.writes_adapter or not method.freezes_base,
@@ -215,7 +197,18 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
         f"PEFT's layout has no adapter of method={method.name}. Use merged",
     )
     rule(
-        c.export.form is not Form.adapter or not c.model.config,
+        form is not Form.merged or method.merges,
+        "export.form",
+        f"what method={method.name} trains is no change of the base's weights and cannot be merged into them. Use adapter",
+    )
+    rule(
+        method.merges or not (c.export.enabled and c.model.config),
+        "export.enabled",
+        f"method={method.name} is written beside its base, and one with random weights is nowhere to be loaded. Give "
+        "model.path, or export.enabled=false",
+    )
+    rule(
+        form is not Form.adapter or not c.model.config or not method.merges,
         "export.form",
         "a base with random weights is nowhere to be loaded, and the adapter with it. Use merged",
     )
@@ -234,6 +227,12 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(0 < c.generate.top_p <= 1, "generate.top_p", "it must be above 0 and at most 1. Use e.g. 0.95")
     rule(c.generate.top_k >= 0, "generate.top_k", "it must be at least 0. Use 0 for no limit")
     rule(c.generate.batch_size >= 1, "generate.batch_size", "it must be at least 1 row. Use 1 or more")
+
+
+def _forms(method: MethodConfig) -> str:
+    if not method.freezes_base:
+        return "the whole model: full"
+    return "an adapter: adapter or merged" if method.merges else "an adapter: adapter"
 
 
 def _check_abstention(c: Config, rule: Callable[[bool, str, str], None], training: bool) -> None:

@@ -18,6 +18,13 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class Storage(StrEnum):
+    """How the linear layers of a frozen base are kept."""
+
+    plain = "plain"
+    nf4 = "nf4"
+
+
 class Kind(StrEnum):
     """What a row of the data is; `auto` reads it off the columns."""
 

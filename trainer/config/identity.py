@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tritune.trainer.config.compose import to_dict
+from tritune.trainer.config.registry import AXES, axis_options
 from tritune.trainer.config.renamed import renamed_keys
 from tritune.trainer.config.schema import IDENTITY, Config
 from tritune.trainer.redact import redact_tree
@@ -13,9 +14,8 @@ Identity = dict[str, Any]  # dotted key -> a JSON value without secrets
 # Keys of which the rows alone tell what they did, and these are compared by their digests: a run of before there were such keys
 # goes on.
 _OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
-
-# Keys with the value at which they change nothing: a run of before there were such keys goes on with it.
-_AS_BEFORE = {"method.rslora": False, "method.dora": False, "method.lora_plus_ratio": 1.0}
+# Keys of a group without options that came later, with what runs did before.
+_SINCE: dict[str, Any] = {"model.storage": "plain"}
 
 
 def identity_of(config: Config) -> Identity:
@@ -30,9 +30,14 @@ def identity_in(tree: Any) -> Identity:
 
 
 def compared(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value under today's names, without what the rows tell of and what changes nothing."""
-    found = {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
-    return {k: v for k, v in found.items() if k not in _AS_BEFORE or v != _AS_BEFORE[k]}
+    """Dotted key -> value under today's names, without the keys that the rows tell of, and with those that an option has got
+    since: a run from before them goes on, since their defaults do what it did."""
+    found = _SINCE | {k: v for k, v in renamed_keys(flat).items() if k not in _OF_THE_ROWS}
+    for axis in AXES:
+        kind = axis_options(axis).get(str(found.get(f"{axis}.name")))
+        if kind is not None:
+            found = _flat(to_dict(kind()), f"{axis}.") | found
+    return found
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

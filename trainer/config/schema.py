@@ -21,6 +21,7 @@ from tritune.trainer.config.choices import (
     Implementation,
     Resume,
     Schedule,
+    Storage,
 )
 from tritune.trainer.config.data import AuditConfig, CacheConfig, DataConfig
 from tritune.trainer.config.launch import SCHEMAS as LAUNCH_SCHEMAS
@@ -39,6 +40,7 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)  # instead of `path`: an architecture with random weights
     tokenizer: str | None = None  # hub id, folder, or "bytes" (built in); default: `path`
     dtype: Dtype = Dtype.float32
+    storage: Storage = Storage.plain  # nf4: the linear layers of a frozen base in 4 bits (QLoRA)
     attention: Attention = Attention.sdpa  # PyTorch's fused attention, or the model's own plain code
     chat_template: str | None = None  # a Jinja file, chatml or plain; default: the tokenizer's own, else plain
     pad_token: str | None = None  # default: the tokenizer's own, unless it is a stop token

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from tritune.trainer.batch import Batch, Packs
+from tritune.trainer.data.ahead import Ahead
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.order import Order, rows_of_units
 from tritune.trainer.errors import DamagedRows
@@ -185,6 +186,10 @@ class Loader(Protocol):
         """Where samples of the last window stand: file:line."""
         ...
 
+    def waited(self) -> float:
+        """Seconds for which windows were waited for since this was last asked."""
+        ...
+
     def close(self) -> None:
         """Nothing more is read."""
         ...
@@ -203,9 +208,7 @@ class TrainLoader:
         self.order, self.state, self.dealer = order, state, dealer
         self.digest, self.steps_per_epoch = order.examples.digest, self.steps_in(0)
         self.total_steps = self._end(epochs, max_steps)
-        self._ahead: tuple[int, list[Batch]] | None = (
-            None  # the step that was looked at before it came, its micro-batches
-        )
+        self._ahead = Ahead(self._make)
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch; packs fill differently in each."""
@@ -224,16 +227,24 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while self.state.step < self.total_steps:
-            yield self._window()
+            window = self._ahead.get(self._cursor())
+            following = replace(self.state)
+            following.advance(self.steps_in(following.epoch))
+            if following.step < self.total_steps:
+                self._ahead.begin(self._cursor(following))
+            yield window
 
-    def _window(self) -> list[Batch]:
-        if self._ahead is None or self._ahead[0] != self.state.step:
-            rows, bounds = self.order.epoch(self.state.epoch)
-            first = self.state.window * self.dealer.batch_size
-            edges = bounds[first : first + self.dealer.batch_size + 1]
-            packs = [rows[a:b] for a, b in itertools.pairwise(edges)]
-            self._ahead = self.state.step, self.dealer.window(self.order.examples, packs, self.state.step + 1)
-        return self._ahead[1]
+    def _cursor(self, state: TrainState | None = None) -> tuple[int, int, int]:
+        """The step that comes next, and which window of which epoch it takes."""
+        state = state or self.state
+        return state.step + 1, state.epoch, state.window
+
+    def _make(self, cursor: tuple[int, int, int]) -> list[Batch]:
+        step, epoch, window = cursor
+        rows, bounds = self.order.epoch(epoch)
+        first = window * self.dealer.batch_size
+        packs = [rows[a:b] for a, b in itertools.pairwise(bounds[first : first + self.dealer.batch_size + 1])]
+        return self.dealer.window(self.order.examples, packs, step)
 
     def advance(self) -> None:
         self.state.advance(self.steps_in(self.state.epoch))
@@ -241,7 +252,7 @@ class TrainLoader:
     def fault(self) -> DamagedRows | None:
         try:
             if self.state.step < self.total_steps:
-                self._window()
+                self._ahead.get(self._cursor())
         except (
             DamagedRows
         ) as error:  # returned, and raised once all ranks know: alone, this one would leave them waiting
@@ -259,8 +270,11 @@ class TrainLoader:
     def places(self, samples: Sequence[int]) -> list[str]:
         return [self.order.examples.place(s) for s in samples]
 
+    def waited(self) -> float:
+        return self._ahead.waited()
+
     def close(self) -> None:
-        pass
+        self._ahead.close()
 
     def describe(self) -> list[str]:
         if self.order.capacity is None:

@@ -123,11 +123,12 @@ class Order:
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of an epoch, int64 [n], and where among them each sequence begins, int64 [sequences + 1]."""
-        if self._planned is None or self._planned[0] != epoch:
+        planned = self._planned  # one read: the thread that works ahead may be an epoch further
+        if planned is None or planned[0] != epoch:
             rows = self.rows(epoch)
             plain = (rows, np.arange(0, len(rows) + 1, self.examples.unit))
-            self._planned = (epoch, *(self._pack(rows, epoch) if self.capacity else plain))
-        return self._planned[1], self._planned[2]
+            self._planned = planned = (epoch, *(self._pack(rows, epoch) if self.capacity else plain))
+        return planned[1], planned[2]
 
     def rows(self, epoch: int) -> np.ndarray:
         """The rows of an epoch in the global order, int64 [n]; those of a unit follow one another.

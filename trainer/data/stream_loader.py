@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -39,6 +40,7 @@ class StreamLoader:
         self._window: Window | None = None
         self._next: tuple[int, list[list[int]], int, int] = (0, [], 0, 0)
         self._step: Examples | None = None
+        self._seconds = 0.0
 
     @property
     def window(self) -> Window:
@@ -49,8 +51,11 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while self.state.step < self.total_steps:
+            began = time.perf_counter()
             self._step, packs = self._take()
-            yield self.dealer.window(self._step, packs, self.state.step + 1)
+            window = self.dealer.window(self._step, packs, self.state.step + 1)
+            self._seconds += time.perf_counter() - began
+            yield window
 
     def _take(self) -> tuple[Examples, list[np.ndarray]]:
         """The rows of a step, and its sequences as numbers among them."""
@@ -85,6 +90,10 @@ class StreamLoader:
 
     def fault(self) -> None:
         """None: rows that were tokenized just now were never on a disk."""
+
+    def waited(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         self.stream.close()

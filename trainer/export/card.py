@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tritune.trainer import __version__
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.config.choices import Form
+from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.export.card_labels import asking, labels_part
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.redact import redact
@@ -27,7 +27,7 @@ def write_card(directory: Path, source: Source, form: Form, agreement: Agreement
         f"# {name}",
         _what(source, form),
         "## Load",
-        "```python\n" + _snippet(source, form) + "\n```",
+        _load(source, form),
         *labels_part(source, form),
         "## Scores",
         _scores(source.facts.get("eval") or {}),
@@ -47,13 +47,13 @@ def _verdict(agreement: Agreement) -> str:
 def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     config = source.config
     metadata: dict[str, Any] = {
-        "library_name": "peft" if form is Form.adapter else "transformers",
+        "library_name": _library(source, form),
         "pipeline_tag": "text-classification" if source.heads else "text-generation",
         "tags": ["tritune", config.objective.name, *config.method.tags],
     }
     if config.model.path:
         metadata["base_model"] = _base_name(config.model)
-        metadata["base_model_relation"] = {"adapter": "adapter", "merged": "merge"}.get(form.value, "finetune")
+        metadata["base_model_relation"] = {Form.adapter: form.value, Form.merged: "merge"}.get(form, "finetune")
     task = {"type": metadata["pipeline_tag"]}
     results = []
     for split, pair in (source.facts.get("eval") or {}).items():
@@ -64,9 +64,15 @@ def _metadata(source: Source, form: Form, name: str) -> dict[str, Any]:
     return metadata
 
 
+def _library(source: Source, form: Form) -> str:
+    if form is not Form.adapter:
+        return "transformers"
+    return "peft" if source.config.method.in_peft else "tritune"
+
+
 def _what(source: Source, form: Form) -> str:
     config = source.config
-    made = config.method.made.get(form, f"Trained by {config.method.name}, from")
+    made = config.method.made_as(form)
     base = f"`{_base_name(config.model)}`" if config.model.path else "a model with random weights"
     question = f"\n\nThe question: {config.report.question}" if config.report.question else ""
     return f"{made} {base}; objective `{config.objective.name}`.{question}"
@@ -75,6 +81,13 @@ def _what(source: Source, form: Form) -> str:
 def _base_name(model: ModelConfig) -> str:
     path = str(model.path)
     return Path(path).name if Path(path).is_dir() else path
+
+
+def _load(source: Source, form: Form) -> str:
+    if _library(source, form) != "tritune":
+        return f"```python\n{_snippet(source, form)}\n```"
+    asked = "generate.file=rows.jsonl generate.out=answers.jsonl"
+    return f"PEFT has no such method; Tritune puts the adapter on its base:\n\n```sh\ntritune generate model.path=. {asked}\n```"
 
 
 def _snippet(source: Source, form: Form) -> str:
@@ -112,6 +125,7 @@ def _training(source: Source) -> str:
         ("tokens", facts.get("tokens")),
         ("optimizer", f"{config.optim.name}, lr {config.optim.lr}, {config.optim.schedule.value}"),
         ("precision", config.model.dtype.value),
+        ("storage of the base", None if config.model.storage is Storage.plain else config.model.storage.value),
         ("seed", config.seed),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from tritune.trainer.config.choices import Form
+from transformers.utils import logging as hf_logging
+from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
-from tritune.trainer.model.load import auto_class, cast_parameters
+from tritune.trainer.methods.own_adapter import add_own_adapter
+from tritune.trainer.model.load import auto_class, cast_parameters, storage_dtype
+from tritune.trainer.model.quantized import round_trip
 
 if TYPE_CHECKING:
     from tritune.trainer.export.source import Source
@@ -83,14 +87,15 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
         torch.float32,
         torch.float64,
     )
+    device = _device(source)
     try:
         model, reader = _reload(directory, source, form, torch.float32)
-        reloaded = model(input_ids=ids.to(model.device)).logits.float().cpu()
+        reloaded = model(input_ids=ids.to(device)).logits.float().cpu()
         largest = float(trained.abs().max())
         allowed = FLOAT32 * max(largest, 1.0)
         if not exact:
             cast_parameters(model, torch.bfloat16)
-            rounded = model(input_ids=ids.to(model.device)).logits.float().cpu()
+            rounded = model(input_ids=ids.to(device)).logits.float().cpu()
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
     except Exception as error:
         raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
@@ -103,19 +108,35 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
+    hf_logging.disable_progress_bar()
     auto = auto_class(source.model.config, bool(source.heads))
-    device = source.model.device
+    device = _device(source)
     if form is not Form.adapter:
-        model = auto.from_pretrained(directory, dtype=dtype)
-        return model.to(device).eval(), "transformers"
-    from peft import PeftModel
-
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is no surprise
+        # Host memory holds one module's weights at a time, read from the export's own files when it computes.
+        where = {"": "disk" if device.type == "cpu" else device}
+        try:
+            return auto.from_pretrained(directory, dtype=dtype, device_map=where).eval(), "transformers"
+        except ValueError:  # the files hold other tensors than the model, as those of experts: they are made in memory
+            return auto.from_pretrained(directory, dtype=dtype, device_map={"": device}).eval(), "transformers"
     options = {"num_labels": len(source.labels)} if source.heads else {}
     base = auto.from_pretrained(source.config.model.path, revision=source.config.model.revision, dtype=dtype, **options)
     base.config.pad_token_id = source.tokenizer.pad_token_id
     rows = _num_embeddings(source.model)
     if rows > _num_embeddings(base):
         base.resize_token_embeddings(rows, mean_resizing=False)
+    if source.config.model.storage is Storage.nf4:
+        round_trip(base, source.heads, storage_dtype(source.config.model.dtype, source.config.method))
+    if not source.config.method.in_peft:
+        return add_own_adapter(directory, base).to(device, dtype).eval(), "Tritune"  # type: ignore[arg-type]
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared
         return PeftModel.from_pretrained(base, str(directory)).to(device, dtype).eval(), "PEFT"
+
+
+def _device(source: Source) -> torch.device:
+    """Where the export is tried: with the model, or on the CPU where that is one of meta tensors."""
+    device = source.model.device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import InputError, reason
@@ -19,7 +20,7 @@ from tritune.trainer.export.source import Source, choose_form
 from tritune.trainer.export.tokenizer_files import write_tokenizer
 from tritune.trainer.export.write import new_folder
 from tritune.trainer.methods.adapter_io import save_settings
-from tritune.trainer.methods.states import shapes_of
+from tritune.trainer.methods.states import as_it_is, shapes_of
 from tritune.trainer.model.load import auto_class
 from tritune.trainer.model.scorer import TESTED_FAMILIES
 
@@ -88,6 +89,8 @@ def _try_config(partial: Path, source: Source, say: Callable[[str], None]) -> No
 def _try_weights(partial: Path, source: Source, form: Form, say: Callable[[str], None]) -> None:
     if form is not Form.adapter:
         return _try_whole(partial, source)
+    if not source.config.method.in_peft:
+        return _try_own(partial, source)
     if _plain(source):
         return None
     try:
@@ -119,9 +122,18 @@ def _try_adapter(partial: Path, source: Source) -> None:
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared in the end
         model = get_peft_model(_empty_model(source, partial), PeftConfig.from_pretrained(str(partial)))
-    expected = {n: list(t.shape) for n, t in config.method.adapter_tensors(source.model, source.heads).items()}
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _compare(expected, {n: list(t.shape) for n, t in found.items()}, source)
+    expected = _shapes(config.method.adapter_tensors(source.model, source.heads, as_it_is))
+    _compare(expected, _shapes(get_peft_model_state_dict(model, save_embedding_layers=False)), source)
+
+
+def _try_own(partial: Path, source: Source) -> None:
+    """The names that will be written are those of the method's layers on a fresh base."""
+    method, heads = source.config.method, source.heads
+    fresh = _empty_model(source, partial)
+    with init_empty_weights(include_buffers=False):
+        method.attach(fresh, heads, 0, ())
+    written, read = (_shapes(method.adapter_tensors(m, heads, as_it_is)) for m in (source.model, fresh))
+    _compare(written, read, source)
 
 
 def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
@@ -129,6 +141,10 @@ def _empty_model(source: Source, partial: Path) -> PreTrainedModel:
     auto = auto_class(source.model.config, bool(source.heads))
     with init_empty_weights(include_buffers=False):
         return auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _compare(written: Shapes, read: Shapes, source: Source) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
+from tritune.trainer.errors import InputError
+from tritune.trainer.methods.states import Read, whole
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Source:
         logits: input ids -> logits, as the model computed them in training.
         heads: modules that are new; labels: of a classifier.
         facts: of the run, for the model card: step, tokens, scores, abstention.
+        read: the values of one of the model's tensors, which may be meta tensors.
         read_back: `objective.prompt` comes from the run's `config.yaml`, where `***` may stand for a secret.
     """
 
@@ -32,6 +35,7 @@ class Source:
     labels: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
     read_back: bool = False
+    read: Read = whole
 
     @property
     def abstain_below(self) -> float | None:
@@ -40,12 +44,19 @@ class Source:
 
 
 def choose_form(source: Source, say: Callable[[str], None]) -> Form:
-    """`export.form`, settled where it is `auto`."""
+    """`export.form`, settled where it is `auto`.
+
+    Raises:
+        InputError: there is no form in which this model could be written.
+    """
     wanted = source.config.export.form
     if not source.config.method.freezes_base:
         return Form.full
     if not source.config.method.writes_adapter:
         return Form.merged
+    if source.config.model.path is None and not source.config.method.merges:
+        rule = f"method={source.config.method.name} is written beside its base, and random weights are nowhere to be loaded"
+        raise InputError("model.path=null", rule, "Train on a model that is somewhere: model.path=<folder or hub id>")
     if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
         if wanted is Form.auto:
             say("export    merged, since the base has random weights and an adapter would have nothing to go on")

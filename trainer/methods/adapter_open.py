@@ -1,4 +1,4 @@
-"""Open a LoRA adapter in PEFT's layout to read it: PEFT itself puts it on its base, so that it computes what it does there."""
+"""Open an adapter to read it. PEFT itself puts one of its layout on its base, so that it computes what it does there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tritune.trainer.methods.own_adapter import add_own_adapter, read_own_settings
+from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 from tritune.trainer.model.folder import read_settings_file, require_sound
 from tritune.trainer.shown import bounded
 
@@ -35,6 +36,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     value, remedy = f"model.path={directory}", "Save it again with PEFT"
     require_sound(directory, value)
+    if (directory / OWN_ADAPTER_CONFIG).is_file():
+        return read_own_settings(directory)
     settings = read_settings_file(directory / ADAPTER_CONFIG, value)
     settings = {"task_type": None, "base_model_name_or_path": None, "revision": None, **settings}
     for name in ("task_type", "base_model_name_or_path", "revision"):
@@ -91,6 +94,8 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     Raises:
         InputError: the adapter does not fit its base, or a tensor of its file would be left out, or is not there.
     """
+    if (directory / OWN_ADAPTER_CONFIG).is_file():
+        return add_own_adapter(directory, model)
     from peft import PeftModel, get_peft_model_state_dict
 
     value, remedy = (

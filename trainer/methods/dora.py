@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.linear import features, oriented
-from tritune.trainer.methods.states import whole
+from tritune.trainer.methods.linear import features, oriented, read_weight
+from tritune.trainer.methods.states import Read
 from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
 if TYPE_CHECKING:
@@ -69,17 +69,21 @@ class DoraLinear(nn.Module):
             along = y if bias is None else y - bias
         return y + added + change * (along + added)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, read: Read) -> Tensor:
         """The weight that alone computes what this layer does: [N, K] from [N, K], in its dtype."""
-        a, b, changed = (whole(p).to(weight.dtype) for p in (self.lora_A, self.lora_B, self.magnitude_change))
+        a, b, changed = (read(p).to(weight.dtype) for p in (self.lora_A, self.lora_B, self.magnitude_change))
         updated = weight + self.scaling * (b @ a)
         return updated * ((_norms(weight) + changed) / _norms(updated))[:, None]
 
-    def saved(self) -> dict[str, Tensor]:
+    def saved(self, read: Read) -> dict[str, Tensor]:
         """What an adapter's file holds of this layer, by PEFT's names."""
-        norms = _norms(oriented(self.base_layer, whole(self.base_layer.weight)))
-        magnitude = norms + whole(self.magnitude_change).to(norms.device)
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": magnitude}
+        norms = _norms(oriented(self.base_layer, read_weight(self.base_layer, read)))
+        magnitude = norms + read(self.magnitude_change).to(norms.device)
+        return {
+            "lora_A.weight": read(self.lora_A),
+            "lora_B.weight": read(self.lora_B),
+            "lora_magnitude_vector": magnitude,
+        }
 
     def _require_lengths(self, norms: Tensor) -> None:
         """Refuse rows without a direction: at once where weights are here, else in the first forward."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,9 @@ class LoraConfig(MethodConfig):
 
         return add_lora(self, model, heads, seed, unused)
 
+    def embeddings_remedy(self) -> str:
+        return "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
+
     def facts(self) -> list[tuple[str, str]]:
         rows = [("rank, alpha, dropout", f"{self.rank}, {self.alpha}, {self.dropout}")]
         rows += [
@@ -123,20 +126,24 @@ class LoraConfig(MethodConfig):
 
         require_mergeable(model)
 
-    def whole_state(self, model: PreTrainedModel, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Tensor]:
-        from tritune.trainer.methods.merge import merged_state
+    def whole_tensors(
+        self, model: PreTrainedModel, dtype: torch.dtype, read: Callable[[Tensor], Tensor], say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        from tritune.trainer.methods.merge import merged_tensors
 
-        return merged_state(model, dtype, say)
+        return merged_tensors(model, dtype, read, say)
 
     def whole_shapes(self, model: PreTrainedModel) -> dict[str, list[int]]:
         from tritune.trainer.methods.merge import merged_shapes
 
         return merged_shapes(model)
 
-    def adapter_tensors(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+    def adapter_tensors(
+        self, model: PreTrainedModel, heads: list[str], read: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         from tritune.trainer.methods.lora_files import adapter_tensors
 
-        return adapter_tensors(self, model, heads)
+        return adapter_tensors(self, model, heads, read)
 
     def adapter_settings(self, model: PreTrainedModel, heads: list[str]) -> dict[str, Any]:
         from tritune.trainer.methods.lora_files import adapter_settings

@@ -11,22 +11,23 @@ from tritune.trainer.config.choices import Bias
 from tritune.trainer.methods.adapter_open import PREFIX
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.methods.lora_layers import lora_layers
+from tritune.trainer.methods.states import Read
 from tritune.trainer.methods.targets import saved_modules
 
 
-def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> dict[str, Tensor]:
+def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str], read: Read) -> dict[str, Tensor]:
     """What an adapter's file holds, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
-        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.saved().items()}
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.saved(read).items()}
     for name in _saved_whole(config, model, heads):
-        for key, value in model.get_submodule(name).state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = value
+        for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
+            tensors[f"{PREFIX}{name}.{key}"] = read(value)
     for name, parameter in model.named_parameters():
         # As with PEFT, `all` writes those too that did not train because they take no part in the loss.
         written = config.bias is Bias.all or (config.bias is Bias.lora_only and parameter.requires_grad)
         if written and name.endswith(".bias"):
-            tensors[PREFIX + name] = parameter
+            tensors[PREFIX + name] = read(parameter)
     return tensors
 
 

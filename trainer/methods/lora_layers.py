@@ -15,7 +15,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.methods.dora import DoraLinear
 from tritune.trainer.methods.linear import features
 from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.states import whole
+from tritune.trainer.methods.states import Read
 from tritune.trainer.methods.targets import linear_layers, saved_modules, target_names
 from tritune.trainer.methods.token_keys import TokenKeys, layer_id_of
 
@@ -49,13 +49,13 @@ class LoRALinear(nn.Module):
         dropped = self.keys.dropout(x, self.layer_id, self.p) if self.p and self.training else x
         return lora_update_reference(self.base_layer(x), dropped, self.lora_A, self.lora_B, self.scaling)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, read: Read) -> Tensor:
         """The weight that alone computes what this layer does: [N, K] from [N, K], in its dtype."""
-        return weight + self.scaling * (whole(self.lora_B).to(weight.dtype) @ whole(self.lora_A).to(weight.dtype))
+        return weight + self.scaling * (read(self.lora_B).to(weight.dtype) @ read(self.lora_A).to(weight.dtype))
 
-    def saved(self) -> dict[str, Tensor]:
+    def saved(self, read: Read) -> dict[str, Tensor]:
         """What an adapter's file holds of this layer, by PEFT's names."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        return {"lora_A.weight": read(self.lora_A), "lora_B.weight": read(self.lora_B)}
 
 
 Adapted = LoRALinear | DoraLinear
@@ -88,7 +88,7 @@ def add_lora(
     keys = TokenKeys()
     kind = DoraLinear if config.dora else LoRALinear
     for name in names:
-        layer = kind(linears[name], config, name, keys)
+        layer: Adapted = kind(linears[name], config, name, keys)  # type: ignore[arg-type]  # of the kinds in `LINEAR`
         reset(layer, seed)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

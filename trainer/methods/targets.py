@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from tritune.trainer.errors import InputError
+from tritune.trainer.methods import patterns
 from tritune.trainer.methods.linear import LINEAR
 from tritune.trainer.methods.lora import REGEX, LoraConfig
 
@@ -105,7 +105,7 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a layer or a module is one that `pattern` means."""
     if pattern.startswith(REGEX):
         return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+    return patterns.matches(name, pattern)
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor
 from tritune.trainer.batch import Batch
 from tritune.trainer.objectives.loss import Loss, Objective, mean_loss
 from tritune.trainer.parallel.mesh import DATA, Mesh
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An update as the host knows it: its loss, its tokens and label tokens over all ranks, the gradient's norm.
+
+    Attributes:
+        norm: None where only the backend's step computes it.
+    """
+
+    loss: float
+    tokens: int
+    label_tokens: int
+    norm: float | None
 
 
 class Meter:
@@ -48,29 +63,30 @@ class Meter:
         self._num_labels += batch.predict.numel() or int((batch.labels >= 0).sum())
         self._digest += batch.digest
 
-    def step(self, objective: Objective, weights: Tensor) -> tuple[float, int, int]:
-        """Return the step's loss, its tokens and its label tokens over all ranks.
+    def step(self, objective: Objective, weights: Tensor, norm: Tensor | None) -> Measured:
+        """What the update measured, over all ranks. Everything comes to the host in one copy: the device is waited for once.
 
         Args:
             weights: float64 [terms], over all ranks.
+            norm: [], of the gradient.
         """
-        counts = torch.tensor(
-            [self._num_tokens, self._num_labels, self._digest], dtype=torch.float64, device=weights.device
-        )
+        counts = on_device([self._num_tokens, self._num_labels, self._digest], weights.device)
         apart = self._by_source.reshape(-1) if isinstance(self._by_source, Tensor) else counts[:0]
         terms = torch.stack([self._sums[name] for name in objective.coefficients])
         parts = [counts, terms, apart, *self._metrics.values()]
-        total = self.mesh.sum(torch.cat(parts), over=DATA)
-        _, sums, by_source, *metrics = total.split([len(part) for part in parts])
+        known = [weights] if norm is None else [weights, norm.double().reshape(1)]
+        total = read_on_host(torch.cat([self.mesh.sum(torch.cat(parts), over=DATA), *known]))
+        _, sums, by_source, *others = total.split([len(part) for part in [*parts, *known]])
+        metrics, weights = others[: len(self._metrics)], others[len(self._metrics)]
         loss = float(mean_loss(objective, sums, weights))
-        self.by_source = by_source.reshape(2, -1).cpu() if len(apart) else None
+        self.by_source = by_source.reshape(2, -1) if len(apart) else None
         self.figures = figures_of(objective, sums, weights, dict(zip(self._metrics, metrics, strict=True)))
         tokens, labels, digest = (int(x) for x in total[:3])
         self.batch = f"{digest & 0xFFFFFFFF:08x}"  # checksums of 32 bits add up exactly in float64
         self._tokens += tokens
         self._sums, self._metrics, self._by_source = {}, {}, 0.0
         self._num_tokens, self._num_labels, self._digest = 0, 0, 0
-        return loss, tokens, labels
+        return Measured(loss, tokens, labels, None if norm is None else float(total[-1]))
 
     def rate(self) -> dict[str, Any]:
         """Tokens per second since the last call, over all ranks, and the device's peak memory."""
@@ -83,6 +99,17 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._since += seconds
+
+
+def read_on_host(values: Tensor) -> Tensor:
+    """The same on the CPU. This is where a step waits for the device, and the only place."""
+    return values.cpu()
+
+
+def on_device(values: list[int] | list[float], device: torch.device) -> Tensor:
+    """Numbers as float64 on a device, which is not waited for: from pageable memory the copy would wait."""
+    there = torch.tensor(values, dtype=torch.float64)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from tritune.trainer.model.hub import ask_hub_or_cache
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_ADAPTER_CONFIG = "tritune_adapter.json"  # of a method that PEFT does not have
 _OF_AN_ADAPTER = ("*.json", ADAPTER_WEIGHTS, "*.jinja", "tokenizer.model")  # what of an adapter's repo is fetched
 
 
@@ -34,7 +35,7 @@ def adapter_folder(path: str, revision: str | None = None) -> Path | None:
     Raises:
         InputError: the hub has an adapter there, which cannot be fetched.
     """
-    found = find_file(path, ADAPTER_CONFIG, revision)
+    found = find_adapter_config(path, revision)
     if found is None or Path(path).is_dir():
         return found and found.parent
     try:  # the folder of a cached file is named after its commit
@@ -44,6 +45,11 @@ def adapter_folder(path: str, revision: str | None = None) -> Path | None:
         raise InputError(
             f"model.path={path}", rule, "Download it where there is a network, and give its folder"
         ) from None
+
+
+def find_adapter_config(path: str, revision: str | None = None) -> Path | None:
+    """The file that says that an adapter is there: PEFT's, or one of ours."""
+    return find_file(path, ADAPTER_CONFIG, revision) or find_file(path, OWN_ADAPTER_CONFIG, revision)
 
 
 def weight_files(path: str, revision: str | None = None) -> list[Path]:

@@ -20,6 +20,7 @@ _SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "adapter_config.json",
+    "tritune_adapter.json",
 )
 _READ = {".json", ".jinja", ".safetensors", ".model", ".txt"}  # endings of what the libraries look for
 _MOST_BYTES = 10_000_000  # of settings; a tokenizer_config.json with a thousand added tokens has 200,000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.model.files import find_file
@@ -34,6 +34,20 @@ def model_stop_ids(config: ModelConfig, architecture: PreTrainedConfig) -> list[
         rule = f"its {GENERATION_CONFIG_NAME} cannot be read ({reason(error)})"
         raise InputError(f"model.path={config.path}", rule, "Mend that file, or remove it") from None
     return sorted(ids)
+
+
+def read_generation(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Give a model that was made from its config alone the generation config that `from_pretrained` would: of its own file, or
+    of what its config.json says of generation."""
+    if config.path is None or not model.can_generate():
+        return
+    own: Any = model
+    try:
+        own.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
+    except OSError:
+        own.generation_config = GenerationConfig.from_pretrained(
+            config.path, config_file_name=CONFIG_NAME, _from_model_config=True, revision=config.revision or "main"
+        )
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:

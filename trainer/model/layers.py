@@ -17,15 +17,16 @@ def set_apart(model: nn.Module, unused: Collection[str]) -> None:
     """
     if not unused:
         return
-    for module in _outermost_idle(model, "", frozenset(unused)):
+    for module in outermost(model, unused):
         setattr(module, _MARK, True)
 
 
-def _outermost_idle(module: nn.Module, prefix: str, unused: frozenset[str]) -> list[nn.Module]:
-    names = [prefix + n for n, _ in module.named_parameters(remove_duplicate=False)]
-    if names and all(n in unused for n in names):
+def outermost(module: nn.Module, names: Collection[str], prefix: str = "") -> list[nn.Module]:
+    """The modules, none within another, all of whose parameters are among `names`; each name begins with `prefix`."""
+    held, wanted = [prefix + n for n, _ in module.named_parameters(remove_duplicate=False)], frozenset(names)
+    if held and all(n in wanted for n in held):
         return [module]
-    return [m for n, child in module.named_children() for m in _outermost_idle(child, f"{prefix}{n}.", unused)]
+    return [m for n, child in module.named_children() for m in outermost(child, wanted, f"{prefix}{n}.")]
 
 
 def idle_modules(model: nn.Module) -> list[nn.Module]:

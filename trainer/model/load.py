@@ -28,9 +28,10 @@ from tritune.trainer.config.axes import Head
 from tritune.trainer.config.choices import Dtype
 from tritune.trainer.config.registry import saying_labels, with_class_head
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.model.files import ADAPTER_CONFIG, find_file, weight_files
+from tritune.trainer.model.files import find_adapter_config, weight_files
 from tritune.trainer.model.finite import require_finite
 from tritune.trainer.model.folder import require_computable, require_sound
+from tritune.trainer.model.quantized import quantized_layers
 
 CLASS_HEAD = "score"  # the name transformers gives the head of a decoder's sequence classifier
 
@@ -64,9 +65,9 @@ def load_architecture(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
             raise InputError(f"model.config={config.config}", reason(error), "Give it the values it takes") from None
     assert config.path is not None, "config.check() requires one of the two"
     require_sound(config.path, f"model.path={config.path}")
-    if find_file(config.path, ADAPTER_CONFIG, config.revision) is not None:
-        rule = f"it is an adapter, or a model with one in it ({ADAPTER_CONFIG}), and a whole model is read here"
-        remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {ADAPTER_CONFIG}"
+    if (adapter := find_adapter_config(config.path, config.revision)) is not None:
+        rule = f"it is an adapter, or a model with one in it ({adapter.name}), and a whole model is read here"
+        remedy = f"Give its base, or a model with the adapter merged into it; in a whole model, remove {adapter.name}"
         raise InputError(f"model.path={config.path}", rule, remedy)  # transformers would add the adapter without a word
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
@@ -209,10 +210,18 @@ def widen_masters(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def narrow_frozen(model: nn.Module, dtype: Dtype) -> None:
+    """Hold what is frozen as it computes: in bfloat16 no master of it is needed."""
+    for parameter in model.parameters() if dtype is Dtype.bfloat16 else ():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters in place, and no buffer: in bfloat16 a rotary frequency puts far positions elsewhere."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -225,4 +234,5 @@ def is_tied(model: PreTrainedModel) -> bool:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; shared ones count once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    packed = sum(layer.shape.numel() - layer.nf4.numel() for layer in quantized_layers(model).values())
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + packed

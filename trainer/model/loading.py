@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import ModelConfig
-from tritune.trainer.model.load import load_model
+from tritune.trainer.config.choices import Storage
+from tritune.trainer.model.load import CLASS_HEAD, load_model
 from tritune.trainer.model.meta import load_meta_model
+from tritune.trainer.model.quantized import Quantized, fill_whole, quantize_layers, quantized_layers
 from tritune.trainer.model.weights import Weights
 
 
@@ -22,9 +24,27 @@ def load(
         sharded: whether each rank computes from a part of the parameters, so that none need load them whole.
     """
     args = (config, architecture, tokenizer, labels, seed, dtype)
-    if sharded:
+    packed, heads = config.storage is Storage.nf4, [CLASS_HEAD] if labels is not None else []
+    if sharded or packed:
         found = load_meta_model(*args)
         if not isinstance(found, str):
-            return found
-        say(f"model     each rank loads it whole before it is sharded: {found}")
-    return load_model(*args), None
+            model, weights = found
+            if packed:
+                _say_packed(model, quantize_layers(model, heads), say)
+                weights = Quantized(weights, {n: layer.shape for n, layer in quantized_layers(model).items()})
+            if not sharded:
+                fill_whole(model, weights)
+            return model, weights if sharded else None
+        what = " and ".join(["quantised"] * packed + ["sharded"] * sharded)
+        say(f"model     each rank loads it whole before it is {what}: {found}")
+    model = load_model(*args)
+    if packed:
+        _say_packed(model, quantize_layers(model, heads), say)
+    return model, None
+
+
+def _say_packed(model: PreTrainedModel, names: list[str], say: Callable[[str], None]) -> None:
+    layers = quantized_layers(model)
+    packed, rest = sum(layers[n].shape.numel() for n in names), sum(p.numel() for p in model.parameters() if p.ndim > 2)
+    stays = f"; {rest:,} parameters of experts are no linear layers and stay as they are" if rest else ""
+    say(f"model     nf4 holds {len(names):,} linear layers, {packed:,} parameters, in 4.13 bits each{stays}")

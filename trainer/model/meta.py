@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import reason
+from tritune.trainer.model.generation_config import read_generation
 from tritune.trainer.model.load import CLASS_HEAD, settle_architecture
 from tritune.trainer.model.reached import reaches_everything
 from tritune.trainer.model.weights import Weights, find_weights
@@ -44,6 +45,7 @@ def load_meta_model(
             model = auto.from_config(architecture, attn_implementation=config.attention.value, dtype=dtype)
     except Exception as error:  # noqa: BLE001  whatever it is, loading whole meets it too, and says it with its remedy
         return reason(error)
+    read_generation(model, config)
     model.tie_weights()  # each parameter was replaced by a meta one of its own
     head = getattr(model, CLASS_HEAD, None) if labels is not None else None
     if labels is not None and not isinstance(head, nn.Linear):

@@ -54,7 +54,9 @@ def find_unused(model: PreTrainedModel, heads: list[str]) -> frozenset[str]:
         model.train(training)
         for parameter, required in kept:
             parameter.requires_grad_(required)
-    unused = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in reached)
+    unused = frozenset(
+        n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in reached and p.is_floating_point()
+    )
     set_apart(model, unused)
     return unused
 

@@ -38,6 +38,10 @@ class Weights:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path].get_slice(key)[box.slices].to(self.dtype)
 
+    def under_own_names(self) -> bool:
+        """Whether no file leaves out the beginning of the names that a model's class gives its parameters."""
+        return not any(name.endswith(f".{key}") for name, (_, key) in self.files.items())
+
     def take(self, model: nn.Module) -> None:
         """Move what `model` holds in memory here, and leave meta tensors in its place."""
         for module_name, module in model.named_modules():

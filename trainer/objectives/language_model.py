@@ -30,7 +30,7 @@ class LanguageModel:
 
     def _weight(self, batch: Batch) -> Tensor:
         if self.sources.plain:
-            return torch.tensor(batch.predict.numel(), dtype=torch.float64, device=batch.predict.device)
+            return torch.full((), batch.predict.numel(), dtype=torch.float64, device=batch.predict.device)
         return self.sources.weigh(_sources(batch)).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:

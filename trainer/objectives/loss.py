@@ -57,8 +57,11 @@ class Sources:
         return torch.stack([(mine * values.double()).sum(dim=1), mine.sum(dim=1).double()])
 
     def weigh(self, sources: Tensor) -> Tensor:
-        """The weight of each of `sources` [N], float64."""
-        return torch.tensor(self.weights, dtype=torch.float64, device=sources.device)[sources]
+        """The weight of each of `sources` [N], float64; by masks, since a table of the weights would wait for the device."""
+        found = torch.zeros(sources.shape, dtype=torch.float64, device=sources.device)
+        for number, weight in enumerate(self.weights):
+            found = torch.where(sources == number, weight, found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def render(record: Record) -> str:
 def _question(config: dict[str, Any]) -> str:
     model = config["model"]["path"]
     what = f"{Path(model).name}" if model else f"a {config['model']['config'].get('model_type')} with random weights"
-    method = axis_options("method").get(config["method"]["name"])
-    trains = (method and method.title) or config["method"]["name"]
+    kind = axis_options("method").get(config["method"]["name"])
+    given = {f.name: config["method"][f.name] for f in fields(kind) if f.name in config["method"]} if kind else {}
+    trains = (kind and kind(**given).what_trains()) or config["method"]["name"]
     data = Path(config["data"]["train"]).name if config["data"]["train"] else "its data"
     return f"What does {trains} on {data} make of {what}?{_title(config)}"
 

@@ -80,7 +80,7 @@ def require_same_base(
         if reading and moved(identity, directory):
             say(f"base      {model.path} is taken as it is: the run did not write down what its base holds")
         return now
-    differs = difference(before, redact_tree(now), weights=not reading or method.freezes_base)
+    differs = difference(before, redact_tree(now), weights=not reading or method.keeps_weights)
     if differs:
         rule = f"it is not the base that {directory.path} was trained on{moved(identity, directory)}; {differs}"
         raise InputError(f"model.path={model.path}", rule, "Give model.path=<folder or hub id of that base>")
