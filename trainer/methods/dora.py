@@ -50,7 +50,7 @@ class DoraLinear(nn.Module):
         self.magnitude_change = nn.Parameter(torch.zeros(outputs, dtype=dtype))
         self.scaling, self.p, self.layer_id = config.scaling_of(name), config.dropout, layer_id_of(name)
         self.keys = keys
-        # The base's own forward never runs: ZeRO-3 gathers its weight in this module's hooks, where the norm needs it.
+        # ZeRO-3 gathers the base's weight in this module's hooks as well as in its own: the norm needs it here.
         self.computes = [base_layer]
         self.name, self.looked_at = name, False
         if base_layer.weight.device.type != "meta":
@@ -58,15 +58,13 @@ class DoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view_as(x)  # as in LoRALinear
-        weight, bias = self._weight(), self.base_layer.bias
-        change = self._change(weight).to(x.dtype)
+        change, bias = self._change().to(x.dtype), self.base_layer.bias
         drops = self.p and self.training
         seen = self.keys.dropout(x, self.layer_id, self.p) if drops else x
-        y, added = linear(x, weight, bias), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
-        if drops:
-            along = linear(seen, weight)
-        else:
-            along = y if bias is None else y - bias
+        # By the base's own forward: it keeps no dense weight for backward where it holds a quantised one.
+        y, added = self.base_layer(x), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
+        along = self.base_layer(seen) if drops else y
+        along = along if bias is None else along - bias
         return y + added + change * (along + added)
 
     def merged(self, weight: Tensor, read: Read) -> Tensor:
@@ -95,9 +93,10 @@ class DoraLinear(nn.Module):
     def _weight(self) -> Tensor:
         return oriented(self.base_layer, self.base_layer.weight)
 
-    def _change(self, weight: Tensor) -> Tensor:
+    def _change(self) -> Tensor:
         """(m - |V|) / |V|, [N] in float32 or wider; the gradient is that of m alone."""
         with torch.no_grad():
+            weight = self._weight()
             base = _norms(weight)
             if not (self.looked_at or torch.compiler.is_compiling()):
                 self._require_lengths(base)
