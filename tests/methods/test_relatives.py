@@ -22,10 +22,12 @@ from tritune.trainer.methods.adapter_io import save_adapter
 from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.dora import DoraLinear
 from tritune.trainer.methods.lora import LoraConfig
-from tritune.trainer.methods.lora_layers import lora_layers
+from tritune.trainer.methods.lora_layers import lora_layers, reset
 from tritune.trainer.methods.merge import merged_tensors
 from tritune.trainer.methods.states import whole
+from tritune.trainer.methods.token_keys import TokenKeys
 from tritune.trainer.model.optim import make_optimizer, set_rate
+from tritune.trainer.model.quantized import Nf4Linear
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(7))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -69,6 +71,9 @@ CASES = {
     "lora": Case({}, {}),
     "rslora": Case({"rslora": True}, {"use_rslora": True}),
     "dora": Case({"dora": True}, {"use_dora": True}),
+    "dora, head": Case(
+        {"dora": True, "targets": ["lm_head", "up_proj"]}, {"use_dora": True, "target_modules": ["lm_head", "up_proj"]}
+    ),
     "dora, rslora": Case({"dora": True, "rslora": True}, {"use_dora": True, "use_rslora": True}),
     "dora, dropout": Case({"dora": True, "dropout": 0.3}, {"use_dora": True, "lora_dropout": 0.3}),
     "dora, biases": Case({"dora": True, "bias": Bias.lora_only}, {"use_dora": True, "bias": "lora_only"}),
@@ -217,7 +222,7 @@ def test_dora_begins_as_the_base_does_to_the_bit():
         for parameter in plain.parameters():
             parameter.data = parameter.data.to(dtype)
         for name, layer in lora_layers(model).items():
-            assert not layer._change(layer._weight()).any(), name
+            assert not layer._change().any(), name
         assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
@@ -229,6 +234,43 @@ def test_a_row_without_a_direction_is_refused_by_its_layer():
         apply_method(LoraConfig(dora=True), copy.deepcopy(base), [], 0)
     apply_method(LoraConfig(dora=True, exclude=["model.layers.1.mlp.up_proj"]), copy.deepcopy(base), [], 0)
     apply_method(LoraConfig(), base, [], 0)
+
+
+def test_a_row_without_a_direction_that_comes_later_is_refused_in_the_first_forward():
+    """Where no rank holds the model, weights are read after the layers were made."""
+    config, name = LoraConfig(dora=True, rank=2), "model.layers.0.mlp.up_proj"
+    layer = DoraLinear(nn.Linear(4, 3, device="meta"), config, name, None).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    nn.init.zeros_(layer.base_layer.weight[1])
+    with pytest.raises(InputError, match=f"a row of {name} is zero"):
+        layer(torch.ones(2, 4))
+    nn.init.ones_(layer.base_layer.weight)
+    assert layer(torch.ones(2, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_quantised_base_is_dense_for_a_product_and_no_longer(dropout):
+    """In four bits it computes what a base of the same rounded weights does, and keeps none of these for backward."""
+    torch.manual_seed(2)
+    plain, keys = nn.Linear(64, 128), TokenKeys()
+    quantised = Nf4Linear(plain)
+    with torch.no_grad():
+        plain.weight.copy_(quantised.weight)
+    config, x, found = LoraConfig(dora=True, rank=2, dropout=dropout), torch.randn(1, 5, 64, requires_grad=True), []
+    keys.set(token_keys(0, 1, torch.arange(1), 5))
+    for base in (plain, quantised):
+        layer, kept = DoraLinear(base.requires_grad_(False), config, "layer", keys), []
+        reset(layer, 0)
+        torch.manual_seed(3)
+        nn.init.normal_(layer.lora_B), nn.init.normal_(layer.magnitude_change, std=0.1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t):
+            y = layer(x)
+        trained = [layer.lora_A, layer.lora_B, layer.magnitude_change]
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+    assert not [t for t in kept if t.is_floating_point() and t.numel() >= 64 * 128]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_only_dora_layers_learn_lengths():

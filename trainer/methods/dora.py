@@ -36,7 +36,7 @@ class DoraLinear(nn.Module):
         As of `LoRALinear`.
 
     Raises:
-        InputError: a row of the base's weight is zero, and has no direction.
+        InputError: a row of the base's weight is zero, and has no direction; in the first forward where weights come later.
     """
 
     own = ("lora_A", "lora_B", "magnitude_change")
@@ -50,23 +50,21 @@ class DoraLinear(nn.Module):
         self.magnitude_change = nn.Parameter(torch.zeros(outputs, dtype=dtype))
         self.scaling, self.p, self.layer_id = config.scaling_of(name), config.dropout, layer_id_of(name)
         self.keys = keys
-        # The base's own forward never runs: ZeRO-3 gathers its weight in this module's hooks, where the norm needs it.
+        # ZeRO-3 gathers the base's weight in this module's hooks as well as in its own: the norm needs it here.
         self.computes = [base_layer]
-        if base_layer.weight.device.type != "meta" and not _norms(self._weight()).all():
-            rule = f"a row of {name} is zero, and DoRA learns by how much its length changes"
-            raise InputError("method.dora=true", rule, f"Add {name} to method.exclude, or use method.dora=false")
+        self.name, self.looked_at = name, False
+        if base_layer.weight.device.type != "meta":
+            self._require_lengths(_norms(self._weight()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view_as(x)  # as in LoRALinear
-        weight, bias = self._weight(), self.base_layer.bias
-        change = self._change(weight).to(x.dtype)
+        change, bias = self._change().to(x.dtype), self.base_layer.bias
         drops = self.p and self.training
         seen = self.keys.dropout(x, self.layer_id, self.p) if drops else x
-        y, added = linear(x, weight, bias), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
-        if drops:
-            along = linear(seen, weight)
-        else:
-            along = y if bias is None else y - bias
+        # By the base's own forward: it keeps no dense weight for backward where it holds a quantised one.
+        y, added = self.base_layer(x), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
+        along = self.base_layer(seen) if drops else y
+        along = along if bias is None else along - bias
         return y + added + change * (along + added)
 
     def merged(self, weight: Tensor, read: Read) -> Tensor:
@@ -85,13 +83,23 @@ class DoraLinear(nn.Module):
             "lora_magnitude_vector": magnitude,
         }
 
+    def _require_lengths(self, norms: Tensor) -> None:
+        """Refuse rows without a direction: at once where weights are here, else in the first forward."""
+        if not norms.all():
+            rule = f"a row of {self.name} is zero, and DoRA learns by how much its length changes"
+            raise InputError("method.dora=true", rule, f"Add {self.name} to method.exclude, or use method.dora=false")
+        self.looked_at = True
+
     def _weight(self) -> Tensor:
         return oriented(self.base_layer, self.base_layer.weight)
 
-    def _change(self, weight: Tensor) -> Tensor:
+    def _change(self) -> Tensor:
         """(m - |V|) / |V|, [N] in float32 or wider; the gradient is that of m alone."""
         with torch.no_grad():
+            weight = self._weight()
             base = _norms(weight)
+            if not (self.looked_at or torch.compiler.is_compiling()):
+                self._require_lengths(base)
             a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
             across = linear(self.lora_A.to(weight.dtype), weight).t().to(base.dtype)  # W A^T, [N, R]
             square = base.square() + ((2.0 * across + self.scaling * (b @ (a @ a.t()))) * (self.scaling * b)).sum(dim=1)
