@@ -20,6 +20,7 @@ REFUSED = [
     ("method.rank_pattern={*q_proj: 2}", "*q_proj is no regular expression", "Write e.g. q_proj"),
     ("method.targets=['re:.*(q']", "re:.*(q is no regular expression", r"Write e.g. re:.*\.layers\.[01]\..*"),
     ("method.exclude=['re:[']", "re:[ is no regular expression", r"Write e.g. re:.*\.layers\.[01]\..*"),
+    ("model.storage=int2", "Invalid value 'int2'", "expected one of [plain, nf4]"),
     ("method.dora=perhaps", "method.dora=perhaps: Value 'perhaps'", "It expects bool"),
 ]  # fmt: skip
 
@@ -31,6 +32,26 @@ def test_refused(override, said, remedy):
     (fault,) = raised.value.faults
     assert said in fault
     assert remedy in fault
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=full"], "method=full trains them. Use one of the methods adapter, lora"),
+        (
+            ["method=full", "method.freeze=[embed_tokens]"],
+            "method=full trains them. Use one of the methods adapter, lora",
+        ),
+        (["train.compile=true"], "torch.compile does not see into NF4. Use train.compile=false"),
+    ],
+)
+def test_four_bits_hold_a_frozen_base_alone(overrides, said):
+    with pytest.raises(ConfigFaults) as raised:
+        load_config([*LORA, "model.storage=nf4", *overrides])
+    (fault,) = raised.value.faults
+    assert fault.startswith("model.storage=nf4: ")
+    assert said in fault
+    assert load_config([*LORA, "model.storage=nf4"]).model.storage == "nf4"
 
 
 def test_the_remedies_are_taken():

@@ -13,13 +13,14 @@ RELATIVES = ["method=lora", "method.dora=true", "method.rank=4", "method.dropout
              "method.rank_pattern.down_proj=2", "optim.lr=5e-3"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> list[str]:
+@pytest.fixture(scope="module", params=["plain", "nf4"])
+def words(request, tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("relatives")
     harness.write_prompts(root / "rows.jsonl", 60, seed=3)
     return [
         f"model.path={harness.save_small_llama(root / 'model', 160)}", f"data.train={root / 'rows.jsonl'}",
-        "data.max_length=160", "backend.device=cpu", "train.batch_size=12", "train.micro_batch_size=3", *RELATIVES,
+        f"model.storage={request.param}", "data.max_length=160", "backend.device=cpu",
+        "train.batch_size=12", "train.micro_batch_size=3", *RELATIVES,
     ]  # fmt: skip
 
 
@@ -48,13 +49,14 @@ def test_a_run_goes_on_on_another_backend_and_exports(words, tmp_path):
     source, other = tmp_path / "unbroken", tmp_path / "other"
     harness.run([*common, "backend=zero2", f"run.dir={source}"], tmp_path / "logs", 2)
     shutil.copytree(source, other, ignore=lambda *_: ["step-00000006", "export"])
-    harness.run([*common, "backend=fsdp", "run.resume=require", f"run.dir={other}"], other / "logs")
+    merged = ["backend=fsdp", "run.resume=require", "export.form=merged", f"run.dir={other}"]
+    harness.run([*common, *merged], other / "logs")
     for a, b in zip(harness.rows(other), harness.rows(source), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
-    for run in (source, other):
+    for run, form, reader in ((source, "adapter", "peft"), (other, "merged", "transformers")):
         exported = json.loads((run / "summary.json").read_text())["export"]
-        assert (exported["form"], exported["reader"].split()[0].lower()) == ("adapter", "peft")
+        assert (exported["form"], exported["reader"].split()[0].lower()) == (form, reader)
         assert exported["max_difference"] <= exported["allowed"]
     settings = json.loads((source / "export" / "adapter_config.json").read_text())
     assert settings["use_dora"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -16,7 +14,6 @@ from tritune.trainer.methods.apply import apply_method
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.methods.lora_layers import lora_layers
 from tritune.trainer.model.quantized import Nf4Linear, quantize_layers, quantized_layers, round_trip
-from tritune.trainer.parallel.box import Box
 
 SETTINGS = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,7 +34,9 @@ def test_bytes_hold_the_weight(shape):
     assert data.numel() == num_bytes(torch.Size(shape))
     shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]  # as a piece of an engine's flat buffer lies
     for held in (data, shifted):
-        assert torch.equal(from_bytes(held, torch.Size(shape)).dequantize(torch.float32), weight.dequantize(torch.float32))
+        assert torch.equal(
+            from_bytes(held, torch.Size(shape)).dequantize(torch.float32), weight.dequantize(torch.float32)
+        )
 
 
 def test_a_large_weight_takes_at_most_053_bytes_a_value():

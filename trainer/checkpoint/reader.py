@@ -25,6 +25,7 @@ class TensorReader:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self._directory, self._entries, self._flat = directory, manifest["tensors"], is_flat(manifest)
         self._places: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
+        self._open: dict[Path, safe_open] = {}
         for file in manifest["files"]:
             if file.endswith(".safetensors"):
                 for name, _, box in held(directory / file):
@@ -38,17 +39,16 @@ class TensorReader:
         """
         shape, places = self._entries[name]["shape"], self._places[name]
         if len(places) == 1:
-            values = _stored(places[0][0], name).view(shape)
+            values = self._stored(places[0][0], name).view(shape)
         else:
             values = torch.empty(shape, dtype=getattr(torch, self._entries[name]["dtype"].removeprefix("torch.")))
             target = values.view(-1) if self._flat else values
             for path, box in places:
-                target[box.slices] = _stored(path, name)
+                target[box.slices] = self._stored(path, name)
         require_possible(self._directory, name, values)
         return values
 
-
-def _stored(path: Path, name: str) -> Tensor:
-    """A file is opened anew for each tensor: the pages of one that stays open would count as memory of this process."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    def _stored(self, path: Path, name: str) -> Tensor:
+        if path not in self._open:  # once: its header has as many entries as the model has tensors
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(name)

@@ -11,7 +11,8 @@ from typing import Any
 from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, MethodConfig, Metric
 from tritune.trainer.config.backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config.check_data import check_data
-from tritune.trainer.config.choices import Activations, Dtype, Form, Storage
+from tritune.trainer.config.check_model import check_model
+from tritune.trainer.config.choices import Activations, Dtype, Form
 from tritune.trainer.config.launch import check_launch
 from tritune.trainer.config.registry import saying_labels
 from tritune.trainer.config.schema import SPLITS, Config, TrainConfig, names, schemas
@@ -33,42 +34,12 @@ def check(config: Config, world_size: int | None = None, training: bool = True) 
                 value = getattr(value, part)
             faults.append(f"{key}={value.value if isinstance(value, Enum) else value}: {text}")
 
-    rule(
-        bool(c.model.path) != bool(c.model.config),
-        "model.path",
-        "a model is either pretrained or made from a config. Give model.path=<hub id or folder>, or model=tiny",
-    )
-    rule(
-        not c.model.config or c.model.tokenizer is not None,
-        "model.tokenizer",
-        "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
-    )
-    rule(
-        not training or c.model.adapter is None,
-        "model.adapter",
-        "an adapter is evaluated and generates; a run trains one of its own, on a whole model. Leave it out",
-    )
-    rule(
-        c.model.adapter is None or bool(c.model.path),
-        "model.adapter",
-        "it goes on a base. Give model.path=<its base>, or the adapter alone as model.path",
-    )
+    check_model(c, rule, training)
     has_rows = c.data.train is not None or bool(c.data.sources)
     rule(not training or has_rows, "data.train", "there is nothing to train on. Give data.train=<file>")
     rule(0 <= c.seed < 2**63, "seed", "a seed is a whole number from 0 to 2^63 - 1. Use e.g. 0")
     check_data(c, rule, faults)
     c.method.check(rule)
-    packed = c.model.storage is not Storage.plain
-    rule(
-        not training or not packed or c.method.freezes_base,
-        "model.storage",
-        f"4 bits hold weights that stay as they are, and method={c.method.name} trains them. Use method=lora, or plain",
-    )
-    rule(
-        not packed or not c.train.compile,
-        "model.storage",
-        "torch.compile does not see into NF4. Use train.compile=false",
-    )
     c.objective.check(rule)
     rule(
         c.objective.learns is not Learns.text or c.objective.documents == 1,

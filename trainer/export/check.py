@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
@@ -107,6 +108,7 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
+    hf_logging.disable_progress_bar()
     auto = auto_class(source.model.config, bool(source.heads))
     device = _device(source)
     if form is not Form.adapter:

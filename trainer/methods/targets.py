@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods import patterns
 from tritune.trainer.methods.linear import LINEAR
@@ -16,7 +17,7 @@ from tritune.trainer.methods.lora import REGEX, LoraConfig
 ALL_LINEAR = "all-linear"
 
 
-def linear_layers(model: nn.Module, heads: Collection[str] = ()) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, heads: Collection[str] = ()) -> dict[str, nn.Linear | Conv1D]:
     """What an update can go on, by name, but `heads`."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LINEAR) and n not in heads}
 
