@@ -73,6 +73,9 @@ def test_every_group_option_composes(group, name):
     if (group, name) == ("model", "hub"):  # the template for models of the user's own
         assert keys_of(found) == {"model.path"}, found
         found = faults(*overrides, "model.path=somewhere")
+    if (group, name) == ("method", "adapter"):  # never merged, and so not exported without its base
+        assert keys_of(found) == {"export.enabled"}, found
+        found = faults(*overrides, "export.enabled=false")
     assert found == []
 
 
