@@ -82,7 +82,7 @@ def measure(case: tuple[str, int, list[str], str, str], ranks: int, folder: Path
     overrides = [
         f"model.path={model}", f"data.train={folder / 'rows.txt'}", "objective=pretrain", "backend=fsdp", *method,
         f"model.dtype={dtype}", "backend.device=cpu", "data.max_length=64", "train.max_steps=1", "train.batch_size=4",
-        "evaluation.base=false", "evaluation.samples=0", "evaluation.splits=[]", "report.enabled=false", "optim.lr=1e-3",
+        "evaluation.base=false", "evaluation.samples=0", "evaluation.splits=[]", "report.enabled=false", "optim.lr=2e-2",
         "export.shard_gb=1", f"run.dir={run}",
     ]  # fmt: skip
     found = run_ranks(train, (overrides,), ranks, folder / f"{label}-logs", timeout=1200.0)
