@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
@@ -106,6 +107,7 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
     auto = auto_class(source.model.config, bool(source.heads))
+    hf_logging.disable_progress_bar()
     device = _device(source)
     if form is not Form.adapter:
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is no surprise
