@@ -1,6 +1,6 @@
 """Host memory while a sharded run is exported: no rank may hold much more than one tensor beside its part.
 
-    python benchmarks/exporting.py [--ranks 4] [--only LABEL ...] [--beside FILE] [--into FOLDER]
+    python benchmarks/exporting.py [--ranks 4] [--only LABEL ...] [--runs-only] [--beside FILE] [--into FOLDER]
 
 A random Llama is written as bf16 safetensors, trained for one step on FSDP and exported at the end of the run, with all
 that belongs to it: the weights in files of at most 1 GB, read back with transformers, their logits compared. From just before
@@ -74,7 +74,7 @@ def export(words: list[str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "rise": peak.stop()}
 
 
-def measure(case: tuple[str, int, list[str], str, str], ranks: int, folder: Path) -> list[dict[str, Any]]:
+def measure(case: tuple[str, int, list[str], str, str], ranks: int, verb: bool, folder: Path) -> list[dict[str, Any]]:
     label, layers, method, dtype, masters = case
     model, run = folder / f"model-{layers}", folder / label
     if not model.is_dir():
@@ -82,17 +82,19 @@ def measure(case: tuple[str, int, list[str], str, str], ranks: int, folder: Path
     overrides = [
         f"model.path={model}", f"data.train={folder / 'rows.txt'}", "objective=pretrain", "backend=fsdp", *method,
         f"model.dtype={dtype}", "backend.device=cpu", "data.max_length=64", "train.max_steps=1", "train.batch_size=4",
-        "evaluation.base=false", "evaluation.samples=0", "evaluation.splits=[]", "report.enabled=false", "optim.lr=1e-3",
+        "evaluation.base=false", "evaluation.samples=0", "evaluation.splits=[]", "report.enabled=false", "optim.lr=2e-2",
         "export.shard_gb=1", f"run.dir={run}",
     ]  # fmt: skip
     found = run_ranks(train, (overrides,), ranks, folder / f"{label}-logs", timeout=1200.0)
     summary = json.loads((run / "summary.json").read_text())
     largest, whole = VOCAB * HIDDEN * WIDTHS[masters], found[0]["total"] * WIDTHS[masters]
-    alone = run_ranks(
-        export, ([f"run.dir={run}", f"export.dir={folder / 'again'}"],), 1, folder / f"{label}-verb", 1200.0
-    )
+    measured = [(label, found, whole // ranks)]
+    if verb:
+        words = [f"run.dir={run}", f"export.dir={folder / 'again'}"]
+        alone = run_ranks(export, (words,), 1, folder / f"{label}-verb", 1200.0)
+        measured.append((f"{label}-verb", alone, whole))
     rows = []
-    for name, ranked, part in ((label, found, whole // ranks), (f"{label}-verb", alone, whole)):
+    for name, ranked, part in measured:
         bound, rises = round(MOST * largest) + part, [f["rise"]["anon"] for f in ranked]
         rows.append({
             "case": name, "ranks": len(ranked), "parameters": found[0]["total"], "written_bytes": summary["export_bytes"],
@@ -115,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=[c[0] for c in CASES], default=[c[0] for c in CASES])
+    parser.add_argument("--runs-only", action="store_true", help="leave out the verb")
     parser.add_argument("--beside", type=Path, help="the record of an earlier commit, which stands in this one")
     parser.add_argument("--into", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -125,7 +128,7 @@ def main() -> None:
         (folder / "rows.txt").write_text("one row of text that is long enough to fill a block or two\n" * 40)
         for case in CASES:
             if case[0] in args.only:
-                for row in measure(case, args.ranks, folder):
+                for row in measure(case, args.ranks, not args.runs_only, folder):
                     rows.append(row)
                     print(shown(row), flush=True)
     fields: dict[str, Any] = {"most": MOST, "cases": rows}

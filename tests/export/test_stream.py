@@ -205,3 +205,57 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(tritune, common, tmp_path, 
     assert code == 1
     assert list(target.parent.iterdir()) == []
     assert "model.safetensors" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_export_what_their_shards_hold(common, tmp_path):
+    """Rows on FSDP, runs of elements on ZeRO, which are up to three boxes of a matrix: each tensor comes whole, and the
+    same bytes from every layout as when the run's model is opened whole."""
+    cells = {
+        name: [*common, "method=full", "model.dtype=bfloat16", f"backend={name}", f"run.dir={tmp_path / name}"]
+        for name in ("fsdp", "zero3")
+    }
+    harness.run_many(list(cells.values()), tmp_path / "logs", world_size=2)
+    for name in cells:
+        run = tmp_path / name
+        found, expected = source(run), trained(run)
+        boxes = found.model.state_dict(keep_vars=True)
+        assert all(torch.equal(found.read(tensor), expected[key]) for key, tensor in boxes.items()), name
+        stock = AutoModelForCausalLM.from_pretrained(run / "export").state_dict()
+        assert all(torch.equal(tensor, expected[key].to(tensor.dtype)) for key, tensor in stock.items()), name
+
+
+@pytest.mark.slow
+def test_the_memory_of_an_export_is_that_of_a_tensor(tmp_path):
+    """A model of 400 MB of which the largest tensor has 33 MB is written with less than three such tensors in memory, where
+    `save_pretrained` of the state in another dtype needs all of it."""
+    config = AutoConfig.for_model("llama", **LLAMA | {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 8192,
+                                                      "num_hidden_layers": 3, "tie_word_embeddings": False})  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(tensor):
+        return torch.randn(tensor.shape, generator=generator)
+
+    method, most = FullConfig(), 0
+    largest = max(p.numel() for p in model.parameters()) * 4
+    planned = plan(model, method.whole_shapes(model), torch.bfloat16, LARGE)
+
+    def watched():
+        nonlocal most
+        for name, tensor in method.whole_tensors(model, torch.bfloat16, drawn, print):
+            most = max(most, anonymous())
+            yield name, tensor
+            del tensor
+
+    before = anonymous()
+    size = write_tensors(tmp_path, planned, watched())
+    assert size > 6 * largest
+    assert max(most, anonymous()) - before < 3 * largest
+
+
+def anonymous() -> int:
+    """RssAnon of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024

@@ -108,8 +108,8 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
-    hf_logging.disable_progress_bar()
     auto = auto_class(source.model.config, bool(source.heads))
+    hf_logging.disable_progress_bar()
     device = _device(source)
     if form is not Form.adapter:
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is no surprise
