@@ -106,7 +106,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         tokenizer = load_tokenizer(config.model)
         config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, say))
         architecture = load_architecture(config.model, len(tokenizer))
-        require_length(config.data, context_length(architecture))
+        require_length(config.data, context_length(architecture), config.method.positions_taken)
         stops = model_stop_ids(config.model, architecture)
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)

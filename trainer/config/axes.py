@@ -112,6 +112,8 @@ class MethodConfig:
         False  # few parameters train beside it, and are merged into it or written apart from it
     )
     writes_adapter: ClassVar[bool] = False  # in PEFT's layout: `adapter_tensors` and `adapter_settings`
+    merges: ClassVar[bool] = True  # what trains beside a frozen base can be written as a whole model: `whole_state`
+    peft_type: ClassVar[str] = ""  # of the adapters that `of_adapter` and `put_adapter` open; PEFT itself opens LoRA's
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
@@ -119,6 +121,11 @@ class MethodConfig:
 
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
+
+    @property
+    def positions_taken(self) -> int:
+        """Positions of the model's context that each document has before its first token."""
+        return 0
 
     def attach(self, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str]) -> Any:
         """Mark what trains, and add layers, in place.
@@ -171,3 +178,18 @@ class MethodConfig:
     def needs_peft(self, heads: list[str]) -> bool:
         """Whether PEFT must be asked, before training, if it reads such an adapter: importing it takes seconds."""
         return True
+
+    def of_adapter(self, settings: dict[str, Any], value: str) -> MethodConfig:
+        """The method with the keys that an adapter's settings say, where they name its `peft_type`.
+
+        Args:
+            value: what a message is about.
+
+        Raises:
+            InputError: they ask for what is not computed here.
+        """
+        raise NotImplementedError
+
+    def put_adapter(self, model: PreTrainedModel, tensors: dict[str, Tensor], value: str) -> None:
+        """Attach the method to the base `model` with the values of an adapter's file. Arguments and errors as of `of_adapter`."""
+        raise NotImplementedError

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, Metric
+from tritune.trainer.config.axes import CLASSIFICATION, Head, Learns, MethodConfig, Metric
 from tritune.trainer.config.backends import FsdpConfig, HsdpConfig, Offload, ZeroConfig, hsdp_shards
 from tritune.trainer.config.check_data import check_data
 from tritune.trainer.config.choices import Activations, Dtype, Form
@@ -207,12 +207,22 @@ def _check_results(c: Config, rule: Callable[[bool, str, str], None]) -> None:
     rule(
         form is Form.auto or (form is Form.full) != method.freezes_base,
         "export.form",
-        f"method={method.name} trains {'an adapter: adapter or merged' if method.freezes_base else 'the whole model: full'}",
+        f"method={method.name} trains {_trained(method)}",
     )
     rule(
         form is not Form.adapter or method.writes_adapter or not method.freezes_base,
         "export.form",
         f"PEFT's layout has no adapter of method={method.name}. Use merged",
+    )
+    rule(
+        form is not Form.merged or method.merges,
+        "export.form",
+        f"what method={method.name} trains is beside the weights, and cannot be merged into them. Use adapter",
+    )
+    rule(
+        method.merges or not c.model.config or not c.export.enabled,
+        "export.enabled",
+        f"a base with random weights is nowhere to be loaded, and method={method.name} cannot be merged into it. Use false",
     )
     rule(
         c.export.form is not Form.adapter or not c.model.config,
@@ -327,3 +337,10 @@ def derived_accumulation(train: TrainConfig, world_size: int) -> int:
     """Micro-batches per rank and optimizer step."""
     per_rank = -(-train.batch_size // world_size)
     return -(-per_rank // min(train.micro_batch_size or per_rank, per_rank))
+
+
+def _trained(method: MethodConfig) -> str:
+    """What a method trains, and the forms that it is exported in."""
+    if not method.freezes_base:
+        return "the whole model: full"
+    return "an adapter: adapter or merged" if method.merges else "an adapter: adapter"

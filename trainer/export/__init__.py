@@ -51,7 +51,7 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
     try:
         return _export(source, form, directory, say)
     except ExportError as error:
-        if source.config.export.form is not Form.auto or form is not Form.adapter:
+        if source.config.export.form is not Form.auto or form is not Form.adapter or not source.config.method.merges:
             raise
         say(f"export    no adapter: {error}")
         say("export    the merged model is written instead; export.form=adapter insists")
