@@ -55,7 +55,7 @@ from tritune.trainer.model.optim import make_optimizer
 from tritune.trainer.model.reached import describe_unused, find_unused
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
-from tritune.trainer.model.weights import Weights
+from tritune.trainer.model.weights import Weights, embeddings_of
 from tritune.trainer.objectives.loss import Objective, Sources
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.parallel.mesh import make_mesh
@@ -146,6 +146,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         for line in describe_unused(model, unused, config.method):
             say(f"model     {line}")
         keys = apply_method(config.method, model, heads, config.seed, unused)
+        config.method.begin(model, tokenizer, config.seed, partial(embeddings_of, model, weights))
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:

@@ -140,6 +140,15 @@ class MethodConfig:
         """
         raise NotImplementedError
 
+    def begin(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, rows: Callable[[list[int]], Tensor]
+    ) -> None:
+        """Give new weights the first values that come from the model's own, once, after `attach` and before training.
+
+        Args:
+            rows: the model's embeddings of tokens, [ids, D]; its parameters may be meta tensors.
+        """
+
     def facts(self) -> list[tuple[str, str]]:
         """Rows of the table on a model's card: what its keys were."""
         return []

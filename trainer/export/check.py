@@ -85,12 +85,12 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     )
     try:
         model, reader = _reload(directory, source, form, torch.float32)
-        reloaded = model(input_ids=ids.to(model.device)).logits.float().cpu()
+        reloaded = _logits(model, ids)
         largest = float(trained.abs().max())
         allowed = FLOAT32 * max(largest, 1.0)
         if not exact:
             cast_parameters(model, torch.bfloat16)
-            rounded = model(input_ids=ids.to(model.device)).logits.float().cpu()
+            rounded = _logits(model, ids)
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
     except Exception as error:
         raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
@@ -100,6 +100,12 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     difference = float((trained - reloaded).abs().max())
     return Agreement(difference, largest, max(kl, 0.0), allowed, reader)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """In float32: those of the tokens, since PEFT gives those of virtual tokens before them, too; or those of classes."""
+    logits = model(input_ids=ids.to(model.device)).logits.float().cpu()
+    return logits[:, -ids.shape[1] :] if logits.dim() == 3 else logits
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:

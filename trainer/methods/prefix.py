@@ -32,7 +32,7 @@ class PrefixConfig(MethodConfig):
     writes_adapter = True
     merges = False
     peft_type = "PREFIX_TUNING"
-    usual_rate = (3e-3, 0.0)
+    usual_rate = (5e-3, 0.0)
 
     def check(self, rule: Rule) -> None:
         rule(

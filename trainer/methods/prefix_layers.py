@@ -1,7 +1,7 @@
 """Trainable keys and values, which an attention function of our own puts before those of the tokens.
 
-transformers calls an attention function by name, after rotation and cache. The prefix comes in there: no cache carries it, so that
-a layer that activation checkpointing computes again adds nothing twice, and packs, generation and Triton's attention blocks
+transformers calls an attention function by name, after rotation and cache. The prefix comes in there: no cache carries it, so that a
+layer that activation checkpointing computes again adds nothing twice, and packs, generation and Triton's attention blocks
 pass through the one place. Each prefix belongs to its attention module and is read in a forward of its own, where FSDP2 and
 ZeRO-3 have gathered it.
 """
@@ -31,6 +31,7 @@ class Prefix(nn.Module):
 
     def __init__(self, num_tokens: int, num_heads: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.num_tokens = num_tokens  # ZeRO-3 takes the parameters' shapes away
         self.key = nn.Parameter(torch.empty(num_tokens, num_heads, width, dtype=dtype))
         self.value = nn.Parameter(torch.empty(num_tokens, num_heads, width, dtype=dtype))
 
@@ -125,7 +126,7 @@ def attend(
         position_ids: of the queries, behind the prefix; a sliding window leaves the prefix behind by these.
     """
     own = _causal(query, key) if attention_mask is None else attention_mask
-    mask = _behind(module.prefix.key.shape[0], own, sliding_window, position_ids)
+    mask = _behind(module.prefix.num_tokens, own, sliding_window, position_ids)
     key, value = module.prefix(key, value)
     mask = mask.expand(query.shape[0], *mask.shape[1:])
     if inner == Attention.eager:  # each family has its own
