@@ -1,7 +1,7 @@
 """Trainable keys and values, which an attention function of our own puts before those of the tokens.
 
-transformers calls an attention function by name, after rotation and cache. The prefix comes in there: no cache carries it, so that a
-layer that activation checkpointing computes again adds nothing twice, and packs, generation and Triton's attention blocks
+transformers calls an attention function by name, after rotation and cache. The prefix comes in there, and no cache carries it: a
+layer that activation checkpointing computes again adds nothing twice, and packs, generation and Triton's attention blocks all
 pass through the one place. Each prefix belongs to its attention module and is read in a forward of its own, where FSDP2 and
 ZeRO-3 have gathered it.
 """

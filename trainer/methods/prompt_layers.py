@@ -74,7 +74,7 @@ def lay_out(begins: Tensor, positions: Tensor, num_virtual: int) -> Layout:
     """Put `num_virtual` tokens before each document.
 
     Args:
-        begins: bool [B, T], where documents begin; at the first token of each row at least.
+        begins: bool [B, T], where documents begin; before the first of a row there is padding alone.
         positions: int64 [B, T], of the tokens in their documents.
     """
     (num_rows, num_tokens), device = begins.shape, begins.device
@@ -148,10 +148,9 @@ def _behind_virtual_tokens(
 ) -> Any:  # fmt: skip
     """The decoder's own forward on rows with the virtual tokens; hidden states are those of the real ones."""
     forward, virtual = type(decoder).forward, decoder.virtual_tokens
-    num_virtual = virtual.num_tokens
-    if attention_mask is not None:
-        ones = attention_mask.new_ones(attention_mask.shape[0], num_virtual)
-        attention_mask = torch.cat([ones, attention_mask], dim=1)
+    num_virtual, mask = virtual.num_tokens, attention_mask
+    if mask is not None:
+        attention_mask = _with_virtual(mask, num_virtual)
     if past_length(given):  # they are in the cache
         positions = None if position_ids is None else position_ids + num_virtual
         return forward(
@@ -162,9 +161,12 @@ def _behind_virtual_tokens(
     num_rows, num_tokens, width = embeddings.shape
     first = torch.arange(num_tokens, device=embeddings.device).expand(num_rows, -1)
     positions = first if position_ids is None else position_ids.expand(num_rows, -1)
-    caches = any(given.get(name) is not None for name in ("cache", "past_key_values"))
-    alone = position_ids is None or attention_mask is not None or caches
-    layout = lay_out((first if alone else positions) == 0, positions, num_virtual)
+    if mask is not None:
+        begins = _first_seen(mask)
+    else:
+        caches = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+        begins = (first if caches else positions) == 0
+    layout = lay_out(begins, positions, num_virtual)
     if "cu_seq_lens_q" in given:
         given |= layout.bounds()
     out = forward(
@@ -173,3 +175,15 @@ def _behind_virtual_tokens(
     )  # fmt: skip
     out.last_hidden_state = out.last_hidden_state.reshape(-1, width)[layout.real]
     return out
+
+
+def _first_seen(mask: Tensor) -> Tensor:
+    """Where each row's document begins behind its padding, bool [B, T]; `mask` is an attention mask of that shape."""
+    return (mask != 0) & (mask.cumsum(1) == 1)
+
+
+def _with_virtual(mask: Tensor, num_virtual: int) -> Tensor:
+    """The attention mask [B, T + num_virtual] with the virtual tokens behind the padding on the left, as `lay_out` puts them."""
+    num_rows, num_tokens = mask.shape
+    behind = torch.arange(num_tokens, device=mask.device) + num_virtual * (mask.cumsum(1) > 0)
+    return mask.new_ones(num_rows, num_tokens + num_virtual).scatter_(1, behind, mask)
