@@ -24,6 +24,7 @@ from tritune.trainer.methods.prefix import PrefixConfig
 from tritune.trainer.methods.prompt import PromptConfig
 from tritune.trainer.model.attention import (
     VARLEN,
+    choose_attention,
     document_bounds,
     require_documents_apart,
     varlen_attention,
@@ -221,6 +222,28 @@ def test_variable_length_attention_is_called_as_it_is_meant(family, version, mon
     assert torch.equal(scorer.logits(ids), logits), "a call that knows of no documents takes ordinary attention"
     with within_rows(model):
         assert "cu_seq_lens_q" not in document_bounds(collate(data, [0], PAD), model)
+
+
+def test_variable_length_attention_is_told_of_virtual_tokens(monkeypatch):
+    """Those of a prompt lengthen the documents; a prefix goes before the keys of another attention, which stays."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", judged_varlen("2.13"))
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+    model, data = build("mistral", dtype=torch.float64), rows()
+    OWN_TOKENS["prompt"].attach(model, [], 0, ())
+    expected, gradients = outcome(TokenScorer(model, None, 0, 7), [collate(data, PACKS, PAD)])
+    model.set_attn_implementation(VARLEN)
+    for batches in ([collate(data, PACKS, PAD)], [collate(data, range(len(data)), PAD)]):
+        found, theirs = outcome(TokenScorer(model, None, 0, 7), batches)
+        for sample, values in expected.items():
+            assert torch.allclose(found[sample], values, rtol=1e-11, atol=1e-11)
+        for name, gradient in gradients.items():
+            assert torch.allclose(theirs[name], gradient, rtol=1e-9, atol=1e-9), name
+    model = build("mistral", dtype=torch.bfloat16)
+    OWN_TOKENS["prefix"].attach(model, [], 0, ())
+    assert choose_attention(model, torch.device("cuda")) == "tritune_prefix_sdpa"
 
 
 def write(path, count, seed=0):

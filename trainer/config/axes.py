@@ -188,6 +188,10 @@ class MethodConfig:
         """Whether PEFT must be asked, before training, if it reads such an adapter: importing it takes seconds."""
         return True
 
+    def unread_by_peft(self, model: PreTrainedModel, heads: list[str]) -> str:
+        """Why the installed PEFT does not run such an adapter on this model; empty where it does."""
+        return ""
+
     def of_adapter(self, settings: dict[str, Any], value: str) -> MethodConfig:
         """The method with the keys that an adapter's settings say, where they name its `peft_type`.
 

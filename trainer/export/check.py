@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
+from tritune.trainer.methods.adapter_open import add_saved_adapter
 from tritune.trainer.model.load import auto_class, cast_parameters
 
 if TYPE_CHECKING:
@@ -114,14 +115,16 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
     if form is not Form.adapter:
         model = auto.from_pretrained(directory, dtype=dtype)
         return model.to(device).eval(), "transformers"
-    from peft import PeftModel
-
     options = {"num_labels": len(source.labels)} if source.heads else {}
     base = auto.from_pretrained(source.config.model.path, revision=source.config.model.revision, dtype=dtype, **options)
     base.config.pad_token_id = source.tokenizer.pad_token_id
     rows = _num_embeddings(source.model)
     if rows > _num_embeddings(base):
         base.resize_token_embeddings(rows, mean_resizing=False)
+    if why := source.config.method.unread_by_peft(source.model, source.heads):
+        return add_saved_adapter(directory, base, rows).to(device, dtype).eval(), f"Tritune ({why})"
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on ties: the logits are compared
         return PeftModel.from_pretrained(base, str(directory)).to(device, dtype).eval(), "PEFT"

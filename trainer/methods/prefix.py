@@ -73,6 +73,18 @@ class PrefixConfig(MethodConfig):
             "prefix_projection": False, "encoder_hidden_size": None, "modules_to_save": heads or None,
         }  # fmt: skip
 
+    def unread_by_peft(self, model: PreTrainedModel, heads: list[str]) -> str:
+        import inspect
+        from importlib.metadata import version
+
+        from packaging.version import Version
+
+        # PEFT asks a classifier's forward for `past_key_values`, which transformers calls `cache` since 5.24.
+        asked = inspect.signature(type(model).forward).parameters
+        if not heads or "past_key_values" in asked or Version(version("peft")) > Version("0.21.2"):
+            return ""
+        return f"PEFT {version('peft')} runs no prefix of a classifier under transformers {version('transformers')}"
+
     def of_adapter(self, settings: dict[str, Any], value: str) -> PrefixConfig:
         from tritune.trainer.methods.prompt_files import num_virtual_tokens, require_known
 
