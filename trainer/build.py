@@ -106,12 +106,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         tokenizer = load_tokenizer(config.model)
         config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, say))
         architecture = load_architecture(config.model, len(tokenizer))
-        require_length(config.data, context_length(architecture), config.method.positions_taken)
+        context = context_length(architecture, taken := config.method.positions_taken)
+        require_length(config.data, context, taken)
         stops = model_stop_ids(config.model, architecture)
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
+        splits = read_splits(config, tokenizer, context, stops, watch=watch)
         findings = cheap_findings(config.data, config.objective, splits, tokenizer)
         refused = blocking(findings, config.audit.fail_on)
         if refused is not None:
@@ -150,7 +151,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:
-            require_trained_embeddings(model, added, config.method.name)
+            require_trained_embeddings(model, added, config.method.name, hasattr(config.method, "modules_to_save"))
         widen_masters(model)
         if weights is not None:
             weights.take(model)
@@ -235,11 +236,16 @@ def lay_out_choices(
     return {n: lay_out(e, settings.choices, tokenizer) for n, e in splits.examples.items() if n in wanted}
 
 
-def require_trained_embeddings(model: PreTrainedModel, added: int, method: str) -> None:
-    """Refuse new tokens whose embeddings would stay as random as they were drawn, and would not be in the adapter."""
+def require_trained_embeddings(model: PreTrainedModel, added: int, method: str, saves: bool = True) -> None:
+    """Refuse new tokens whose embeddings would stay as random as they were drawn, and would not be in the adapter.
+
+    Args:
+        saves: the method can train modules whole beside its own parameters.
+    """
     if not model.get_input_embeddings().weight.requires_grad:
         rule = f"{added} token(s) are new to the model, and method={method} keeps their embeddings frozen and random"
-        remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
+        remedy = "Add method.modules_to_save=[embed_tokens,lm_head], or use" if saves else "Use"
+        remedy += " tokens that the model has"
         raise InputError("model.add_tokens", rule, remedy)
 
 

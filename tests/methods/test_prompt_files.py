@@ -230,7 +230,7 @@ def test_a_file_that_is_wrong_is_refused(base, tmp_path, method, change, said):
     (["export.form=full"], "trains an adapter: adapter"),
     (["method.num_virtual_tokens=0"], "method.num_virtual_tokens=0: it must be at least 1"),
     (["export.enabled=true"], "a base with random weights is nowhere to be loaded"),
-    (["model.config.max_position_embeddings=164"], "a context of 164 tokens, 5 of them for the method's own. Use 159 or less"),
+    (["model.config.max_position_embeddings=164"], "a context of 164 tokens, and the method takes 5. Use 159 or less"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(tiny, tritune, tmp_path, method, words, said):
     refused = tritune(*tiny, f"method={method}", "method.num_virtual_tokens=5", f"run.dir={tmp_path}/run", *words)

@@ -76,17 +76,12 @@ class Watch:
 
 
 def require_length(data: DataConfig, context: int | None, taken: int = 0) -> None:
-    """Refuse rows longer than the model's context.
-
-    Args:
-        taken: positions of it that come before each document.
-    """
-    if context is not None and data.max_length + taken > context:
-        rule = f"the model has a context of {context} tokens" + (
-            f", {taken} of them for the method's own" if taken else ""
+    """Refuse rows longer than the model's context, which is `context` beside what is `taken` by the method."""
+    if context is not None and data.max_length > context:
+        rule = f"the model has a context of {context + taken} tokens" + f", and the method takes {taken}" * bool(taken)
+        raise InputError(
+            f"data.max_length={data.max_length}", rule, f"Use {context} or less" if context else "Take fewer"
         )
-        remedy = f"Use {context - taken} or less" if context > taken else "Use fewer method.num_virtual_tokens"
-        raise InputError(f"data.max_length={data.max_length}", rule, remedy)
 
 
 def read_splits(

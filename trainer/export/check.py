@@ -122,7 +122,8 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
     if rows > _num_embeddings(base):
         base.resize_token_embeddings(rows, mean_resizing=False)
     if why := source.config.method.unread_by_peft(source.model, source.heads):
-        return add_saved_adapter(directory, base, rows).to(device, dtype).eval(), f"Tritune ({why})"
+        opened: Any = add_saved_adapter(directory, base, rows)
+        return opened.to(device, dtype).eval(), f"Tritune ({why})"
     from peft import PeftModel
 
     with warnings.catch_warnings():

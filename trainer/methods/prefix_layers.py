@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,8 @@ def add_prefixes(config: PrefixConfig, model: PreTrainedModel, heads: list[str],
         attention.prefix = Prefix(config.num_virtual_tokens, *shape, dtype)
         attention.prefix.reset(seed, layer_id_of(name), config.init_std)
     _let_in(model, inner)
-    decoder = decoder_of(model)
+    decoder, told = decoder_of(model), cast(Any, model)
+    told.positions_taken = config.num_virtual_tokens
     decoder.forward = MethodType(partial(_shifted, config.num_virtual_tokens), decoder)  # type: ignore[method-assign]
 
 
@@ -188,7 +189,7 @@ def _named(model: nn.Module, layers: list[nn.Module]) -> dict[str, nn.Module]:
 def _attention_in(config: PrefixConfig, model: PreTrainedModel, layer: nn.Module) -> Any:
     """The layer's attention, whose keys and values have one shape of heads and which calls attention functions by name."""
     attention: Any = getattr(layer, "self_attn", None)
-    projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+    projections: list[Any] = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
     if (
         attention is None
         or not all(isinstance(p, nn.Linear) for p in projections)

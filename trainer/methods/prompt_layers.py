@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,9 @@ def add_virtual_tokens(config: PromptConfig, model: PreTrainedModel, heads: list
         InputError: the family takes in more than tokens.
     """
     require_text_alone(config, model)
-    decoder, table = decoder_of(model), model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
+    decoder, told = decoder_of(model), cast(Any, model)
+    told.positions_taken = config.num_virtual_tokens
     model.requires_grad_(False)
     release_heads(model, heads)
     tokens = VirtualTokens(config.num_virtual_tokens, table.shape[1], torch.promote_types(table.dtype, torch.float32))

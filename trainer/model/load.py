@@ -89,9 +89,19 @@ def heads_of(objective: ObjectiveConfig) -> list[str]:
     return [CLASS_HEAD] if objective.head is Head.classes else []
 
 
-def context_length(architecture: PreTrainedConfig) -> int | None:
-    """Positions that the model has, or None where it sets no limit."""
-    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
+def context_length(architecture: PreTrainedConfig, taken: int = 0) -> int | None:
+    """Positions that the model has for a document's tokens, or None where it sets no limit.
+
+    Args:
+        taken: positions that the method has before them.
+    """
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else max(positions - taken, 0)
+
+
+def room_in(model: PreTrainedModel) -> int | None:
+    """`context_length` of a model with its method attached, which says on it what it takes."""
+    return context_length(model.config, getattr(model, "positions_taken", 0))
 
 
 def load_model(
