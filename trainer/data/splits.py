@@ -79,9 +79,7 @@ def require_length(data: DataConfig, context: int | None, taken: int = 0) -> Non
     """Refuse rows longer than the model's context, which is `context` beside what is `taken` by the method."""
     if context is not None and data.max_length > context:
         rule = f"the model has a context of {context + taken} tokens" + f", and the method takes {taken}" * bool(taken)
-        raise InputError(
-            f"data.max_length={data.max_length}", rule, f"Use {context} or less" if context else "Take fewer"
-        )
+        raise InputError(f"data.max_length={data.max_length}", rule, f"Use {context} or less")
 
 
 def read_splits(

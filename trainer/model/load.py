@@ -94,9 +94,17 @@ def context_length(architecture: PreTrainedConfig, taken: int = 0) -> int | None
 
     Args:
         taken: positions that the method has before them.
+
+    Raises:
+        InputError: none is left.
     """
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else max(positions - taken, 0)
+    if positions is None:
+        return None
+    if positions <= taken:
+        rule = f"the model has {positions} positions, and none is left for text"
+        raise InputError(f"method.num_virtual_tokens={taken}", rule, f"Use at most a tenth, {max(positions // 10, 1)}")
+    return positions - taken
 
 
 def room_in(model: PreTrainedModel) -> int | None:
