@@ -56,7 +56,7 @@ from tritune.trainer.model.optim import make_optimizer
 from tritune.trainer.model.reached import describe_unused, find_unused
 from tritune.trainer.model.scorer import TESTED_FAMILIES, TokenScorer, require_same_logits
 from tritune.trainer.model.tokenizer import choose_pad_token, load_tokenizer, stop_token_ids
-from tritune.trainer.model.weights import Weights
+from tritune.trainer.model.weights import Weights, embeddings_of
 from tritune.trainer.objectives.loss import Objective, Sources
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.parallel.mesh import make_mesh
@@ -107,12 +107,13 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         tokenizer = load_tokenizer(config.model)
         config = replace(config, model=settle_template(config.model, config.data, config.objective, tokenizer, say))
         architecture = load_architecture(config.model, len(tokenizer))
-        require_length(config.data, context_length(architecture))
+        context = context_length(architecture, taken := config.method.positions_taken)
+        require_length(config.data, context, taken)
         stops = model_stop_ids(config.model, architecture)
         stop_ids = stop_token_ids(tokenizer, stops)
         pad = choose_pad_token(tokenizer, config.model.pad_token, stop_ids)
         began = time.perf_counter()
-        splits = read_splits(config, tokenizer, context_length(architecture), stops, watch=watch)
+        splits = read_splits(config, tokenizer, context, stops, watch=watch)
         findings = cheap_findings(config.data, config.objective, splits, tokenizer)
         refused = blocking(findings, config.audit.fail_on)
         if refused is not None:
@@ -149,6 +150,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         keys = apply_method(config.method, model, heads, config.seed, unused)
         for line in config.method.describe(model, unused):
             say(f"method    {line}")
+        config.method.begin(model, tokenizer, config.seed, partial(embeddings_of, model, weights))
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:

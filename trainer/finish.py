@@ -17,7 +17,7 @@ from tritune.trainer.evaluation.samples import Sample, answer, answer_by_label, 
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run, score
-from tritune.trainer.model.load import context_length
+from tritune.trainer.model.load import room_in
 from tritune.trainer.objectives.loss import Objective, text_loss
 from tritune.trainer.parallel.distributed import World
 from tritune.trainer.run.directory import export_path, now
@@ -214,4 +214,4 @@ def _answers(run: Run, split: str, samples: list[Sample]) -> list[str]:
         args = (run.splits[split], run.model, run.objective, run.labels, run.loader.dealer.pad_id, device)
         return answer_by_label(samples, *args)
     return answer(samples, run.core, run.scorer.generate, run.tokenizer, config.generate, run.stops, device,
-                  context_length(run.core.config), config.model.dtype.value == "float64")  # fmt: skip
+                  room_in(run.core), config.model.dtype.value == "float64")  # fmt: skip

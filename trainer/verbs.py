@@ -113,13 +113,13 @@ def evaluate(config: Config, run: Path | None) -> None:
     from tritune.trainer.evaluation.table import figures_table
     from tritune.trainer.metrics.risk_coverage import answered_figures
     from tritune.trainer.model.finite import require_a_loss
-    from tritune.trainer.model.load import context_length
+    from tritune.trainer.model.load import room_in
     from tritune.trainer.objectives.loss import text_loss
     from tritune.trainer.run.directory import write_whole_json
 
     require_sources(config.data)
     world, opened, placed = _open(config, run)
-    config, tokenizer, context = opened.config, opened.tokenizer, context_length(opened.model.config)
+    config, tokenizer, context = opened.config, opened.tokenizer, room_in(opened.model)
     data = config.data
     given = [n for n in config.evaluation.splits if getattr(data, n) or getattr(data, f"{n}_share", 0)]
     if not given:
@@ -210,12 +210,12 @@ def _words(
     from tritune.trainer.data.prompts import read_prompts
     from tritune.trainer.evaluation.generate import Share, lack_of_room
     from tritune.trainer.evaluation.generate import generate as answer
-    from tritune.trainer.model.load import context_length
+    from tritune.trainer.model.load import room_in
 
     if not hasattr(opened.model, "generate"):
         raise InputError(opened.what, "it has no words", "Use tritune evaluate")
     rows = read_prompts(prompts, opened.config.generate, opened.config.data, opened.config.objective, opened.tokenizer)
-    context = context_length(opened.model.config)
+    context = room_in(opened.model)
     faults = [row.fault or lack_of_room(row.ids, row.place, settings.max_new_tokens, context) for row in rows]
     ids = [row.ids for row, fault in zip(rows, faults, strict=True) if fault is None]
     backend = placed.backend
@@ -230,10 +230,10 @@ def _labels(
 ) -> list[Answered]:
     from tritune.trainer.build import make_objective
     from tritune.trainer.evaluation.labels import label_texts, read_texts
-    from tritune.trainer.model.load import context_length
+    from tritune.trainer.model.load import room_in
 
     objective = make_objective(opened.config.objective, opened.config.data, opened.labels, opened.tokenizer)
-    context, device = context_length(opened.model.config), placed.backend.device
+    context, device = room_in(opened.model), placed.backend.device
     found = label_texts(opened, placed.scorer, objective, read_texts(prompts, file, data), context, device, below)
     return [(row.fields, said if isinstance(said, InputError) else [said]) for row, said in found]
 

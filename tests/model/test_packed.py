@@ -20,8 +20,11 @@ from tritune.trainer.data.loader import collate
 from tritune.trainer.errors import InputError
 from tritune.trainer.methods.lora import LoraConfig
 from tritune.trainer.methods.lora_layers import add_lora
+from tritune.trainer.methods.prefix import PrefixConfig
+from tritune.trainer.methods.prompt import PromptConfig
 from tritune.trainer.model.attention import (
     VARLEN,
+    choose_attention,
     document_bounds,
     require_documents_apart,
     varlen_attention,
@@ -96,6 +99,35 @@ def test_lora_drops_the_same_elements():
     dropped, _ = outcome(scorer, [collate(rows(), PACKS, PAD, 4)])
     kept, _ = outcome(scorer.eval(), [collate(rows(), PACKS, PAD, 4)])
     assert not torch.allclose(dropped[0], kept[0]), "nothing was dropped: no proof"
+
+
+OWN_TOKENS = {"prefix": PrefixConfig(num_virtual_tokens=3), "prompt": PromptConfig(num_virtual_tokens=3)}
+
+
+@pytest.mark.parametrize("method", sorted(OWN_TOKENS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_document_has_virtual_tokens_of_its_own(family, method):
+    """Those of another document, or its positions, would give other losses; among the families are windows of 4."""
+    model, config = build(family, dtype=torch.float64), OWN_TOKENS[method]
+    if method == "prefix" and family in ("gpt2", "phi3"):  # one layer makes queries, keys and values
+        with pytest.raises(InputError, match=f"attention of {family}: a layer has no self_attn with k_proj"):
+            config.attach(model, [], 0, ())
+        return
+    before, _ = outcome(TokenScorer(model, None, 0, 7), [collate(rows(), PACKS, PAD)])
+    config.attach(model, [], 0, ())
+    require_same(TokenScorer(model, None, 0, 7))
+    after, gradients = outcome(TokenScorer(model, None, 0, 7), [collate(rows(), PACKS, PAD)])
+    assert len(gradients) == (2 * model.config.num_hidden_layers if method == "prefix" else 1)
+    assert all(g.abs().max() > 1e-4 for g in gradients.values())
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", sorted(OWN_TOKENS))
+def test_classes_are_read_behind_virtual_tokens(method):
+    model = build("llama", AutoModelForSequenceClassification, torch.float64, num_labels=3)
+    OWN_TOKENS[method].attach(model, ["score"], 0, ())
+    require_same(TokenScorer(model, None, 0, 7), "class_logits")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} > {"score.weight"}
 
 
 @pytest.mark.parametrize("family", sorted(KERNEL_FAMILIES))
@@ -190,6 +222,28 @@ def test_variable_length_attention_is_called_as_it_is_meant(family, version, mon
     assert torch.equal(scorer.logits(ids), logits), "a call that knows of no documents takes ordinary attention"
     with within_rows(model):
         assert "cu_seq_lens_q" not in document_bounds(collate(data, [0], PAD), model)
+
+
+def test_variable_length_attention_is_told_of_virtual_tokens(monkeypatch):
+    """Those of a prompt lengthen the documents; a prefix goes before the keys of another attention, which stays."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", judged_varlen("2.13"))
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+    model, data = build("mistral", dtype=torch.float64), rows()
+    OWN_TOKENS["prompt"].attach(model, [], 0, ())
+    expected, gradients = outcome(TokenScorer(model, None, 0, 7), [collate(data, PACKS, PAD)])
+    model.set_attn_implementation(VARLEN)
+    for batches in ([collate(data, PACKS, PAD)], [collate(data, range(len(data)), PAD)]):
+        found, theirs = outcome(TokenScorer(model, None, 0, 7), batches)
+        for sample, values in expected.items():
+            assert torch.allclose(found[sample], values, rtol=1e-11, atol=1e-11)
+        for name, gradient in gradients.items():
+            assert torch.allclose(theirs[name], gradient, rtol=1e-9, atol=1e-9), name
+    model = build("mistral", dtype=torch.bfloat16)
+    OWN_TOKENS["prefix"].attach(model, [], 0, ())
+    assert choose_attention(model, torch.device("cuda")) == "tritune_prefix_sdpa"
 
 
 def write(path, count, seed=0):

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"objective": "objectives", "method": "methods"}
 # Words that are another thing's name as well, by file: of what is exported, and of what a layer keeps.
 OTHERS = {("trainer/config/choices.py", "full"), ("trainer/config/choices.py", "adapter")}
+# Words that the house says of rows and texts everywhere: such an option is seen by `method=`, its class and its module.
+COMMON = {"prompt"}
 
 
 def sources(axis: str) -> list[Path]:
@@ -38,7 +40,7 @@ def spellings(axis: str, text: str) -> list[str]:
     for node in ast.walk(module):
         match node:
             case ast.Constant(value=str(said)) if id(node) not in held:
-                found += [said] if said in options else [m[0] for m in named.finditer(said)]
+                found += [said] if said in {*options} - COMMON else [m[0] for m in named.finditer(said)]
             case ast.ImportFrom(module=str(where)):
                 package = f"tritune.trainer.{FOLDERS[axis]}"
                 found += [where] if where in {f"{package}.{name}" for name in options} else []

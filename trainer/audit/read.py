@@ -60,7 +60,8 @@ def read_audit(config: Config, watch: Watch) -> Audit:
     data, objective = config.data, config.objective
     try:
         architecture = load_architecture(config.model, len(tokenizer))
-        context, stops, unknown = context_length(architecture), model_stop_ids(config.model, architecture), None
+        context = context_length(architecture, config.method.positions_taken)
+        stops, unknown = model_stop_ids(config.model, architecture), None
     except InputError as error:  # a tokenizer alone is enough here
         context, stops, unknown = None, [], error.rule
     texts = read_texts(data, objective, config.audit, lambda key, rows: watch.notify(f"{key}, its text", rows, 0))

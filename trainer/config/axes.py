@@ -114,6 +114,7 @@ class MethodConfig:
     writes_adapter: ClassVar[bool] = False  # a file beside the base: `adapter_tensors` and `adapter_settings`
     in_peft: ClassVar[bool] = True  # PEFT has the method, and its layout is written; of others, one of our own
     merges: ClassVar[bool] = True  # into the base's weights
+    peft_type: ClassVar[str] = ""  # of the adapters that `of_adapter` and `put_adapter` open; PEFT itself opens LoRA's
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
@@ -139,6 +140,11 @@ class MethodConfig:
     def check(self, rule: Rule) -> None:
         """The rules that its own keys keep."""
 
+    @property
+    def positions_taken(self) -> int:
+        """Positions of the model's context that each document has before its first token."""
+        return 0
+
     def attach(self, model: PreTrainedModel, heads: list[str], seed: int, unused: Collection[str]) -> Any:
         """Mark what trains, and add layers, in place.
 
@@ -155,6 +161,15 @@ class MethodConfig:
     def rate_factor(self, name: str, shape: Sequence[int]) -> float:
         """By what a parameter's learning rate is multiplied: its name, which ends as in the Hugging Face model, and its shape."""
         return 1.0
+
+    def begin(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, rows: Callable[[list[int]], Tensor]
+    ) -> None:
+        """Give new weights the first values that come from the model's own, once, after `attach` and before training.
+
+        Args:
+            rows: the model's embeddings of tokens, [ids, D]; its parameters may be meta tensors.
+        """
 
     def facts(self) -> list[tuple[str, str]]:
         """Rows of the table on a model's card: what its keys were."""
@@ -211,3 +226,22 @@ class MethodConfig:
     def needs_peft(self, heads: list[str]) -> bool:
         """Whether PEFT must be asked, before training, if it reads such an adapter: importing it takes seconds."""
         return True
+
+    def unread_by_peft(self, model: PreTrainedModel, heads: list[str]) -> str:
+        """Why the installed PEFT does not run such an adapter on this model; empty where it does."""
+        return ""
+
+    def of_adapter(self, settings: dict[str, Any], value: str) -> MethodConfig:
+        """The method with the keys that an adapter's settings say, where they name its `peft_type`.
+
+        Args:
+            value: what a message is about.
+
+        Raises:
+            InputError: they ask for what is not computed here.
+        """
+        raise NotImplementedError
+
+    def put_adapter(self, model: PreTrainedModel, tensors: dict[str, Tensor], value: str) -> None:
+        """Attach the method to the base `model` with the values of an adapter's file. Arguments and errors as of `of_adapter`."""
+        raise NotImplementedError

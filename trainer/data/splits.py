@@ -75,10 +75,10 @@ class Watch:
     say: Callable[[str], None] = lambda text: print(shown(text), file=sys.stderr, flush=True)
 
 
-def require_length(data: DataConfig, context: int | None) -> None:
-    """Refuse rows longer than the model's context."""
+def require_length(data: DataConfig, context: int | None, taken: int = 0) -> None:
+    """Refuse rows longer than the model's context, which is `context` beside what is `taken` by the method."""
     if context is not None and data.max_length > context:
-        rule = f"the model has a context of {context} tokens"
+        rule = f"the model has a context of {context + taken} tokens" + f", and the method takes {taken}" * bool(taken)
         raise InputError(f"data.max_length={data.max_length}", rule, f"Use {context} or less")
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from tritune.trainer.config.choices import Form, Storage
 from tritune.trainer.errors import ExportError, reason
 from tritune.trainer.export.write import export_dtype
-from tritune.trainer.methods.own_adapter import add_own_adapter
+from tritune.trainer.methods.adapter_open import add_saved_adapter
 from tritune.trainer.model.load import auto_class, cast_parameters, storage_dtype
 from tritune.trainer.model.quantized import round_trip
 
@@ -90,12 +90,12 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     device = _device(source)
     try:
         model, reader = _reload(directory, source, form, torch.float32)
-        reloaded = model(input_ids=ids.to(device)).logits.float().cpu()
+        reloaded = _logits(model, ids, device)
         largest = float(trained.abs().max())
         allowed = FLOAT32 * max(largest, 1.0)
         if not exact:
             cast_parameters(model, torch.bfloat16)
-            rounded = model(input_ids=ids.to(device)).logits.float().cpu()
+            rounded = _logits(model, ids, device)
             allowed = max((4 if form is Form.merged else 2) * float((rounded - reloaded).abs().max()), allowed)
     except Exception as error:
         raise ExportError(f"{directory.name} was written and does not load: {reason(error)}") from error
@@ -105,6 +105,12 @@ def compare(directory: Path, source: Source, form: Form, ids: Tensor) -> Agreeme
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     difference = float((trained - reloaded).abs().max())
     return Agreement(difference, largest, max(kl, 0.0), allowed, reader)
+
+
+def _logits(model: Any, ids: Tensor, device: torch.device) -> Tensor:
+    """In float32: those of the tokens, since PEFT gives those of virtual tokens before them, too; or those of classes."""
+    logits = model(input_ids=ids.to(device)).logits.float().cpu()
+    return logits[:, -ids.shape[1] :] if logits.dim() == 3 else logits
 
 
 def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> tuple[Any, str]:
@@ -127,8 +133,9 @@ def _reload(directory: Path, source: Source, form: Form, dtype: torch.dtype) -> 
         base.resize_token_embeddings(rows, mean_resizing=False)
     if source.config.model.storage is Storage.nf4:
         round_trip(base, source.heads, storage_dtype(source.config.model.dtype, source.config.method))
-    if not source.config.method.in_peft:
-        return add_own_adapter(directory, base).to(device, dtype).eval(), "Tritune"  # type: ignore[arg-type]
+    if why := source.config.method.unread_by_peft(source.model, source.heads):
+        opened: Any = add_saved_adapter(directory, base, rows)
+        return opened.to(device, dtype).eval(), f"Tritune ({why})"
     from peft import PeftModel
 
     with warnings.catch_warnings():

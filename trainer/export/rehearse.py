@@ -96,7 +96,7 @@ def _try_weights(partial: Path, source: Source, form: Form, say: Callable[[str],
     try:
         _try_adapter(partial, source)
     except InputError as error:
-        if source.config.export.form is not Form.auto:
+        if source.config.export.form is not Form.auto or not source.config.method.merges:
             raise
         say(f"export    no adapter, but the merged model in the end: {error.rule}")
         _try_whole(partial, source)

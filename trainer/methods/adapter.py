@@ -72,6 +72,9 @@ class AdapterConfig(MethodConfig):
 
         return describe_bottlenecks(model)
 
+    def unread_by_peft(self, model: PreTrainedModel, heads: list[str]) -> str:
+        return "PEFT has no such method"
+
     def facts(self) -> list[tuple[str, str]]:
         bottleneck = f"{self.size}, {self.placement.value}, {self.activation.value}, scale {self.scale}"
         return [("bottleneck", bottleneck), ("at", ", ".join(self.where)), ("dropout", str(self.dropout))]

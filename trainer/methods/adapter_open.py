@@ -1,4 +1,5 @@
-"""Open an adapter to read it. PEFT itself puts one of its layout on its base, so that it computes what it does there."""
+"""Open an adapter in PEFT's layout to read it: PEFT itself puts LoRA's layers on their base, so that they compute what they do
+there; an adapter of another type, or of our own layout, is put on by the method that trains such ones."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from tritune.trainer.config.axes import MethodConfig
+from tritune.trainer.config.registry import built_in
 from tritune.trainer.errors import InputError, reason
 from tritune.trainer.methods.own_adapter import add_own_adapter, read_own_settings
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
@@ -17,6 +20,7 @@ from tritune.trainer.model.folder import read_settings_file, require_sound
 from tritune.trainer.shown import bounded
 
 PREFIX = "base_model.model."
+_FITS = "Check that base_model_name_or_path is its base, and that the file is whole"
 _MOST_RANK, _MOST_ALPHA = 1_000_000, 1_000_000_000  # far above any adapter; an alpha beyond float32 is infinite there
 # Settings that say nothing of what an adapter computes once its weights are there.
 _SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -43,6 +47,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
     for name in ("task_type", "base_model_name_or_path", "revision"):
         if not isinstance(settings[name], str | None):
             raise InputError(value, f"its {ADAPTER_CONFIG} has {name}={settings[name]!r}, which is no text", remedy)
+    if (own := _opened_by(settings)) is not None:
+        own.of_adapter(settings, value)
+        return _with_weights(settings, directory, value, remedy)
     foreign = sorted(n for n, v in settings.items() if v and n not in _SILENT | _COMPARED)
     start = settings.get("init_lora_weights")
     if start not in (True, False, None, "gaussian"):  # pissa and its like change the base
@@ -51,6 +58,16 @@ def read_settings(directory: Path) -> dict[str, Any]:
         rule = f"it is a {settings.get('peft_type')} adapter" + (f" with {', '.join(foreign)}" if foreign else "")
         raise InputError(value, rule, "LoRA without these is read here. Merge it with PEFT, and give the merged model")
     _require_numbers(settings, value)
+    return _with_weights(settings, directory, value, remedy)
+
+
+def _opened_by(settings: dict[str, Any]) -> MethodConfig | None:
+    """The method that opens an adapter of this type itself."""
+    kinds = [kind() for kind in built_in("method").values()]
+    return next((kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("peft_type")), None)
+
+
+def _with_weights(settings: dict[str, Any], directory: Path, value: str, remedy: str) -> dict[str, Any]:
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(value, f"it has no {ADAPTER_WEIGHTS}, and other formats can run code", remedy)
     return settings
@@ -83,7 +100,7 @@ def _no_number(value: str, name: str, found: Any, rule: str) -> InputError:
 
 
 def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
-    """Return `model` with the adapter's layers in it, as PEFT loads them.
+    """Return `model` with the adapter's layers in it, as PEFT loads them, or the method of its type.
 
     Args:
         directory: as `read_settings` accepts it.
@@ -96,12 +113,7 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     """
     if (directory / OWN_ADAPTER_CONFIG).is_file():
         return add_own_adapter(directory, model)
-    from peft import PeftModel, get_peft_model_state_dict
-
-    value, remedy = (
-        f"model.path={directory}",
-        "Check that base_model_name_or_path is its base, and that the file is whole",
-    )
+    value, remedy = f"model.path={directory}", _FITS
     try:
         weights = load_file(directory / ADAPTER_WEIGHTS)
     except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
@@ -110,6 +122,19 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
         if tensor.is_floating_point() and not tensor.isfinite().all():
             rule = f"its {bounded(name, 200)} holds NaN or Inf"
             raise InputError(value, rule, "Take a checkpoint from before they were lost")
+    settings = read_settings_file(directory / ADAPTER_CONFIG, value)
+    if (own := _opened_by(settings)) is not None:
+        own.of_adapter(settings, value).put_adapter(model, weights, value)
+        return model
+    return _opened_by_peft(directory, model, weights, num_tokens)
+
+
+def _opened_by_peft(
+    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int
+) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    value, remedy = f"model.path={directory}", _FITS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on ties and resizing; what was loaded is compared below

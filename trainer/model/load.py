@@ -90,9 +90,27 @@ def heads_of(objective: ObjectiveConfig) -> list[str]:
     return [CLASS_HEAD] if objective.head is Head.classes else []
 
 
-def context_length(architecture: PreTrainedConfig) -> int | None:
-    """Positions that the model has, or None where it sets no limit."""
-    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
+def context_length(architecture: PreTrainedConfig, taken: int = 0) -> int | None:
+    """Positions that the model has for a document's tokens, or None where it sets no limit.
+
+    Args:
+        taken: positions that the method has before them.
+
+    Raises:
+        InputError: none is left.
+    """
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    if positions <= taken:
+        rule = f"the model has {positions} positions, and none is left for text"
+        raise InputError(f"method.num_virtual_tokens={taken}", rule, f"Use at most a tenth, {max(positions // 10, 1)}")
+    return positions - taken
+
+
+def room_in(model: PreTrainedModel) -> int | None:
+    """`context_length` of a model with its method attached, which says on it what it takes."""
+    return context_length(model.config, getattr(model, "positions_taken", 0))
 
 
 def load_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -50,6 +51,16 @@ class Weights:
                     self.tensors[f"{module_name}.{name}".lstrip(".")] = parameter.detach()
                     empty = torch.empty_like(parameter, device="meta")
                     setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
+
+@torch.no_grad()
+def embeddings_of(model: PreTrainedModel, weights: Weights | None, ids: list[int]) -> Tensor:
+    """The model's input embeddings of tokens, [ids, D]; from `weights` where the model is one of meta tensors."""
+    table: Any = model.get_input_embeddings().weight
+    if weights is None:
+        return table[ids].clone()
+    name = next(n for n, p in model.named_parameters() if p is table)
+    return torch.cat([weights.read(name, Box((i, 0), (1, table.shape[1]))) for i in ids])
 
 
 def find_weights(config: ModelConfig, model: PreTrainedModel, skip: set[str]) -> Weights | str:
