@@ -40,6 +40,10 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model = model
         self.keys, self.seed, self.chunk_tokens, self.fused_head = keys, seed, chunk_tokens, fused_head
+        # The head computes once for each chunk of a rank's own tokens, and ranks have unequally many: ZeRO-3 gathers it once, in
+        # this module's hooks, or one rank would wait for a gathering that the others never begin.
+        head = model.get_output_embeddings()
+        self.computes = [] if fused_head or head is None else [head]
         self._widest = torch.float64 if next(model.parameters()).dtype == torch.float64 else None
 
     def forward(self, batch: Batch, want: Want) -> Tensor:
@@ -98,7 +102,7 @@ class TokenScorer(nn.Module):
         def head(hidden: Tensor, start: int, stop: int) -> Tensor:
             if keys is not None and self.keys is not None:
                 self.keys.set(keys.reshape(-1)[positions[start:stop]])
-            return scaled_logits(output(hidden), config)
+            return scaled_logits(output.forward(hidden), config)  # without hooks: see `computes`
 
         return head
 
