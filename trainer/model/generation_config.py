@@ -43,10 +43,10 @@ def read_generation(model: PreTrainedModel, config: ModelConfig) -> None:
         return
     own: Any = model
     try:
-        own.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
+        own.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
     except OSError:
         own.generation_config = GenerationConfig.from_pretrained(
-            config.path, config_file_name=CONFIG_NAME, _from_model_config=True, revision=config.revision
+            config.path, config_file_name=CONFIG_NAME, _from_model_config=True, revision=config.revision or "main"
         )
 
 
