@@ -97,7 +97,8 @@ def measure(case: tuple[str, int, list[str], str, str], ranks: int, verb: bool, 
     for name, ranked, part in measured:
         bound, rises = round(MOST * largest) + part, [f["rise"]["anon"] for f in ranked]
         rows.append({
-            "case": name, "commit": commit(), "ranks": len(ranked), "parameters": found[0]["total"], "written_bytes": summary["export_bytes"],
+            "case": name, "commit": commit(), "ranks": len(ranked),
+            "parameters": found[0]["total"], "written_bytes": summary["export_bytes"],
             "largest_tensor_bytes": largest, "part_bytes": part, "bound_bytes": bound, "holds": max(rises) <= bound,
             "rise_anon_bytes": rises, "rise_file_bytes": [f["rise"]["file"] for f in ranked],
             "seconds": round(ranked[0]["seconds"], 1),
