@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loading import HIDDEN, VOCAB, save_model
-from record import MIB, RESULTS, Peak, run_ranks, write_record
+from record import MIB, RESULTS, Peak, commit, run_ranks, write_record
 from tritune.launch.processes import preload
 
 MOST = 1.3  # of the largest tensor
@@ -97,7 +97,8 @@ def measure(case: tuple[str, int, list[str], str, str], ranks: int, verb: bool, 
     for name, ranked, part in measured:
         bound, rises = round(MOST * largest) + part, [f["rise"]["anon"] for f in ranked]
         rows.append({
-            "case": name, "ranks": len(ranked), "parameters": found[0]["total"], "written_bytes": summary["export_bytes"],
+            "case": name, "commit": commit(), "ranks": len(ranked),
+            "parameters": found[0]["total"], "written_bytes": summary["export_bytes"],
             "largest_tensor_bytes": largest, "part_bytes": part, "bound_bytes": bound, "holds": max(rises) <= bound,
             "rise_anon_bytes": rises, "rise_file_bytes": [f["rise"]["file"] for f in ranked],
             "seconds": round(ranked[0]["seconds"], 1),
