@@ -227,10 +227,10 @@ def test_a_file_that_is_wrong_is_refused(base, tmp_path, method, change, said):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("words", "said"), [
-    (["export.form=merged"], "is beside the weights, and cannot be merged into them. Use adapter"),
+    (["export.form=merged"], "is no change of the base's weights and cannot be merged into them. Use adapter"),
     (["export.form=full"], "trains an adapter: adapter"),
     (["method.num_virtual_tokens=0"], "method.num_virtual_tokens=0: it must be at least 1"),
-    (["export.enabled=true"], "a base with random weights is nowhere to be loaded"),
+    (["export.enabled=true"], "is written beside its base, and one with random weights is nowhere to be loaded"),
     (["method.num_virtual_tokens=9000"], "positions, and none is left for text. Use at most a tenth"),
     (["model.config.max_position_embeddings=164"], "a context of 164 tokens, and the method takes 5. Use 159 or less"),
 ])  # fmt: skip

@@ -31,6 +31,7 @@ def test_every_sharding_trains_the_same_model(words, tmp_path):
     proof = [
         "backend=zero3",
         "backend.persistence_elements=0",
+        "kernels.loss_chunk_tokens=32",  # ranks call the head unequally often
         "verify.steps=8",
         "verify.parameters_every=4",
         "verify.backends=[fsdp,zero2,zero3]",

@@ -40,6 +40,7 @@ class DoraLinear(nn.Module):
     """
 
     own = ("lora_A", "lora_B", "magnitude_change")
+    direct = False  # as in LoRALinear
 
     def __init__(self, base_layer: nn.Linear | Conv1D, config: LoraConfig, name: str, keys: TokenKeys) -> None:
         super().__init__()
@@ -62,10 +63,13 @@ class DoraLinear(nn.Module):
         drops = self.p and self.training
         seen = self.keys.dropout(x, self.layer_id, self.p) if drops else x
         # By the base's own forward: it keeps no dense weight for backward where it holds a quantised one.
-        y, added = self.base_layer(x), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
-        along = self.base_layer(seen) if drops else y
+        y, added = self._base(x), linear(linear(seen, self.lora_A), self.lora_B * self.scaling)
+        along = self._base(seen) if drops else y
         along = along if bias is None else along - bias
         return y + added + change * (along + added)
+
+    def _base(self, x: Tensor) -> Tensor:
+        return self.base_layer.forward(x) if self.direct else self.base_layer(x)
 
     def merged(self, weight: Tensor, read: Read) -> Tensor:
         """The weight that alone computes what this layer does: [N, K] from [N, K], in its dtype."""

@@ -31,6 +31,7 @@ class LoRALinear(nn.Module):
     """
 
     own = ("lora_A", "lora_B")  # what it adds to the layer
+    direct = False  # whether the base computes without hooks, since its weight is gathered by who calls (`TokenScorer`)
     update_only = True  # its output is the base's plus the update: what the kernels of LoRA compute
 
     def __init__(self, base_layer: nn.Linear | Conv1D, config: LoraConfig, name: str, keys: TokenKeys) -> None:
@@ -47,7 +48,8 @@ class LoRALinear(nn.Module):
         # hooks around the layer make it. In bf16 another order of these sums is another rounding.
         x = x.view_as(x)
         dropped = self.keys.dropout(x, self.layer_id, self.p) if self.p and self.training else x
-        return lora_update_reference(self.base_layer(x), dropped, self.lora_A, self.lora_B, self.scaling)
+        y = self.base_layer.forward(x) if self.direct else self.base_layer(x)
+        return lora_update_reference(y, dropped, self.lora_A, self.lora_B, self.scaling)
 
     def merged(self, weight: Tensor, read: Read) -> Tensor:
         """The weight that alone computes what this layer does: [N, K] from [N, K], in its dtype."""

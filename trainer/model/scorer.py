@@ -43,7 +43,9 @@ class TokenScorer(nn.Module):
         # The head computes once for each chunk of a rank's own tokens, and ranks have unequally many: ZeRO-3 gathers it once, in
         # this module's hooks, or one rank would wait for a gathering that the others never begin.
         head = model.get_output_embeddings()
-        self.computes = [] if fused_head or head is None else [head]
+        self.computes: list[nn.Module] = [] if fused_head or head is None else [head]
+        for adapted in (m for m in self.computes if hasattr(m, "direct")):
+            adapted.direct = True  # type: ignore[assignment]
         self._widest = torch.float64 if next(model.parameters()).dtype == torch.float64 else None
 
     def forward(self, batch: Batch, want: Want) -> Tensor:
