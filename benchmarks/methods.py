@@ -2,9 +2,9 @@
 
     python benchmarks/methods.py --data DIR [--epochs 1] [--only NAME ...]
 
-DIR holds `intent/banking77_{train,test}.csv` and `models/tinystories-656k`. Each method trains with the defaults of its keys and of
-its learning rate, but for those in `METHODS`, one run after another; a classifier's head (9,856 parameters) trains in each. `base`
-is the model before training, whose head is random.
+DIR holds `intent/banking77_{train,test}.csv` and `models/tinystories-656k`. Each method trains with the defaults of its keys
+and of its learning rate, but for those in `METHODS`, one run after another; a classifier's head (9,856 parameters) trains in
+each. The base's figures are those of the model before training, whose head is random.
 """
 
 from __future__ import annotations

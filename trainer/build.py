@@ -34,6 +34,7 @@ from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.loop import Run
 from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.start import begins_whole, begun, go_on, merge_start
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.model.acceleration import choose_kernels, install_kernels
@@ -93,7 +94,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         require_trackers(config.tracking)
         if config.export.enabled:
             require_replaceable(export_path(config.export.dir, directory.path), config.model.path, directory.path)
-        identity = identity_of(config)
+        identity = identity_of(config := begun(config))
         if world.rank == 0:
             check_resume(config.run.resume, identity, directory)
     pulse.phase("data")
@@ -139,8 +140,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         heads = heads_of(config.objective)
         labels, dtype = splits.labels if heads else None, storage_dtype(config.model.dtype, config.method)
         added = len(tokenizer) - architecture.get_text_config().vocab_size
-        sharded = shards_parameters(config.backend)
+        sharded = shards_parameters(config.backend) and not begins_whole(config.method, config.model)
         model, weights = load(config.model, architecture, tokenizer, labels, config.seed, dtype, sharded, say)
+        model = merge_start(model, config.model, len(tokenizer), say)
         unused = _unused(config, model, weights)
         if not heads:
             for setting in set_generation(model, tokenizer):
@@ -151,6 +153,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         for line in config.method.describe(model, unused):
             say(f"method    {line}")
         config.method.begin(model, tokenizer, config.seed, partial(embeddings_of, model, weights))
+        go_on(config.method, model, heads, config.model, say)
         if config.export.enabled and config.export.form is Form.merged:
             config.method.require_mergeable(model)  # now, and not when training is over
         if not config.model.config and added > 0:

@@ -27,6 +27,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.methods.apply import apply_method
+from tritune.trainer.methods.start import begun, merge_start, merges
 from tritune.trainer.model.acceleration import choose_kernels, install_kernels
 from tritune.trainer.model.files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.model.generation_config import model_stop_ids, set_generation
@@ -199,6 +200,7 @@ def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
+    config = begun(config)
     opened = _assemble(
         config,
         [str(label) for label in report.get("labels") or config.data.labels],
@@ -309,7 +311,10 @@ def _assemble(
         raise InputError("data.labels", "a classifier's classes are not known", remedy)
     dtype = storage_dtype(config.model.dtype, config.method) if trained else getattr(torch, config.model.dtype.value)
     args = (config.model, architecture, tokenizer, labels if heads else None, config.seed, dtype)
-    model, weights = load(*args, sharded, Watch().say)
+    merging = trained and merges(config.model)
+    model, weights = load(*args, sharded and not merging, Watch().say)
+    if merging:
+        model = merge_start(model, config.model, len(tokenizer), Watch().say)
     if trained:
         apply_method(config.method, model, heads, config.seed, find_unused(model, heads) if weights is None else ())
         widen_masters(model)

@@ -114,7 +114,9 @@ class MethodConfig:
     writes_adapter: ClassVar[bool] = False  # a file beside the base: `adapter_tensors` and `adapter_settings`
     in_peft: ClassVar[bool] = True  # PEFT has the method, and its layout is written; of others, one of our own
     merges: ClassVar[bool] = True  # into the base's weights
-    peft_type: ClassVar[str] = ""  # of the adapters that `of_adapter` and `put_adapter` open; PEFT itself opens LoRA's
+    peft_type: ClassVar[str] = ""  # of the adapters that `of_adapter` and `put_adapter` open
+    peft_opens: ClassVar[bool] = False  # PEFT itself puts its adapters on their base, to be read
+    of_the_run: ClassVar[tuple[str, ...]] = ("name",)  # keys that say how it trains, and nothing of what it trains
     usual_rate: ClassVar[tuple[float, float]] = (
         5e-5,
         1.5,
@@ -241,6 +243,19 @@ class MethodConfig:
             InputError: they ask for what is not computed here.
         """
         raise NotImplementedError
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Whether going on from an adapter needs the base's values, and not their places in files alone."""
+        return False
+
+    def take(self, model: PreTrainedModel, heads: list[str], tensors: dict[str, Tensor], value: str) -> bool:
+        """Give what `attach` added the values of an adapter's file; False where these are the parameters as they are.
+
+        Raises:
+            InputError: names or shapes differ; it begins with `value`.
+        """
+        return False
 
     def put_adapter(self, model: PreTrainedModel, tensors: dict[str, Tensor], value: str) -> None:
         """Attach the method to the base `model` with the values of an adapter's file. Arguments and errors as of `of_adapter`."""

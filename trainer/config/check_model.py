@@ -21,11 +21,6 @@ def check_model(c: Config, rule: Rule, training: bool) -> None:
         "a model from a config has no tokenizer of its own. Give model.tokenizer=<folder>, or bytes (built in)",
     )
     rule(
-        not training or c.model.adapter is None,
-        "model.adapter",
-        "an adapter is evaluated and generates; a run trains one of its own, on a whole model. Leave it out",
-    )
-    rule(
         c.model.adapter is None or bool(c.model.path),
         "model.adapter",
         "it goes on a base. Give model.path=<its base>, or the adapter alone as model.path",

@@ -25,6 +25,13 @@ class Storage(StrEnum):
     nf4 = "nf4"
 
 
+class AdapterMode(StrEnum):
+    """What training does with an adapter that it is given: goes on with it, or merges it and begins another."""
+
+    keep = "keep"
+    merge = "merge"
+
+
 class Kind(StrEnum):
     """What a row of the data is; `auto` reads it off the columns."""
 

@@ -15,7 +15,7 @@ Identity = dict[str, Any]  # dotted key -> a JSON value without secrets
 # goes on.
 _OF_THE_ROWS = {"data.held_out", "data.unsupervised"}
 # Keys of a group without options that came later, with what runs did before.
-_SINCE: dict[str, Any] = {"model.storage": "plain"}
+_SINCE: dict[str, Any] = {"model.storage": "plain", "model.adapter": None, "model.adapter_mode": "keep"}
 
 
 def identity_of(config: Config) -> Identity:

@@ -15,6 +15,7 @@ from tritune.trainer.config.axes import MethodConfig, ObjectiveConfig
 from tritune.trainer.config.backends import BackendConfig, FsdpConfig, HsdpConfig, ZeroConfig
 from tritune.trainer.config.choices import (
     Activations,
+    AdapterMode,
     Attention,
     Dtype,
     Form,
@@ -33,9 +34,12 @@ from tritune.trainer.config.renamed import old_name
 @dataclass
 class ModelConfig:
     path: str | None = (
-        None  # hub id or local folder of a pretrained model; verbs that read a model take an adapter here, too
+        None  # hub id or local folder of a pretrained model; or of an adapter or a run, to go on from or to be read
     )
-    adapter: str | None = None  # evaluate, generate: an adapter to put on `path`, wherever it says that its base is
+    adapter: str | None = None  # an adapter to put on `path`, wherever it says that its base is
+    adapter_mode: AdapterMode = (
+        AdapterMode.keep
+    )  # training from an adapter: goes on with it, or merges it and begins a new one
     revision: str | None = None  # branch, tag or commit on the hub
     config: dict[str, Any] = field(default_factory=dict)  # instead of `path`: an architecture with random weights
     tokenizer: str | None = None  # hub id, folder, or "bytes" (built in); default: `path`

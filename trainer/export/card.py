@@ -115,10 +115,20 @@ def _scores(results: dict[str, Any]) -> str:
     return head + "\n".join(rows) if rows else "None were computed."
 
 
+def _lineage(found: dict[str, Any] | None) -> str | None:
+    """The adapter from which the run went on: by the run and the step behind it, where they are known."""
+    if not found:
+        return None
+    behind = f"step {found['step']} of {Path(found['run']).name}, " if "run" in found else ""
+    merged = ", merged into its base" if found["mode"] == "merge" else ""
+    return f"{behind}adapter sha256 {found['sha256'][:16]}{merged}"
+
+
 def _training(source: Source) -> str:
     config, facts = source.config, source.facts
     rows: list[tuple[str, Any]] = [("method", config.method.name), *config.method.facts()]
     rows += [
+        ("went on from", _lineage(facts.get("lineage"))),
         ("data", Path(config.data.train).name if config.data.train else None),
         ("sequences per step", config.train.batch_size),
         ("steps", facts.get("tested_step") or facts.get("step")),

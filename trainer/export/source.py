@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tritune.trainer.config import Config
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import InputError
+from tritune.trainer.methods.start import merges
 from tritune.trainer.methods.states import Read, whole
 
 
@@ -60,5 +61,12 @@ def choose_form(source: Source, say: Callable[[str], None]) -> Form:
     if source.config.model.path is None:  # random weights made from a config: there is no base to put it on
         if wanted is Form.auto:
             say("export    merged, since the base has random weights and an adapter would have nothing to go on")
+        return Form.merged
+    if merges(source.config.model):
+        if wanted is Form.adapter:
+            rule = (
+                "the base is a merge of model.adapter, which lies nowhere, and the adapter would have nothing to go on"
+            )
+            raise InputError("export.form=adapter", rule, "Use export.form=merged, or model.adapter_mode=keep")
         return Form.merged
     return Form.adapter if wanted is Form.auto else wanted

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tritune.trainer.config.axes import MethodConfig
 from tritune.trainer.config.registry import built_in
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.methods.own_adapter import add_own_adapter, read_own_settings
+from tritune.trainer.methods.own_adapter import add_own_adapter, own_method, read_own_settings
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 from tritune.trainer.model.folder import read_settings_file, require_sound
 from tritune.trainer.shown import bounded
@@ -64,7 +64,24 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def _opened_by(settings: dict[str, Any]) -> MethodConfig | None:
     """The method that opens an adapter of this type itself."""
     kinds = [kind() for kind in built_in("method").values()]
-    return next((kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("peft_type")), None)
+    asked = (kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("peft_type"))
+    return next((kind for kind in asked if not kind.peft_opens), None)
+
+
+def method_of(directory: Path, value: str) -> MethodConfig:
+    """The method, with its keys, that trained the adapter.
+
+    Args:
+        directory: as `read_settings` accepts it.
+
+    Raises:
+        InputError: it is of no method of ours, or was made by settings that none of its keys stands for.
+    """
+    settings = read_settings(directory)
+    if (directory / OWN_ADAPTER_CONFIG).is_file():
+        return own_method(settings, value)
+    kinds = [kind() for kind in built_in("method").values()]
+    return next(kind for kind in kinds if kind.peft_type == settings.get("peft_type")).of_adapter(settings, value)
 
 
 def _with_weights(settings: dict[str, Any], directory: Path, value: str, remedy: str) -> dict[str, Any]:
@@ -126,12 +143,19 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     if (own := _opened_by(settings)) is not None:
         own.of_adapter(settings, value).put_adapter(model, weights, value)
         return model
-    return _opened_by_peft(directory, model, weights, num_tokens)
+    opened: PreTrainedModel = _opened_by_peft(directory, model, weights, num_tokens).get_base_model()
+    return opened
 
 
-def _opened_by_peft(
-    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int
-) -> PreTrainedModel:
+def merged_into(directory: Path, model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
+    """The base with a LoRA adapter merged into it by PEFT. Arguments and errors as of `add_saved_adapter`."""
+    weights = load_file(directory / ADAPTER_WEIGHTS)
+    merged: PreTrainedModel = _opened_by_peft(directory, model, weights, num_tokens).merge_and_unload()
+    return merged
+
+
+def _opened_by_peft(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int) -> Any:
+    """PEFT's model around the base."""
     from peft import PeftModel, get_peft_model_state_dict
 
     value, remedy = f"model.path={directory}", _FITS
@@ -158,8 +182,7 @@ def _opened_by_peft(
         if name not in placed or not torch.equal(placed[name], tensor.to(placed[name].dtype)):
             rule = f"its {name} {list(tensor.shape)} has no place in the model, and would be left out"
             raise InputError(value, rule, remedy)
-    whole: Any = opened.get_base_model()
-    return whole
+    return opened
 
 
 def _resize_to(model: PreTrainedModel, weights: dict[str, Tensor], num_tokens: int) -> None:

@@ -48,6 +48,9 @@ class LoraConfig(MethodConfig):
     tags = ("lora",)
     freezes_base = True
     writes_adapter = True
+    peft_type = "LORA"
+    peft_opens = True
+    of_the_run = ("name", "dropout", "lora_plus_ratio")
     usual_rate = (5e-4, 0.781)
 
     def check(self, rule: Rule) -> None:
@@ -94,6 +97,21 @@ class LoraConfig(MethodConfig):
 
     def embeddings_remedy(self) -> str:
         return "Add method.modules_to_save=[embed_tokens,lm_head], or use tokens that the model has"
+
+    @property
+    def begins_with_weights(self) -> bool:
+        return self.dora
+
+    def of_adapter(self, settings: dict[str, Any], value: str) -> LoraConfig:
+        from tritune.trainer.methods.lora_files import of_settings
+
+        return of_settings(settings, value)
+
+    def take(self, model: PreTrainedModel, heads: list[str], tensors: dict[str, Tensor], value: str) -> bool:
+        from tritune.trainer.methods.lora_files import take
+
+        take(self, model, heads, tensors, value)
+        return True
 
     def facts(self) -> list[tuple[str, str]]:
         rows = [("rank, alpha, dropout", f"{self.rank}, {self.alpha}, {self.dropout}")]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from tritune.trainer.config.choices import Bias
+from tritune.trainer.errors import InputError
 from tritune.trainer.methods.adapter_open import PREFIX
-from tritune.trainer.methods.lora import LoraConfig
+from tritune.trainer.methods.lora import REGEX, LoraConfig
 from tritune.trainer.methods.lora_layers import lora_layers
-from tritune.trainer.methods.states import Read
+from tritune.trainer.methods.states import Read, as_it_is, copy_into
 from tritune.trainer.methods.targets import saved_modules
+
+MAGNITUDE = "lora_magnitude_vector"
+# Settings of adapters that PEFT opens, and that no key of ours trains.
+_WITHOUT_KEY = ("lora_bias", "layers_to_transform", "layers_pattern", "trainable_token_indices")
+_HEADS = ("score", "classifier")  # PEFT names a classifier's head among the modules to save
 
 
 def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str], read: Read) -> dict[str, Tensor]:
@@ -29,6 +36,49 @@ def adapter_tensors(config: LoraConfig, model: PreTrainedModel, heads: list[str]
         if written and name.endswith(".bias"):
             tensors[PREFIX + name] = read(parameter)
     return tensors
+
+
+@torch.no_grad()
+def take(config: LoraConfig, model: PreTrainedModel, heads: list[str], tensors: dict[str, Tensor], value: str) -> None:
+    """Give the layers the values of an adapter's file; DoRA's lengths are kept as what they are beside the base's.
+
+    Raises:
+        InputError: names or shapes differ.
+    """
+    places = adapter_tensors(config, model, heads, as_it_is)
+    begun = {n: tensor.clone() for n, tensor in places.items() if n.endswith(MAGNITUDE)}
+    copy_into(places, tensors, value)
+    layers: dict[str, Any] = dict(lora_layers(model))
+    for name, layer in layers.items():
+        if (key := f"{PREFIX}{name}.{MAGNITUDE}") in begun:
+            layer.magnitude_change.copy_(tensors[key] - begun[key])
+
+
+def of_settings(settings: dict[str, Any], value: str) -> LoraConfig:
+    """The keys that made an adapter with such settings.
+
+    Raises:
+        InputError: a setting has no key here, and training would lose it.
+    """
+    foreign = [name for name in _WITHOUT_KEY if settings.get(name)]
+    if foreign:
+        rule = f"it is a LoRA adapter with {', '.join(foreign)}, and training does not go on with these"
+        raise InputError(value, rule, "Merge it: model.adapter_mode=merge")
+    targets, exclude = (_patterns(settings.get(name)) for name in ("target_modules", "exclude_modules"))
+    ranks, alphas = (dict(settings.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+    return LoraConfig(
+        rank=settings.get("r", 8), alpha=float(settings.get("lora_alpha", 8)), dropout=float(settings.get("lora_dropout") or 0),
+        targets=targets, exclude=exclude, bias=Bias(settings.get("bias", "none")),
+        modules_to_save=[n for n in settings.get("modules_to_save") or [] if n not in _HEADS],
+        rslora=bool(settings.get("use_rslora")), dora=bool(settings.get("use_dora")), rank_pattern=ranks, alpha_pattern=alphas,
+    )  # fmt: skip
+
+
+def _patterns(found: Any) -> list[str]:
+    """PEFT's names or its expression, as keys of ours; of `layer` with another's number in it PEFT takes ends of names, too."""
+    if not found:
+        return []
+    return [found if found == "all-linear" else f"{REGEX}{found}"] if isinstance(found, str) else sorted(found)
 
 
 def _saved_whole(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> list[str]:

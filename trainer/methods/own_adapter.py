@@ -55,11 +55,11 @@ def read_own_settings(directory: Path) -> dict[str, Any]:
         raise InputError(value, f"its {OWN_ADAPTER_CONFIG} has no list of heads", _REMEDY)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(value, f"it has no {ADAPTER_WEIGHTS}, and other formats can run code", _REMEDY)
-    _method_of(settings, value)
+    own_method(settings, value)
     return settings
 
 
-def _method_of(settings: dict[str, Any], value: str) -> MethodConfig:
+def own_method(settings: dict[str, Any], value: str) -> MethodConfig:
     """The option with the keys that the file gives."""
     name = settings.get("method")
     kind = axis_options("method").get(name) if isinstance(name, str) else None
@@ -88,7 +88,7 @@ def add_own_adapter(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
         InputError: the adapter does not fit its base, or a tensor of its file would be left out, or is not there.
     """
     value, settings = f"model.path={directory}", read_own_settings(directory)
-    method, heads = _method_of(settings, value), settings["heads"]
+    method, heads = own_method(settings, value), settings["heads"]
     weights = _read(directory / ADAPTER_WEIGHTS, value)
     modules = {name for name, _ in model.named_modules()}
     try:

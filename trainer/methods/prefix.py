@@ -94,6 +94,16 @@ class PrefixConfig(MethodConfig):
         require_known(settings, {"init_weights", "prefix_projection", "encoder_hidden_size"}, value)
         return PrefixConfig(num_virtual_tokens=num_virtual_tokens(settings, value))
 
+    def take(self, model: PreTrainedModel, heads: list[str], tensors: dict[str, Tensor], value: str) -> bool:
+        from tritune.trainer.methods.prefix_layers import joined, split
+        from tritune.trainer.methods.prompt_files import EMBEDDINGS, tensors_of
+        from tritune.trainer.methods.states import as_it_is, copy_into
+
+        places = tensors_of(model, joined(model, as_it_is), heads, as_it_is)
+        copy_into(places, tensors, value)
+        split(model, tensors[EMBEDDINGS])
+        return True
+
     def put_adapter(self, model: PreTrainedModel, tensors: dict[str, Tensor], value: str) -> None:
         from tritune.trainer.methods.prefix_layers import split
         from tritune.trainer.methods.prompt_files import put

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from tritune.trainer.errors import InputError
+from tritune.trainer.shown import bounded
 
 # From a tensor of the model to its values, whole. The model may hold them, or be one of meta tensors whose values are in files.
 Read = Callable[[Tensor], Tensor]
@@ -21,6 +23,26 @@ def whole(tensor: Tensor) -> Tensor:
 def as_it_is(tensor: Tensor) -> Tensor:
     """For whom shapes are enough: the model may be one of meta tensors."""
     return tensor.detach()
+
+
+@torch.no_grad()
+def copy_into(places: dict[str, Tensor], tensors: dict[str, Tensor], value: str) -> None:
+    """Copy tensors to the places of their names.
+
+    Raises:
+        InputError: names or shapes differ; it begins with `value`.
+    """
+    shapes, found = ({n: list(t.shape) for n, t in some.items()} for some in (places, tensors))
+    differ = sorted(n for n in {*shapes, *found} if shapes.get(n) != found.get(n))
+    if differ:
+        name = differ[0]
+        rule = f"{len(differ)} tensor(s) of the adapter do not fit: {bounded(name, 200)} is {found.get(name, 'not')} there, and "
+        rule += f"{shapes.get(name, 'not')} in the model"
+        raise InputError(
+            value, rule, "Check that its base, the method's keys and the labels are those that it was trained with"
+        )
+    for name, place in places.items():
+        place.copy_(tensors[name])
 
 
 def cast_tensors(model: PreTrainedModel, dtype: torch.dtype, read: Read) -> Iterator[tuple[str, Tensor]]:
