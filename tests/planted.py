@@ -70,6 +70,24 @@ def rank_with_a_mean_of_its_own(*args) -> None:
     _rank(*args)
 
 
+def rank_that_tells_what_stays_gathered(*args) -> None:
+    """No fault: after each step of ZeRO-3 it says which frozen parameters this rank still holds whole."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from tritune.trainer.backends.zero import Zero
+
+    step = Zero.step
+
+    def told(self, *given, **named):
+        norm = step(self, *given, **named)
+        frozen = {n: p for n, p in self.engine.module.named_parameters() if not p.requires_grad}
+        whole = [n for n, p in frozen.items() if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
+        print(f"of {len(frozen)} frozen parameters are whole: {whole}", flush=True)
+        return norm
+
+    Zero.step = told
+    _rank(*args)
+
+
 def rank_that_forgets_its_moments(*args) -> None:
     """A resume that reads parameters and nothing else."""
     from tritune.trainer.backends.fsdp import Fsdp

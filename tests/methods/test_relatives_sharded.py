@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import harness
+import planted
 import pytest
+from tritune.launch import processes
 from tritune.launch.verify import verify
 
 RELATIVES = ["method=lora", "method.dora=true", "method.rank=4", "method.dropout=0.1", "method.lora_plus_ratio=8",
@@ -62,3 +65,13 @@ def test_a_run_goes_on_on_another_backend_and_exports(words, tmp_path):
     settings = json.loads((source / "export" / "adapter_config.json").read_text())
     assert settings["use_dora"]
     assert settings["rank_pattern"] == {"down_proj": 2}
+
+
+@pytest.mark.slow
+def test_no_frozen_parameter_stays_gathered_after_a_step(words, tmp_path, monkeypatch):
+    """A known fault of some DeepSpeed versions under activation checkpointing: memory grows to the whole model on each rank."""
+    monkeypatch.setattr(processes, "_rank", planted.rank_that_tells_what_stays_gathered)
+    more = ["backend=zero3", "backend.persistence_elements=0", "train.activation_checkpointing=full", "train.max_steps=3",
+            "export.enabled=false", "report.enabled=false", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
+    told = harness.run([*words, *more], tmp_path / "logs", 2).output()
+    assert len(re.findall(r"of \d\d frozen parameters are whole: \[\]", told)) == 6, told

@@ -102,3 +102,4 @@ def test_a_run_says_it_at_its_start(tritune, tiny, tmp_path):
     assert done.code == 0, done.err
     assert "method    LoRA adapts 4 linear layers: q_proj x 1, k_proj x 1, v_proj x 1, o_proj x 1" in done.err
     assert "stay frozen, since no linear layer holds them: model.layers.*.mlp" in done.err
+    assert "the routers' balancing loss (router_aux_loss_coef=0.001) is not added" in done.err

@@ -63,14 +63,15 @@ def find_unused(model: PreTrainedModel, heads: list[str]) -> frozenset[str]:
 
 def describe_unused(model: PreTrainedModel, unused: frozenset[str], method: MethodConfig) -> list[str]:
     """For the log: how many they are and what holds them, and which adapters they would have had."""
+    lines = _router_line(model)
     if not unused:
-        return []
+        return lines
     tensors = {id(p): p for n, p in model.named_parameters() if n in unused}
     names = {module: name for name, module in model.named_modules()}
     idle = [names[module] for module in idle_modules(model)]
     places = idle + sorted(n for n in unused if not any(n.startswith(f"{module}.") for module in idle))
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    lines = [
+    lines += [
         f"{sum(p.numel() for p in tensors.values()):,} parameters in {len(tensors)} tensors take no part in the loss of text "
         f"and stay as they are: {', '.join(places[:_SHOWN])}{more}"
     ]
@@ -78,6 +79,16 @@ def describe_unused(model: PreTrainedModel, unused: frozenset[str], method: Meth
     if layers:
         lines.append(f"{len(layers)} linear layers among them match method.targets and get no adapter, as {layers[0]}")
     return lines
+
+
+def _router_line(model: PreTrainedModel) -> list[str]:
+    """Of a mixture of experts: that the loss is of the tokens alone."""
+    factor = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if not factor:
+        return []
+    return [
+        f"the routers' balancing loss (router_aux_loss_coef={factor:g}) is not added: watch the experts' shares where routers train"
+    ]
 
 
 def _loss(model: PreTrainedModel, heads: list[str]) -> Tensor:
