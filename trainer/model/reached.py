@@ -86,9 +86,7 @@ def _router_line(model: PreTrainedModel) -> list[str]:
     factor = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
     if not factor:
         return []
-    return [
-        f"the routers' balancing loss (router_aux_loss_coef={factor:g}) is not added: watch the experts' shares where routers train"
-    ]
+    return [f"the routers' balancing loss (router_aux_loss_coef={factor:g}) is not added to that of the tokens"]
 
 
 def _loss(model: PreTrainedModel, heads: list[str]) -> Tensor:
