@@ -284,14 +284,12 @@ def test_an_export_is_opened_again_with_the_same_logits(exported, capfd):
     assert said[0] == said[1] == said[2]
 
 
-def test_an_adapter_of_ours_is_no_base(exported, tiny, tritune, tmp_path):
+def test_every_parameter_does_not_go_on_from_an_adapter_of_ours(exported, tiny, tritune, tmp_path):
     run, _ = exported
     words = [w for w in tiny if not w.startswith("model")]
     done = tritune(*words, f"model.path={run / 'export'}", f"run.dir={tmp_path / 'run'}")
     assert done.code == 2
-    assert (
-        "it is an adapter, or a model with one in it (tritune_adapter.json), and a whole model is read here" in done.err
-    )
+    assert "its adapter is of method=adapter, and method=full would train. Give method=adapter\n" in done.err
 
 
 @pytest.mark.parametrize(("change", "said"), [

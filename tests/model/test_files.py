@@ -143,13 +143,20 @@ def test_an_adapter_is_no_model_to_train(tritune, base, tiny, tmp_path):
     for file in adapter.iterdir():
         shutil.copy(file, both)
     options = [o for o in tiny if not o.startswith("model")]
-    for where in (adapter, both):
-        result = tritune(*options, f"model.path={where}", f"run.dir={tmp_path / 'run'}")
+    for words, said in (
+        (
+            [f"model.path={adapter}"],
+            "its adapter is of method=lora, and method=full would train. Give method=lora, or begin",
+        ),
+        (
+            [f"model.path={base}", f"model.adapter={adapter}"],
+            "its adapter is of method=lora, and method=full would train",
+        ),
+        ([f"model.path={both}"], f"model.path={both}: it holds a whole model and an adapter"),
+    ):
+        result = tritune(*options, *words, f"run.dir={tmp_path / 'run'}")
         assert result.code == 2
-        assert f"model.path={where}: it is an adapter" in result.err
-    result = tritune(*options, f"model.path={base}", f"model.adapter={adapter}")
-    assert result.code == 2
-    assert "model.adapter" in result.err
+        assert said in result.err
 
 
 # -- a hub's cache, without a network ---------------------------------------------------------------------

@@ -39,7 +39,8 @@ def resolve_start(model: ModelConfig) -> ModelConfig:
     """The base as `path`, and as `adapter` the folder of the adapter from which training goes on, if there is one.
 
     Raises:
-        InputError: a run without an export, an adapter that does not name its base, or none where one is named.
+        InputError: a run without an export; an adapter that does not name its base, or beside a whole model; none where one is
+            named.
     """
     path = _export_of(model.path) if model.path else None
     if model.adapter is not None:
@@ -52,6 +53,10 @@ def resolve_start(model: ModelConfig) -> ModelConfig:
     found = adapter_folder(path, model.revision) if path else None
     if found is None:
         return replace(model, path=path)
+    if (found / "config.json").is_file():
+        rule = "it holds a whole model and an adapter, and which of them is meant is not known"
+        remedy = "Move the adapter to a folder of its own; model.adapter=<that folder> goes on with it"
+        raise InputError(f"model.path={model.path}", rule, remedy)
     settings = read_settings(found)
     base = settings["base_model_name_or_path"]
     if not base:
@@ -127,10 +132,10 @@ def settle_method(method: MethodConfig, model: ModelConfig) -> MethodConfig:
         return method
     value = f"model.path={model.adapter}"
     theirs = method_of(Path(model.adapter), value)
-    begin = "or begin a new one on the merged model: model.adapter_mode=merge"
+    begin = ", or begin a new one on the merged model: model.adapter_mode=merge" if theirs.merges else ""
     if type(theirs) is not type(method):
         rule = f"its adapter is of method={theirs.name}, and method={method.name} would train"
-        raise InputError(value, rule, f"Give method={theirs.name}, {begin}")
+        raise InputError(value, rule, f"Give method={theirs.name}{begin}")
     usual, changed = type(method)(), {}
     for field in fields(method):  # type: ignore[arg-type]
         mine, other = getattr(method, field.name), getattr(theirs, field.name)
@@ -138,7 +143,7 @@ def settle_method(method: MethodConfig, model: ModelConfig) -> MethodConfig:
             continue
         if mine != getattr(usual, field.name):
             rule = f"the adapter in {model.adapter} has {other}, and training goes on with it"
-            raise InputError(f"method.{field.name}={mine}", rule, f"Leave it out, {begin}")
+            raise InputError(f"method.{field.name}={mine}", rule, f"Leave it out{begin}")
         changed[field.name] = other
     return replace(method, **changed)
 
