@@ -92,9 +92,9 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         kernels = choose_kernels(config.kernels, config.model.dtype, world.device, config.train.compile)
         require_sources(config.data)
         require_trackers(config.tracking)
-        if config.export.enabled:
-            require_replaceable(export_path(config.export.dir, directory.path), config.model.path, directory.path)
         identity = identity_of(config := begun(config))
+        if config.export.enabled:
+            require_replaceable(export_path(config.export.dir, directory.path), config.model, directory.path)
         if world.rank == 0:
             check_resume(config.run.resume, identity, directory)
     pulse.phase("data")

@@ -200,7 +200,7 @@ def _open_run(config: Config, run: Path, world: World, sharded: bool) -> Opened:
     if step is None and not saved:
         raise InputError(f"run.dir={run}", "it holds no checkpoint", "Check run.dir, or let the run save one")
     report = read_json(run / "data.json", dict, "Restore it, or start the run again, which writes it anew") or {}
-    config = begun(config)
+    config = begun(config, reading=True)
     opened = _assemble(
         config,
         [str(label) for label in report.get("labels") or config.data.labels],

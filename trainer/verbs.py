@@ -304,11 +304,11 @@ def _open(config: Config, run: Path | None, as_trained: bool = False) -> tuple[W
 
 
 def _require_its_base(model: ModelConfig, method: MethodConfig, identity: Identity, run: Path) -> None:
-    from tritune.trainer.methods.start import resolve_start
+    from tritune.trainer.methods.start import base_to_read
     from tritune.trainer.run.directory import RunDir
     from tritune.trainer.run.identity import require_same_base
 
-    require_same_base(resolve_start(model), method, identity, RunDir(run), _say, reading=True)
+    require_same_base(base_to_read(model), method, identity, RunDir(run), _say, reading=True)
 
 
 def _say(text: str) -> None:

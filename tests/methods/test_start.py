@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import harness
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from tritune.launch import cli
 from tritune.trainer.__main__ import main
 
 METHODS = {
@@ -115,3 +118,66 @@ def test_what_cannot_go_on_is_refused_with_a_remedy(base, sft_file, tmp_path, tr
         assert rule in found.err
         assert remedy in found.err
         assert "Traceback" not in found.err
+
+
+def test_a_run_is_read_and_goes_on_by_what_it_holds(base, sft_file, tmp_path, tritune):
+    """Not by where the adapter lies, nor by another one that came to lie there."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(first, sft_file, f"model.path={base}", *METHODS["lora"])
+    for mode in ("keep", "merge"):
+        run(second / mode, sft_file, f"model.path={first}", "method=lora", f"model.adapter_mode={mode}")
+    moved = shutil.move(first, tmp_path / "moved")
+    given = [f"data.train={sft_file}", "data.validation_share=0.3", "data.max_length=160", "train.batch_size=8",
+             "train.max_steps=2", "optim.lr=2e-2", "backend.device=cpu", "report.enabled=false",
+             "evaluation.samples=0"]  # fmt: skip
+    for mode in ("keep", "merge"):
+        words = [f"run.dir={second / mode}", "method=lora", f"model.adapter_mode={mode}", f"model.path={moved}"]
+        assert tritune(*given, *words).code == 0  # moved, and its folder's own export is found
+    weights = moved / "export" / "adapter_model.safetensors"
+    save_file({n: t + 1 for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    changed = tritune(
+        *given, f"run.dir={second / 'merge'}", "method=lora", "model.adapter_mode=merge", f"model.path={moved}"
+    )
+    assert changed.code == 2
+    assert "tensor(s) of the adapter that it began with differ" in changed.err
+    shutil.rmtree(moved)
+    held = [
+        "evaluate",
+        f"run.dir={second / 'keep'}",
+        f"data.test={sft_file}",
+        "backend.device=cpu",
+        f"model.tokenizer={base}",
+    ]
+    assert cli.main(held) == 0  # its checkpoint holds all of the adapter
+
+
+def test_what_would_be_lost_is_refused(base, sft_file, tmp_path, tritune):
+    first = tmp_path / "first"
+    run(first, sft_file, f"model.path={base}", *METHODS["lora"], "optim.lr=1e-7")
+    given = [f"data.train={sft_file}", "data.max_length=160", "train.max_steps=1", "backend.device=cpu", "method=lora"]
+    cases = [
+        (["model.adapter_mode=merge", "model.storage=nf4"], "4 bits would lose it"),
+        (
+            ["model.adapter_mode=merge", "model.dtype=bfloat16"],
+            "model.dtype=bfloat16: rounding the merged weights to it takes",
+        ),
+        ([f"export.dir={first / 'export'}"], "the adapter that it began with is there"),
+    ]
+    for words, said in cases:
+        found = tritune(*given, f"model.path={first}", *words, f"run.dir={tmp_path / 'other'}")
+        assert (found.code, "Traceback" in found.err) == (2, False), found.err
+        assert said in found.err
+    weights = first / "export" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for spoil, said in ((whole[: len(whole) // 2], "does not read"), (None, "holds NaN or Inf")):
+        if spoil is None:
+            weights.write_bytes(whole)
+            save_file({n: t * torch.nan for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+        else:
+            weights.write_bytes(spoil)
+        for mode in ("keep", "merge"):
+            found = tritune(
+                *given, f"model.path={first}", f"model.adapter_mode={mode}", f"run.dir={tmp_path / 'other'}"
+            )
+            assert (found.code, "Traceback" in found.err) == (2, False), found.err
+            assert said in found.err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritune.trainer.config.axes import Rule
-from tritune.trainer.config.choices import Storage
+from tritune.trainer.config.choices import AdapterMode, Storage
 from tritune.trainer.config.registry import axis_options
 from tritune.trainer.config.schema import Config
 
@@ -32,6 +32,12 @@ def check_model(c: Config, rule: Rule, training: bool) -> None:
         "model.storage",
         f"4 bits hold weights that stay as they are, and method={c.method.name} trains them. Use one of the methods "
         f"{freezing}, or plain",
+    )
+    rule(
+        not packed or c.model.adapter_mode is AdapterMode.keep,
+        "model.adapter_mode",
+        "an adapter is merged into whole weights, and 4 bits would lose it. Merge first (tritune export export.form=merged) "
+        "and begin on that export, or use model.storage=plain",
     )
     rule(
         not packed or not c.train.compile,

@@ -20,7 +20,6 @@ from tritune.trainer.batch import Batch, Packs
 from tritune.trainer.data.ahead import Ahead
 from tritune.trainer.data.examples import Examples
 from tritune.trainer.data.order import Order, rows_of_units
-from tritune.trainer.errors import DamagedRows
 from tritune.trainer.run.state import TrainState
 
 
@@ -174,7 +173,7 @@ class Loader(Protocol):
         """The last window is done: move the state's cursor."""
         ...
 
-    def fault(self) -> DamagedRows | None:
+    def fault(self) -> Exception | None:
         """What is wrong with this rank's part of the next window, while the ranks can still agree to end on it."""
         ...
 
@@ -249,13 +248,11 @@ class TrainLoader:
     def advance(self) -> None:
         self.state.advance(self.steps_in(self.state.epoch))
 
-    def fault(self) -> DamagedRows | None:
+    def fault(self) -> Exception | None:
         try:
             if self.state.step < self.total_steps:
                 self._ahead.get(self._cursor())
-        except (
-            DamagedRows
-        ) as error:  # returned, and raised once all ranks know: alone, this one would leave them waiting
+        except Exception as error:  # noqa: BLE001  returned, and raised once all know: alone, this rank would leave them waiting
             return error
         return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritune.trainer.config import ModelConfig
 from tritune.trainer.config.choices import Form
 from tritune.trainer.errors import ExportError, InputError
 from tritune.trainer.export.card import write_card
@@ -46,7 +47,7 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
         ExportError: what was written does not compute what was trained.
     """
     run = source.config.run.dir
-    require_replaceable(directory, source.config.model.path, Path(run) if run else None)
+    require_replaceable(directory, source.config.model, Path(run) if run else None)
     form = choose_form(source, say)
     try:
         return _export(source, form, directory, say)
@@ -58,15 +59,19 @@ def export(source: Source, directory: Path, say: Callable[[str], None]) -> Expor
         return _export(source, Form.merged, directory, say)
 
 
-def require_replaceable(directory: Path, base: str | None, run: Path | None) -> None:
+def require_replaceable(directory: Path, model: ModelConfig, run: Path | None) -> None:
     """Refuse to write an export where anything but an earlier export stands.
 
     Raises:
-        InputError: the folder is the base model, the run, or holds other files.
+        InputError: the folder is the base model, the adapter that the run began with, the run, or holds other files.
     """
     target, value = directory.resolve(), f"export.dir={directory}"
     remedy = "Give a folder of its own"
-    for path, name in ((base, "the base model"), (run, "the run")):
+    for path, name in (
+        (model.path, "the base model"),
+        (model.adapter, "the adapter that it began with"),
+        (run, "the run"),
+    ):
         if path and Path(path).exists() and (target == Path(path).resolve() or target in Path(path).resolve().parents):
             raise InputError(value, f"{name} is there, and an export replaces what it finds", remedy)
     if not directory.exists():

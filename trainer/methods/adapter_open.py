@@ -4,6 +4,7 @@ there; an adapter of another type, or of our own layout, is put on by the method
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 from tritune.trainer.config.axes import MethodConfig
 from tritune.trainer.config.registry import built_in
 from tritune.trainer.errors import InputError, reason
+from tritune.trainer.methods.linear import LINEAR
+from tritune.trainer.methods.merge import Rounding
 from tritune.trainer.methods.own_adapter import add_own_adapter, own_method, read_own_settings
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 from tritune.trainer.model.folder import read_settings_file, require_sound
@@ -130,15 +133,8 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     """
     if (directory / OWN_ADAPTER_CONFIG).is_file():
         return add_own_adapter(directory, model)
-    value, remedy = f"model.path={directory}", _FITS
-    try:
-        weights = load_file(directory / ADAPTER_WEIGHTS)
-    except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
-        raise InputError(value, f"its {ADAPTER_WEIGHTS} does not read ({reason(error)})", remedy) from None
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            rule = f"its {bounded(name, 200)} holds NaN or Inf"
-            raise InputError(value, rule, "Take a checkpoint from before they were lost")
+    value = f"model.path={directory}"
+    weights = read_weights(directory, value)
     settings = read_settings_file(directory / ADAPTER_CONFIG, value)
     if (own := _opened_by(settings)) is not None:
         own.of_adapter(settings, value).put_adapter(model, weights, value)
@@ -147,10 +143,49 @@ def add_saved_adapter(directory: Path, model: PreTrainedModel, num_tokens: int) 
     return opened
 
 
-def merged_into(directory: Path, model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
-    """The base with a LoRA adapter merged into it by PEFT. Arguments and errors as of `add_saved_adapter`."""
-    weights = load_file(directory / ADAPTER_WEIGHTS)
-    merged: PreTrainedModel = _opened_by_peft(directory, model, weights, num_tokens).merge_and_unload()
+def read_weights(directory: Path, value: str) -> dict[str, Tensor]:
+    """What the adapter's file holds.
+
+    Raises:
+        InputError: it does not read, or a value is not finite.
+    """
+    try:
+        weights = load_file(directory / ADAPTER_WEIGHTS)
+    except Exception as error:  # noqa: BLE001  whatever a broken file makes the library raise
+        raise InputError(value, f"its {ADAPTER_WEIGHTS} does not read ({reason(error)})", _FITS) from None
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            rule = f"its {bounded(name, 200)} holds NaN or Inf"
+            raise InputError(value, rule, "Take a checkpoint from before they were lost")
+    return weights
+
+
+def merged_into(
+    directory: Path, model: PreTrainedModel, num_tokens: int, say: Callable[[str], None]
+) -> PreTrainedModel:
+    """The base with a LoRA adapter merged into it by PEFT, in float32 or wider, in the base's dtype again.
+
+    Raises:
+        InputError: as of `add_saved_adapter`, or rounding to that dtype would take most of the update.
+    """
+    value, dtype = f"model.path={directory}", model.dtype
+    weights = read_weights(directory, value)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    opened, rounding = _opened_by_peft(directory, model, weights, num_tokens), Rounding()
+    for name, layer in opened.named_modules():
+        if hasattr(layer, "merge") and isinstance(getattr(layer, "base_layer", None), LINEAR):
+            before = layer.base_layer.weight.detach().clone()
+            layer.merge()
+            rounding.add(name, before, layer.base_layer.weight.detach().clone(), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that these layers are merged already
+        merged: PreTrainedModel = opened.merge_and_unload()
+    rounding.settle(
+        f"model.dtype={str(dtype).removeprefix('torch.')}", say, "Use model.dtype=float32, or adapter_mode=keep"
+    )
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(dtype)
     return merged
 
 

@@ -44,7 +44,9 @@ def merged_tensors(
         before = oriented(layer.base_layer, values.to(torch.promote_types(values.dtype, torch.float32)))
         result = rounding.add(name, before, layer.merged(before, read), dtype)
         yield f"{owner.removesuffix('.base_layer')}.weight", oriented(layer.base_layer, result).contiguous()
-    rounding.settle(dtype, say)
+    rounding.settle(
+        f"export.dtype={str(dtype).removeprefix('torch.')}", say, "Use export.dtype=float32, or form=adapter"
+    )
 
 
 class Rounding:
@@ -63,22 +65,23 @@ class Rounding:
             self.worst = (name, error / size)
         return result
 
-    def settle(self, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+    def settle(self, key: str, say: Callable[[str], None], remedy: str) -> None:
         """Say what was taken.
 
+        Args:
+            key: the setting that named the dtype, with its value.
+
         Raises:
-            InputError: it is most of what was trained.
+            InputError: it is most of what was trained; with `remedy`.
         """
         share = (self.lost / self.total) ** 0.5 if self.total else 0.0
         if share > MAX_LOST:
             rule = (
                 f"rounding the merged weights to it takes {share:.0%} of the update (by norm; most in {self.worst[0]})"
             )
-            raise InputError(
-                f"export.dtype={str(dtype).removeprefix('torch.')}", rule, "Use export.dtype=float32, or form=adapter"
-            )
+            raise InputError(key, rule, remedy)
         if share > 0.01:
-            say(f"export    rounding to {str(dtype).removeprefix('torch.')} takes {share:.1%} of the update, by norm")
+            say(f"merge     rounding to {key} takes {share:.1%} of the update, by norm")
 
 
 def require_mergeable(model: PreTrainedModel) -> None:

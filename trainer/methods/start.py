@@ -13,26 +13,35 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from tritune.trainer.config import Config, MethodConfig, ModelConfig
 from tritune.trainer.config.choices import AdapterMode
 from tritune.trainer.errors import InputError
-from tritune.trainer.methods.adapter_open import merged_into, method_of, read_settings
+from tritune.trainer.methods.adapter_open import merged_into, method_of, read_settings, read_weights
 from tritune.trainer.methods.states import as_it_is, copy_into
 from tritune.trainer.model.files import ADAPTER_WEIGHTS, adapter_folder
 
 RUN_FILES = ("config.yaml", "checkpoints")  # what tells a run's folder from a model's
 
 
-def begun(config: Config) -> Config:
+def begun(config: Config, reading: bool = False) -> Config:
     """The configuration with base and adapter apart, and with the keys of the adapter's method.
+
+    Args:
+        reading: a run is read, whose own configuration is settled: its checkpoint holds all of an adapter that it went on with.
 
     Raises:
         InputError: as of `resolve_start` and `settle_method`.
     """
+    if reading and config.model.adapter is not None and config.model.adapter_mode is AdapterMode.keep:
+        return replace(config, model=replace(config.model, adapter=None))
     model = resolve_start(config.model)
     return replace(config, model=model, method=settle_method(config.method, model))
+
+
+def base_to_read(model: ModelConfig) -> ModelConfig:
+    """The base of a run that is read: with the adapter only where that is merged into it."""
+    return resolve_start(model) if merges(model) or model.adapter is None else replace(model, adapter=None)
 
 
 def resolve_start(model: ModelConfig) -> ModelConfig:
@@ -78,8 +87,9 @@ def _export_of(path: str) -> str:
     folder = Path(path)
     if not all((folder / name).exists() for name in RUN_FILES):
         return path
-    summary = read_lineage(folder / "summary.json")
-    export = Path((summary.get("export") or {}).get("directory") or folder / "export")
+    recorded = (read_lineage(folder / "summary.json").get("export") or {}).get("directory")
+    export = folder / "export"  # first: the record may be of where the run lay before
+    export = Path(recorded) if recorded and not export.is_dir() else export
     if not export.is_dir():
         raise InputError(
             f"model.path={path}", "it is a run that has no export", f"Make one: tritune export run.dir={path}"
@@ -168,7 +178,8 @@ def go_on(
     """
     if start.adapter is not None and start.adapter_mode is AdapterMode.keep:
         say(f"start     goes on with the adapter in {start.adapter}")
-        tensors, value = load_file(Path(start.adapter) / ADAPTER_WEIGHTS), f"model.path={start.adapter}"
+        value = f"model.path={start.adapter}"
+        tensors = read_weights(Path(start.adapter), value)
         if not method.take(model, heads, tensors, value):
             copy_into(method.adapter_tensors(model, heads, as_it_is), tensors, value)
 
@@ -188,4 +199,4 @@ def merge_start(
         rule = f"what method={kind.name} trained is no change of the base's weights and cannot be merged into them"
         raise InputError(f"model.adapter_mode=merge: {value}", rule, "Use model.adapter_mode=keep")
     say(f"start     the adapter in {start.adapter} is merged into its base, and another begins")
-    return merged_into(Path(start.adapter), model, num_tokens)
+    return merged_into(Path(start.adapter), model, num_tokens, say)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tritune.trainer.config import ModelConfig
 from tritune.trainer.errors import InputError, reason
-from tritune.trainer.model.files import find_file, weight_files
+from tritune.trainer.model.files import ADAPTER_WEIGHTS, find_file, weight_files
 
 BLOCK, BLOCKS = 1024, 4  # bytes; of 723 tensors with 70 billion parameters, 3 MB are read
 _OF_THE_WRITER = {"_name_or_path", "transformers_version"}  # keys of config.json that say nothing of the model
@@ -34,7 +34,10 @@ def fingerprint(model: ModelConfig) -> dict[str, dict[str, str]] | None:
         remedy = "It must hold whole safetensors weights of this architecture"
         raise InputError(f"model.path={model.path}", reason(error), remedy) from None
     keys = {k: _digest(json.dumps(v, sort_keys=True).encode()) for k, v in config.items() if k not in _OF_THE_WRITER}
-    return {"config": dict(sorted(keys.items())), "tensors": dict(sorted(tensors.items()))}
+    found_all = {"config": dict(sorted(keys.items())), "tensors": dict(sorted(tensors.items()))}
+    if model.adapter is not None:
+        found_all["adapter"] = _tensors(Path(model.adapter) / ADAPTER_WEIGHTS)
+    return found_all
 
 
 def difference(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]], weights: bool = True) -> str | None:
@@ -43,8 +46,11 @@ def difference(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]], w
     Args:
         weights: whether the tensors count.
     """
-    for part, what in (("config", "key(s) of its config.json"), ("tensors", "tensor(s)"))[: 2 if weights else 1]:
-        before, now = old.get(part, {}), new[part]
+    parts = {"config": "key(s) of its config.json", "adapter": "tensor(s) of the adapter that it began with"}
+    for part, what in (parts | ({"tensors": "tensor(s)"} if weights else {})).items():
+        before, now = old.get(part, {}), new.get(part, {})
+        if part == "adapter" and not now:  # a run is read that holds all of it
+            continue
         differ = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         if differ:
             return f"{len(differ):,} {what} differ: {', '.join(differ[:3])}{' ...' if len(differ) > 3 else ''}"

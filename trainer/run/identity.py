@@ -21,7 +21,7 @@ from tritune.trainer.run.files import read_config, read_json
 CONTENT = "content.json"  # `base`, the fingerprint of the base model, and `rows`, a digest of each split
 # Keys that say where something lies. Another value of one of them is no other run as long as the content is the same.
 _PLACES = re.compile(
-    r"model\.(path|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
+    r"model\.(path|adapter|revision|tokenizer|chat_template)|data\.(train|validation|test|retention|sources\.[^.]+\.path)"
 )
 
 
