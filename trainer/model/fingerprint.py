@@ -34,10 +34,10 @@ def fingerprint(model: ModelConfig) -> dict[str, dict[str, str]] | None:
         remedy = "It must hold whole safetensors weights of this architecture"
         raise InputError(f"model.path={model.path}", reason(error), remedy) from None
     keys = {k: _digest(json.dumps(v, sort_keys=True).encode()) for k, v in config.items() if k not in _OF_THE_WRITER}
-    found_all = {"config": dict(sorted(keys.items())), "tensors": dict(sorted(tensors.items()))}
+    found_parts = {"config": dict(sorted(keys.items())), "tensors": dict(sorted(tensors.items()))}
     if model.adapter is not None:
-        found_all["adapter"] = _tensors(Path(model.adapter) / ADAPTER_WEIGHTS)
-    return found_all
+        found_parts["begun_with"] = _tensors(Path(model.adapter) / ADAPTER_WEIGHTS)
+    return found_parts
 
 
 def difference(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]], weights: bool = True) -> str | None:
@@ -46,10 +46,10 @@ def difference(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]], w
     Args:
         weights: whether the tensors count.
     """
-    parts = {"config": "key(s) of its config.json", "adapter": "tensor(s) of the adapter that it began with"}
+    parts = {"config": "key(s) of its config.json", "begun_with": "tensor(s) of the adapter that it began with"}
     for part, what in (parts | ({"tensors": "tensor(s)"} if weights else {})).items():
         before, now = old.get(part, {}), new.get(part, {})
-        if part == "adapter" and not now:  # a run is read that holds all of it
+        if part == "begun_with" and not now:  # a run is read that holds all of it
             continue
         differ = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         if differ:
