@@ -40,8 +40,8 @@ def run(data: Path, epochs: int, keys: list[str], directory: Path) -> dict[str, 
     overrides = [
         "experiment=banking77", "optim.lr=null", f"run.dir={directory}", f"model.path={data / 'models' / 'tinystories-656k'}",
         f"data.train={intent / 'banking77_train.csv'}", f"data.test={intent / 'banking77_test.csv'}",
-        f"train.epochs={epochs}", "report.enabled=false", *keys,
-    ]  # fmt: skip
+        f"train.epochs={epochs}", "report.enabled=false", "export.insist=true", *keys,
+    ]  # fmt: skip  # its files name the tied matrix as the head, which PEFT's classifier does not look for
     subprocess.run([sys.executable, "-m", "tritune.trainer", *overrides], check=True, capture_output=True)
     return json.loads((directory / "summary.json").read_text())
 
