@@ -34,7 +34,7 @@ from tritune.trainer.export.rehearse import rehearse
 from tritune.trainer.export.source import Source
 from tritune.trainer.loop import Run
 from tritune.trainer.methods.apply import apply_method
-from tritune.trainer.methods.start import begins_whole, begun, go_on, merge_start
+from tritune.trainer.methods.start import begins_whole, begun, go_on, lineage_of, merge_start
 from tritune.trainer.metrics.meter import Meter
 from tritune.trainer.metrics.progress import Progress
 from tritune.trainer.model.acceleration import choose_kernels, install_kernels
@@ -207,7 +207,7 @@ def build(config: Config, world: World, directory: RunDir, progress: Progress, s
         config=config, world=world, backend=backend, objective=objective,
         model=wrapped, scorer=scorer, core=model, heads=heads, tokenizer=tokenizer, splits=splits.examples,
         choices=choices, labels=splits.labels, stops=stop_ids,
-        parameters=(trainable, total), loader=loader,
+        parameters=(trainable, total), lineage=lineage_of(config.model), loader=loader,
         store=CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep_last, world, say,
                               config.checkpoint.asynchronous),
         state=state, due=due, meter=Meter(mesh), progress=progress, directory=directory, stop=stop,

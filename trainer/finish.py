@@ -17,7 +17,6 @@ from tritune.trainer.evaluation.samples import Sample, answer, answer_by_label, 
 from tritune.trainer.evaluation.table import base_against_tuned
 from tritune.trainer.export import Exported, Source, export
 from tritune.trainer.loop import Run, score
-from tritune.trainer.methods.start import lineage_of
 from tritune.trainer.model.load import room_in
 from tritune.trainer.objectives.loss import Objective, text_loss
 from tritune.trainer.parallel.distributed import World
@@ -90,7 +89,7 @@ def finish(run: Run, base: Scores) -> None:
                 "best": {"metric": config.evaluation.metric, "value": state.best, "step": state.best_step},
                 "eval": results,
                 "abstain": abstain,
-                "lineage": lineage_of(config.model),
+                "lineage": run.lineage,
             }
             run.directory.write_json("summary.json", {**summary, "export": None})
             run.pulse.phase("export")

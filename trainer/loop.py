@@ -46,6 +46,7 @@ class Run:
         choices: of the splits among whose rows' answers one is chosen (`evaluation.choices`).
         labels: of a classifier; stops: ids that end an answer.
         parameters: how many train, and all.
+        lineage: the adapter that it went on from, as it was when the run began; None where it began with a whole model.
         pulse: signs of life, for the launcher's watchdog.
         sinks: where figures go beside the run directory; only on rank 0.
     """
@@ -64,6 +65,7 @@ class Run:
     labels: list[str]
     stops: list[int]
     parameters: tuple[int, int]
+    lineage: dict[str, Any] | None
     loader: Loader
     store: CheckpointStore
     state: TrainState

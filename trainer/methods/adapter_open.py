@@ -20,6 +20,7 @@ from tritune.trainer.methods.merge import Rounding
 from tritune.trainer.methods.own_adapter import add_own_adapter, own_method, read_own_settings
 from tritune.trainer.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_ADAPTER_CONFIG
 from tritune.trainer.model.folder import read_settings_file, require_sound
+from tritune.trainer.model.load import cast_parameters
 from tritune.trainer.shown import bounded
 
 PREFIX = "base_model.model."
@@ -66,9 +67,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def _opened_by(settings: dict[str, Any]) -> MethodConfig | None:
     """The method that opens an adapter of this type itself."""
+    found = _of_type(settings)
+    return None if found is None or found.peft_opens else found
+
+
+def _of_type(settings: dict[str, Any]) -> MethodConfig | None:
+    """The method of an adapter's type."""
     kinds = [kind() for kind in built_in("method").values()]
-    asked = (kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("peft_type"))
-    return next((kind for kind in asked if not kind.peft_opens), None)
+    return next((kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("peft_type")), None)
 
 
 def method_of(directory: Path, value: str) -> MethodConfig:
@@ -83,8 +89,9 @@ def method_of(directory: Path, value: str) -> MethodConfig:
     settings = read_settings(directory)
     if (directory / OWN_ADAPTER_CONFIG).is_file():
         return own_method(settings, value)
-    kinds = [kind() for kind in built_in("method").values()]
-    return next(kind for kind in kinds if kind.peft_type == settings.get("peft_type")).of_adapter(settings, value)
+    found = _of_type(settings)
+    assert found is not None, "read_settings refuses other types"
+    return found.of_adapter(settings, value)
 
 
 def _with_weights(settings: dict[str, Any], directory: Path, value: str, remedy: str) -> dict[str, Any]:
@@ -170,8 +177,7 @@ def merged_into(
     """
     value, dtype = f"model.path={directory}", model.dtype
     weights = read_weights(directory, value)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    cast_parameters(model, torch.promote_types(dtype, torch.float32))
     opened, rounding = _opened_by_peft(directory, model, weights, num_tokens), Rounding()
     for name, layer in opened.named_modules():
         if hasattr(layer, "merge") and isinstance(getattr(layer, "base_layer", None), LINEAR):
@@ -184,8 +190,7 @@ def merged_into(
     rounding.settle(
         f"model.dtype={str(dtype).removeprefix('torch.')}", say, "Use model.dtype=float32, or adapter_mode=keep"
     )
-    for parameter in merged.parameters():
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(merged, dtype)
     return merged
 
 

@@ -30,7 +30,8 @@ def load(
         if not isinstance(found, str):
             model, weights = found
             if packed:
-                _say_packed(model, quantize_layers(model, heads), say)
+                quantize_layers(model, heads)
+                _say_packed(model, say)
                 weights = Quantized(weights, {n: layer.shape for n, layer in quantized_layers(model).items()})
             if not sharded:
                 fill_whole(model, weights)
@@ -39,12 +40,14 @@ def load(
         say(f"model     each rank loads it whole before it is {what}: {found}")
     model = load_model(*args)
     if packed:
-        _say_packed(model, quantize_layers(model, heads), say)
+        quantize_layers(model, heads)
+        _say_packed(model, say)
     return model, None
 
 
-def _say_packed(model: PreTrainedModel, names: list[str], say: Callable[[str], None]) -> None:
+def _say_packed(model: PreTrainedModel, say: Callable[[str], None]) -> None:
     layers = quantized_layers(model)
-    packed, rest = sum(layers[n].shape.numel() for n in names), sum(p.numel() for p in model.parameters() if p.ndim > 2)
+    packed = sum(layer.shape.numel() for layer in layers.values())
+    rest = sum(p.numel() for p in model.parameters() if p.ndim > 2)
     stays = f"; {rest:,} parameters of experts are no linear layers and stay as they are" if rest else ""
-    say(f"model     nf4 holds {len(names):,} linear layers, {packed:,} parameters, in 4.13 bits each{stays}")
+    say(f"model     nf4 holds {len(layers):,} linear layers, {packed:,} parameters, in 4.13 bits each{stays}")

@@ -7,6 +7,8 @@ time, from the file, and keeps its own part of the bytes: it never holds the mod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,8 +93,23 @@ def quantized_bytes(weight: Tensor) -> Tensor:
     return to_bytes(quantize(weight.detach().to(device))).cpu()
 
 
-def quantize_layers(model: PreTrainedModel, heads: list[str]) -> list[str]:
-    """Put an `Nf4Linear` in the place of every linear layer but the heads, one after another; return their names.
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """A weight that cannot be quantised is refused by its layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"model.storage=nf4: {layer}.weight", str(error), "Take a whole checkpoint") from None
+
+
+def _dense_layers(model: PreTrainedModel, heads: list[str]) -> dict[str, nn.Linear]:
+    """The linear layers but the heads, by name."""
+    output = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not output and n not in heads}
+
+
+def quantize_layers(model: PreTrainedModel, heads: list[str]) -> None:
+    """Put an `Nf4Linear` in the place of every linear layer but the heads, one after another.
 
     Args:
         model: with values, or of meta tensors.
@@ -100,18 +117,14 @@ def quantize_layers(model: PreTrainedModel, heads: list[str]) -> list[str]:
     Raises:
         InputError: there is no such layer, or a weight is not finite.
     """
-    output = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not output and n not in heads}
+    layers = _dense_layers(model, heads)
     if not layers:
         rule = f"a {model.config.model_type} has no linear layer (torch.nn.Linear) but its head"
         raise InputError("model.storage=nf4", rule, "Use model.storage=plain")
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        try:
+        with _named(name):
             setattr(model.get_submodule(parent), child, Nf4Linear(layer))
-        except ValueError as error:
-            raise InputError(f"model.storage=nf4: {name}.weight", str(error), "Take a whole checkpoint") from None
-    return list(layers)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Nf4Linear]:
@@ -138,10 +151,8 @@ class Quantized(Weights):
             return super().read(name, box)
         if self._last[0] != owner:
             weight = super().read(f"{owner}.weight", Box((0, 0), tuple(self._shapes[owner])))
-            try:
+            with _named(owner):
                 self._last = owner, quantized_bytes(weight)
-            except ValueError as error:
-                raise InputError(f"model.storage=nf4: {owner}.weight", str(error), "Take a whole checkpoint") from None
         return self._last[1][box.slices]
 
 
@@ -167,8 +178,6 @@ def round_trip(model: PreTrainedModel, heads: list[str], dtype: torch.dtype) -> 
     Args:
         dtype: that the run quantised from.
     """
-    output = model.get_output_embeddings()
-    for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and layer is not output and name not in heads:
-            data = quantized_bytes(layer.weight.to(dtype))
-            layer.weight.copy_(from_bytes(data, layer.weight.shape).dequantize(dtype))
+    for layer in _dense_layers(model, heads).values():
+        data = quantized_bytes(layer.weight.to(dtype))
+        layer.weight.copy_(from_bytes(data, layer.weight.shape).dequantize(dtype))
