@@ -27,7 +27,7 @@ from tritune.trainer.errors import InputError
 from tritune.trainer.export.carried import NOTHING, Carried, of_adapter, of_config
 from tritune.trainer.methods.adapter_open import add_saved_adapter, read_settings
 from tritune.trainer.methods.apply import apply_method
-from tritune.trainer.methods.start import begun, merge_start, merges
+from tritune.trainer.methods.start import begun, merge_start, merges, on_its_base, tokenizer_beside
 from tritune.trainer.model.acceleration import choose_kernels, install_kernels
 from tritune.trainer.model.files import ADAPTER_CONFIG, adapter_folder
 from tritune.trainer.model.generation_config import model_stop_ids, set_generation
@@ -258,16 +258,10 @@ def _open_adapter(config: Config, source: Path, as_trained: bool) -> Opened:
     """PEFT's model on the base that `model.path` names beside `model.adapter`, or that the adapter itself names."""
     settings, given = read_settings(source), config.model
     name = given.adapter or given.path
-    tokenizer = given.tokenizer
-    if tokenizer is None and (source / "tokenizer_config.json").is_file():
-        tokenizer = str(source)
     if given.adapter is not None:
-        model = replace(given, tokenizer=tokenizer)
+        model = replace(given, tokenizer=tokenizer_beside(given, source))
     else:
-        base = settings["base_model_name_or_path"]
-        if base and not Path(base).is_dir() and (source / base).is_dir():
-            base = str(source / base)
-        model = replace(given, path=base, tokenizer=tokenizer, revision=settings["revision"])
+        model = on_its_base(given, source, settings)
     remedy = f"name both: model.adapter={name} model.path=<folder or hub id of its base>"
     if not model.path:
         raise InputError(f"model.path={name}", "the adapter does not say which model it belongs to", f"N{remedy[1:]}")

@@ -66,20 +66,25 @@ def resolve_start(model: ModelConfig) -> ModelConfig:
         rule = "it holds a whole model and an adapter, and which of them is meant is not known"
         remedy = "Move the adapter to a folder of its own; model.adapter=<that folder> goes on with it"
         raise InputError(f"model.path={model.path}", rule, remedy)
-    settings = read_settings(found)
-    base = settings["base_model_name_or_path"]
-    if not base:
+    begun_with = on_its_base(model, found, read_settings(found))
+    if not begun_with.path:
         remedy = f"Name both: model.adapter={model.path} model.path=<folder or hub id of its base>"
         raise InputError(f"model.path={model.path}", "the adapter does not say which model it belongs to", remedy)
-    base = str(found / base) if not Path(base).is_dir() and (found / base).is_dir() else base
-    own = model.tokenizer is None and (found / "tokenizer_config.json").is_file()
-    return replace(
-        model,
-        path=base,
-        revision=settings["revision"],
-        adapter=str(found),
-        tokenizer=str(found) if own else model.tokenizer,
-    )
+    return replace(begun_with, adapter=str(found))
+
+
+def on_its_base(model: ModelConfig, folder: Path, settings: dict[str, Any]) -> ModelConfig:
+    """`model` with the base that the adapter in `folder` names as `path`, None where it names none, and with its tokenizer."""
+    base = settings["base_model_name_or_path"]
+    if base and not Path(base).is_dir() and (folder / base).is_dir():
+        base = str(folder / base)
+    return replace(model, path=base, revision=settings["revision"], tokenizer=tokenizer_beside(model, folder))
+
+
+def tokenizer_beside(model: ModelConfig, folder: Path) -> str | None:
+    """The tokenizer that is given, else the adapter's own, where it has one."""
+    own = model.tokenizer is None and (folder / "tokenizer_config.json").is_file()
+    return str(folder) if own else model.tokenizer
 
 
 def _export_of(path: str) -> str:
